@@ -1,0 +1,162 @@
+"""Device and dtype choice, command line, user errors and atomic files.  Run: python -m pytest tests/test_runtime.py"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+import runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Settings:
+    steps: int = field(default=10, metadata={"help": "number of steps"})
+    lr: float = 1e-3
+    name: str = "x"
+    resume: bool = True
+    limit: int | None = None
+    layers: tuple[int, ...] = (1, 2)
+    recipe: Literal["default", "paper"] = "default"
+    heldout: float | str = 0.1
+
+
+@dataclass
+class Copy:
+    src: str = field(metadata={"positional": True, "help": "folder to read"})
+    out: str = field(metadata={"positional": True})
+    to_hf: bool = False
+
+
+def test_defaults_and_both_forms_of_a_setting():
+    assert runtime.cli(Settings, []) == Settings()
+    got = runtime.cli(Settings, ["--steps=5", "--lr", "1", "--name=a=b", "--resume=false", "--limit=7", "--layers=0,3, 5", "--recipe=paper"])
+    assert got == Settings(5, 1.0, "a=b", False, 7, (0, 3, 5), "paper") and isinstance(got.lr, float)
+    assert runtime.cli(Settings, ["--limit=none", "--lr", "-1e-2", "--layers="]) == Settings(limit=None, lr=-0.01, layers=())
+    assert runtime.cli(Settings, ["--heldout=0.2"]).heldout == 0.2 and runtime.cli(Settings, ["--heldout=f.jsonl"]).heldout == "f.jsonl"
+    assert runtime.cli(Settings, ["--steps=1", "--steps=2"]).steps == 2
+
+
+def test_bool_flag_may_stand_alone_before_positionals():
+    assert runtime.cli(Copy, ["a", "--to_hf", "b"]) == Copy("a", "b", True)
+    assert runtime.cli(Copy, ["--to-hf", "true", "--out=b", "a"]) == Copy("a", "b", True)
+
+
+@pytest.mark.parametrize("argv, parts", [
+    (["--stepz=5"], ["--stepz", "--steps"]),
+    (["--steps=1.5"], ["'1.5'", "int"]),
+    (["--steps"], ["--steps", "no value", "int"]),
+    (["--steps", "--lr=1"], ["--steps", "no value"]),
+    (["--recipe=papers"], ["'papers'", "default|paper"]),
+    (["--resume=maybe"], ["'maybe'", "true|false"]),
+    (["--layers=1,x"], ["'1,x'", "int by comma"]),
+    (["loose"], ["'loose'", "--name=value"]),
+])
+def test_what_is_not_understood_is_named(argv, parts):
+    with pytest.raises(ValueError) as error:
+        runtime.cli(Settings, argv)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_missing_positional_is_named():
+    with pytest.raises(ValueError, match="--out is missing"):
+        runtime.cli(Copy, ["a"])
+
+
+def test_help_lists_every_setting_with_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        runtime.cli(Settings, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{name} " in text for name in Settings.__dataclass_fields__)
+    assert "number of steps (int; default 10)" in text and "int by comma; default 1,2" in text
+
+
+def test_setup_without_torchrun(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    rt = runtime.setup(device="cpu", seed=3)
+    first = torch.rand(())
+    assert rt == runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
+    runtime.setup(device="cpu", dtype="bfloat16", seed=3)
+    assert torch.rand(()) == first and not torch.distributed.is_initialized()
+    runtime.cleanup()  # without a process group: nothing to do
+
+
+@pytest.mark.parametrize("arguments, part", [({"device": "gpu"}, "'gpu'"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "cpu", "dtype": "fp8"}, "'fp8'")])
+def test_setup_refuses_what_is_not_there(arguments, part):
+    with pytest.raises(ValueError, match=part):
+        runtime.setup(**arguments)
+
+
+def run_script(tmp_path, body, **env):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport runtime\nruntime.PROJECT = __import__('pathlib').Path({str(tmp_path)!r})\n"
+                      f"def main():\n    {body}\nruntime.run_main(main)\n")
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, env={**os.environ, **env})
+
+
+@pytest.mark.parametrize("body, code, stderr, traceback", [
+    ("pass", 0, "", False),
+    ("raise ValueError('x was found, y was expected: do z')", 2, "error: x was found, y was expected: do z\n", False),
+    ("raise FileNotFoundError('no folder')", 2, "error: no folder\n", False),
+    ("import json; json.loads('{')", 1, "JSONDecodeError", True),  # out of a library: our bug, not the user's
+    ("raise RuntimeError('bug')", 1, "bug", True),
+    ("raise KeyboardInterrupt", 130, "interrupted\n", False),
+])
+def test_exit_status_and_message(tmp_path, body, code, stderr, traceback):
+    result = run_script(tmp_path, body)
+    assert result.returncode == code and ("Traceback" in result.stderr) == traceback
+    assert stderr in result.stderr if traceback else result.stderr == stderr
+
+
+def test_print0_speaks_on_the_master_only(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    runtime.print0("silent")
+    monkeypatch.setenv("RANK", "0")
+    runtime.print0("heard", 1)
+    assert capsys.readouterr().out == "heard 1\n"
+
+
+def test_write_atomic_keeps_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    runtime.write_json(path, {"a": [1, "é"]})
+    assert runtime.read_json(path) == {"a": [1, "é"]}
+
+    def half_then_fail(p):
+        p.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        runtime.write_atomic(path, half_then_fail)
+    assert runtime.read_json(path) == {"a": [1, "é"]} and os.listdir(path.parent) == ["file.json"]
+
+
+def test_read_json_names_file_and_place(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json"):
+        runtime.read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"a": 1,\n "b" 2}')
+    with pytest.raises(ValueError, match=r"bad.json is not JSON \(line 2, column 6"):
+        runtime.read_json(tmp_path / "bad.json")
+    (tmp_path / "binary.json").write_bytes(b'"\xff"')
+    with pytest.raises(ValueError, match="byte 1 is not UTF-8"):
+        runtime.read_json(tmp_path / "binary.json")
+
+
+def test_peaks_prefer_the_specific_name_and_never_guess():
+    assert runtime.peak_flops("NVIDIA H100 PCIe") == 756e12 and runtime.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert runtime.peak_bandwidth("NVIDIA A100-SXM4-80GB") == 2.039e12
+    assert runtime.peak_flops("cpu") is None and runtime.peak_bandwidth("GeForce 256") is None
+    assert runtime.peak_flops("NVIDIA L40S") == 362e12 and runtime.peak_flops("NVIDIA L4") == 121e12
+
+
+def test_peak_memory_is_in_bytes():
+    before = runtime.peak_memory_bytes("cpu")
+    block = torch.ones(16 * 2**20)  # 64 MiB, touched
+    assert runtime.peak_memory_bytes("cpu") >= before > 10 * 2**20 and block[0] == 1
+    runtime.synchronize("cpu")
+    assert runtime.device_name("cpu") == "cpu"
