@@ -156,11 +156,13 @@ def cli(cls: type, argv: list[str] | None = None):
 
     Values follow the annotations: bool, int, float, str, Literal, X | None ("none"), tuple[X, ...] and list[X] by comma. A field
     whose metadata says {"positional": True} also takes a bare argument, in the order of the fields; one without default must be given.
+    A field that would be a Python keyword ends in an underscore, which its setting does not show: lambda_ is --lambda.
     --help prints every setting with its default and metadata["help"]. Raises ValueError for what it does not understand.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    names = {name.rstrip("_"): name for name in fields}
     positional = [f.name for f in fields.values() if f.metadata.get("positional")]
     given = {}
     while argv:
@@ -175,10 +177,10 @@ def cli(cls: type, argv: list[str] | None = None):
             given[open_places[0]] = _parse(open_places[0], word, hints[open_places[0]])
             continue
         key, has_value, text = word[2:].partition("=")
-        name = key.replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0)
+        if key.replace("-", "_") not in names:
+            near = difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0)
             raise ValueError(f"--{key} is not a setting: the nearest one is --{near[0]}; --help lists all")
+        name = names[key.replace("-", "_")]
         if not has_value:
             if hints[name] is bool and not (argv and argv[0] in ("true", "false")):
                 text = "true"
@@ -200,7 +202,7 @@ def usage(cls: type) -> str:
     for f in dataclasses.fields(cls):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         shown = "required" if default is dataclasses.MISSING else f"default {_show(default)}"
-        lines.append(f"  --{f.name:<16} {f.metadata.get('help', '')} ({_type_name(hints[f.name])}; {shown})")
+        lines.append(f"  --{f.name.rstrip('_'):<20} {f.metadata.get('help', '')} ({_type_name(hints[f.name])}; {shown})")
     return "\n".join(lines)
 
 
@@ -300,6 +302,35 @@ def _fsync(path: Path) -> None:
 def write_json(path: str | Path, obj) -> None:
     """Write one JSON document atomically."""
     write_atomic(path, lambda p: p.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict]]:
+    """Objects of a .jsonl file (one a line, empty lines skipped) or of a .json file (one list), each with its place in words.
+
+    Raises FileNotFoundError when the file is missing, ValueError naming file and line (or item) for what is not a JSON object.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        records = read_json(path)
+        if not isinstance(records, list):
+            raise ValueError(f"{path} holds a JSON {type(records).__name__}, expected a list of objects: write a list, or one object a line as .jsonl")
+        places = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
+    else:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} was not found, expected a .jsonl or .json file: check the path")
+        places = []
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+            if line.strip():
+                try:
+                    places.append((f"{path}, line {number}", json.loads(line)))
+                except ValueError as error:  # not JSON, or not UTF-8
+                    raise ValueError(f"{path}, line {number} is not JSON ({error}): mend or delete the line") from None
+    for place, record in places:
+        if not isinstance(record, dict):
+            raise ValueError(f"{place} is a JSON {type(record).__name__}, expected an object: mend or delete it")
+    if not places:
+        raise ValueError(f"{path} holds no record, expected at least one object: check the file")
+    return places
 
 
 def read_json(path: str | Path):

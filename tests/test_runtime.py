@@ -25,6 +25,7 @@ class Settings:
     layers: tuple[int, ...] = (1, 2)
     recipe: Literal["default", "paper"] = "default"
     heldout: float | str = 0.1
+    lambda_: float = 0.0
 
 
 @dataclass
@@ -41,6 +42,7 @@ def test_defaults_and_both_forms_of_a_setting():
     assert runtime.cli(Settings, ["--limit=none", "--lr", "-1e-2", "--layers="]) == Settings(limit=None, lr=-0.01, layers=())
     assert runtime.cli(Settings, ["--heldout=0.2"]).heldout == 0.2 and runtime.cli(Settings, ["--heldout=f.jsonl"]).heldout == "f.jsonl"
     assert runtime.cli(Settings, ["--steps=1", "--steps=2"]).steps == 2
+    assert runtime.cli(Settings, ["--lambda=0.1"]).lambda_ == 0.1
 
 
 def test_bool_flag_may_stand_alone_before_positionals():
@@ -73,7 +75,7 @@ def test_help_lists_every_setting_with_default(capsys):
     with pytest.raises(SystemExit) as stop:
         runtime.cli(Settings, ["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{name} " in text for name in Settings.__dataclass_fields__)
+    assert stop.value.code == 0 and all(f"--{name.rstrip('_')} " in text for name in Settings.__dataclass_fields__)
     assert "number of steps (int; default 10)" in text and "int by comma; default 1,2" in text
 
 
@@ -145,6 +147,22 @@ def test_read_json_names_file_and_place(tmp_path):
     (tmp_path / "binary.json").write_bytes(b'"\xff"')
     with pytest.raises(ValueError, match="byte 1 is not UTF-8"):
         runtime.read_json(tmp_path / "binary.json")
+
+
+def test_read_records_gives_places_and_names_bad_lines(tmp_path):
+    lines, items = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text('{"a": "x\\u2028y"}\n\n{"a": "\u2028"}\n', encoding="utf-8")  # a line separator inside a string does not end a line
+    items.write_text('[{"a": 1}, {"a": 2}]')
+    assert [r for _, r in runtime.read_records(lines)] == [{"a": "x\u2028y"}, {"a": "\u2028"}]
+    assert [p for p, _ in runtime.read_records(lines)] == [f"{lines}, line 1", f"{lines}, line 3"]
+    assert runtime.read_records(items) == [(f"{items}, item 1", {"a": 1}), (f"{items}, item 2", {"a": 2})]
+    for name, content, part in (("b.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not JSON"), ("b.jsonl", b'{"a": "\xff"}', "line 1 is not JSON"), ("b.jsonl", b"[1]", "line 1 is a JSON list"),
+                                ("b.json", b'{"a": 1}', "expected a list"), ("b.json", b'[{"a": 1}, 3]', "item 2 is a JSON int"), ("b.jsonl", b"\n", "no record")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=part):
+            runtime.read_records(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="c.jsonl"):
+        runtime.read_records(tmp_path / "c.jsonl")
 
 
 def test_peaks_prefer_the_specific_name_and_never_guess():
