@@ -1,0 +1,342 @@
+"""The model's own properties: mask = gather, prefill + decode = one pass, rows alone = rows in a batch, and skipped work leaves no trace.
+
+Run: python -m pytest tests/test_model.py
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as model_module
+from model import KVCache, ModelConfig, Transformer, generate, prefill_flops
+from router import GRANULARITIES, RouterConfig
+
+BASE = dict(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
+            rope_theta=10000.0, tie_embeddings=True)
+FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bias=True, sliding_window=6, window_layers=(1, 3)),
+            "qwen3": dict(qk_norm=True, head_dim=16, tie_embeddings=False)}
+CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g == "attn_token" else ("routed",))]
+
+
+def build(family: str = "llama", granularity: str | None = None, kv: str = "routed", layers=(1, 2, 3), seed: int = 0, dtype=torch.float32) -> Transformer:
+    """A tiny random model whose routers split their inputs about evenly."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**{**BASE, "family": family, **FAMILIES[family]}))
+    if granularity is not None:
+        model.add_routers(RouterConfig(granularity, tuple(layers), kv=kv))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        elif parameter.dim() > 1:
+            parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+        else:
+            parameter.data.normal_(0, 0.3)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def tokens_of(batch: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, BASE["vocab_size"], (batch, width), generator=torch.Generator().manual_seed(seed))
+
+
+def random_gates(model: Transformer, batch: int, width: int, seed: int, share: float) -> torch.Tensor:
+    shape = (len(model.routing.layers), batch) + ((width,) if model.routing.unit == "token" else ())
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share).float()
+
+
+def rows(logits: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Only the real positions: what stands on pads means nothing."""
+    return torch.cat([logits[row, :length] for row, length in enumerate(lengths)])
+
+
+pattern = st.fixed_dictionaries(dict(
+    case=st.sampled_from(CASES), family=st.sampled_from(sorted(FAMILIES)), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    share=st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0, None]), seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16])))
+
+
+@settings(max_examples=250, deadline=None)
+@given(pattern)
+def test_mask_equals_gather(p):
+    (granularity, kv), lengths = p["case"], p["lengths"]
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=p["dtype"])
+    width = max(lengths)
+    tokens = tokens_of(len(lengths), width, p["seed"])
+    gates = None if p["share"] is None else random_gates(model, len(lengths), width, p["seed"], p["share"])
+    prompts = [max(1, length // 2) for length in lengths]
+    masked, mask_gates = model(tokens, lengths, prompts, route="mask", gates=gates)
+    gathered, gather_gates = model(tokens, lengths, prompts, route="gather", gates=gates)
+    assert torch.equal(mask_gates, gather_gates)
+    if gates is not None and model.routing.unit == "sequence":
+        assert torch.equal(mask_gates, gates)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.5}[p["dtype"]]
+    torch.testing.assert_close(rows(masked, lengths), rows(gathered, lengths), atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=250, deadline=None)
+@given(pattern, st.integers(1, 4), st.booleans())
+def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
+    """A prompt of ragged rows, then chunks of `step` tokens: the same logits as one uncached pass that pools over the same prompts."""
+    (granularity, kv), prompts = p["case"], p["lengths"]
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64)
+    more, batch = 7, len(prompts)
+    full = [length + more for length in prompts]
+    tokens = tokens_of(batch, max(full), p["seed"])
+    forced = None
+    if p["share"] is not None:
+        forced = random_gates(model, batch, max(full), p["seed"], p["share"])
+    expected, _ = model(tokens, full, prompts, route="mask", gates=forced)
+
+    token_gates = forced is not None and model.routing.unit == "token"
+    cache = KVCache(model, batch, max_len=max(full) if reserve else None)
+    width = max(prompts)
+    logits, gates = model(tokens[:, :width], prompts, cache=cache, route="gather", gates=forced[:, :, :width] if token_gates else forced)
+    got = [[logits[row, :length]] for row, length in enumerate(prompts)]
+    held = gates.clone()
+    for at in range(0, more, step):
+        n = min(step, more - at)
+        columns = torch.tensor([[length + at + i for i in range(n)] for length in prompts])
+        piece = tokens.gather(1, columns)
+        chunk_gates = forced.gather(2, columns.expand(len(forced), -1, -1)) if token_gates else None
+        logits, gates = model(piece, cache=cache, route="gather", gates=chunk_gates)
+        for row in range(batch):
+            got[row].append(logits[row])
+        if model.routing.unit == "sequence":
+            assert torch.equal(gates, held)
+    torch.testing.assert_close(torch.cat([torch.cat(row) for row in got]), rows(expected, full), atol=1e-9, rtol=1e-9)
+    assert cache.lengths == full and cache.used_bytes() <= cache.bytes()
+
+
+@settings(max_examples=120, deadline=None)
+@given(pattern)
+def test_batch_equals_rows_alone(p):
+    (granularity, kv), lengths = p["case"], p["lengths"]
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64)
+    tokens = tokens_of(len(lengths), max(lengths), p["seed"])
+    for route in ("mask", "gather"):
+        together, gates = model(tokens, lengths, route=route)
+        for row, length in enumerate(lengths):
+            alone, own = model(tokens[row:row + 1, :length], route=route)
+            torch.testing.assert_close(alone[0], together[row, :length], atol=1e-10, rtol=1e-10)
+            assert torch.equal(own[:, 0], gates[:, row, :length] if model.routing.unit == "token" else gates[:, row])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("case", CASES)
+def test_new_routers_change_nothing(case, family):
+    """Zero routers at threshold 0.5 execute everything: step 0 of training is the base model, bit for bit in mask and gather for attn and mlp."""
+    model = build(family, *case)
+    for router in model.routers():
+        router.weight.data.zero_()
+    tokens = tokens_of(3, 9)
+    dense, none = model(tokens)
+    assert none is None
+    for route in ("mask", "gather"):
+        logits, gates = model(tokens, route=route)
+        assert gates.min() == 1
+        torch.testing.assert_close(logits, dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", [g for g in GRANULARITIES if g.endswith("sequence")])
+def test_all_off_leaves_no_work_and_no_cache(granularity):
+    """Projections of a closed layer are not called at all (hooks count), and its cache holds not one byte."""
+    model = build("llama", granularity)
+    calls = []
+    for layer in (1, 2, 3):
+        for part in (model.layers[layer].attention.wq, model.layers[layer].attention.wo, model.layers[layer].feed_forward.w1):
+            part.register_forward_hook(lambda module, args, out: calls.append(module))
+    cache = KVCache(model, 2)
+    gates = torch.zeros(3, 2)
+    model(tokens_of(2, 6), cache=cache, route="gather", gates=gates)
+    model(tokens_of(2, 1), cache=cache, route="gather")
+    per_call = {"attn_sequence": 3, "mlp_sequence": 6, "block_sequence": 0}[granularity]
+    assert len(calls) == 2 * per_call
+    dense = KVCache(model, 2)
+    model(tokens_of(2, 6), cache=dense)
+    model(tokens_of(2, 1), cache=dense)
+    held = 4 if granularity == "mlp_sequence" else 1
+    assert cache.bytes() * 4 == dense.bytes() * held and cache.used_bytes() * 4 == dense.used_bytes() * held
+
+
+def test_token_cache_holds_what_executed():
+    model = build("llama", "attn_token")
+    tokens = tokens_of(2, 10)
+    gates = random_gates(model, 2, 10, 3, 0.4)
+    cache = KVCache(model, 2)
+    _, realised = model(tokens, cache=cache, route="gather", gates=gates)
+    slot = 2 * 2 * 8 * 4  # k and v, kv heads, head width, fp32
+    assert cache.used_bytes() == slot * (2 * 10 + int(realised.sum()))
+
+
+def test_select_and_clone_continue_correctly():
+    """Rows of a cache reordered, dropped and repeated go on as if they had been alone; a clone is independent of its origin."""
+    for granularity, kv in CASES:
+        model = build("llama", granularity, kv, dtype=torch.float64)
+        lengths = [4, 7, 5]
+        tokens = tokens_of(3, 7)
+        cache = KVCache(model, 3)
+        model(tokens, lengths, cache=cache, route="gather")
+        copy = cache.clone()
+        order = [2, 0, 0]
+        cache.select(order)
+        step = tokens_of(3, 2, seed=9)
+        got, _ = model(step, cache=cache, route="gather")
+        for place, row in enumerate(order):
+            alone = KVCache(model, 1)
+            model(tokens[row:row + 1, :lengths[row]], cache=alone, route="gather")
+            want, _ = model(step[place:place + 1], cache=alone, route="gather")
+            torch.testing.assert_close(got[place], want[0], atol=1e-10, rtol=1e-10)
+        assert copy.lengths == lengths
+        model(step, cache=copy, route="gather")
+
+
+def test_cache_grows_without_copying_every_token():
+    model = build()
+    cache = KVCache(model, 1)
+    model(tokens_of(1, 4), cache=cache)
+    moves, at = 0, cache.layers[0].k.data_ptr()
+    for _ in range(60):
+        model(tokens_of(1, 1), cache=cache)
+        moves += cache.layers[0].k.data_ptr() != at
+        at = cache.layers[0].k.data_ptr()
+    assert moves <= 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate_equals_repeated_full_passes(case):
+    model = build("llama", *case)
+    prompts = [[1, 2, 3, 4, 5], [7], [9, 8, 7]]
+    got = generate(model, prompts, 12)
+    for prompt, new in zip(prompts, got):
+        text = list(prompt)
+        for token in new:
+            logits, _ = model(torch.tensor([text]), prompt_lengths=[len(prompt)], route="gather")
+            assert token == int(logits[0, -1].argmax())
+            text.append(token)
+        assert len(new) == 12
+
+
+def test_generate_stops_streams_and_samples():
+    model = build("llama", "attn_sequence")
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    plain = generate(model, prompts, 10)
+    stop = plain[1][3]
+    heard = [[], [], []]
+    stopped = generate(model, prompts, 10, stop_tokens=[stop], on_token=lambda row, token: heard[row].append(token))
+    for row in range(3):
+        cut = plain[row].index(stop) + 1 if stop in plain[row] else 10
+        assert stopped[row] == plain[row][:cut] == heard[row]
+    hot = dict(temperature=1.3, top_k=20, top_p=0.9)
+    together = generate(model, prompts, 10, seed=5, **hot)
+    assert together == generate(model, prompts, 10, seed=5, **hot) != generate(model, prompts, 10, seed=6, **hot)
+    assert together[0] == generate(model, prompts[:1], 10, seed=5, **hot)[0], "a row's draws must not depend on its neighbours"
+    assert generate(model, prompts, 10, temperature=1.0, top_k=1) == plain
+
+
+def test_interleaved_generations_do_not_disturb_each_other():
+    """Two caches on one model advance in turn; each goes on as if it were alone: no state lives on the modules."""
+    model = build("llama", "block_sequence")
+    streams = [tokens_of(1, 20, seed) for seed in (1, 2)]
+    alone = [model(stream, prompt_lengths=[5], route="gather")[0][0, 5:] for stream in streams]
+    caches = [KVCache(model, 1) for _ in streams]
+    for stream, cache in zip(streams, caches):
+        model(stream[:, :5], cache=cache, route="gather")
+    got = [[], []]
+    for at in range(5, 20):
+        for which, (stream, cache) in enumerate(zip(streams, caches)):
+            got[which].append(model(stream[:, at:at + 1], cache=cache, route="gather")[0][0, 0])
+    for which in range(2):
+        torch.testing.assert_close(torch.stack(got[which]), alone[which], atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    drawn = model_module.sample(logits, 1.0, None, None, uniform)
+    share = torch.bincount(drawn, minlength=4) / 4000
+    torch.testing.assert_close(share, torch.softmax(logits[0], 0), atol=1e-3, rtol=0)
+    assert set(model_module.sample(logits, 1.0, 2, None, uniform).tolist()) == {0, 1}
+    assert set(model_module.sample(logits, 1.0, None, 0.5, uniform).tolist()) == {0}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_reaches_the_routers_only_through_the_score(case):
+    """With the straight-through estimator, d loss / d w equals d loss / d gate times the slope of the sigmoid, summed over units."""
+    model = build("llama", *case, dtype=torch.float64)
+    for router in model.routers():
+        router.requires_grad_(True)
+        router.float()
+    tokens = tokens_of(2, 8)
+    h, gates, z = model.hidden(tokens, route="mask", return_scores=True)
+    gates.retain_grad()
+    loss = h.square().mean()
+    slope = torch.autograd.grad(loss, [gates, z, *[router.weight for router in model.routers()]], retain_graph=True, allow_unused=True)
+    assert all(g is not None and g.abs().sum() > 0 for g in slope[2:])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [f"layers.{i}.router.weight" for i in (1, 2, 3)]
+
+
+def test_trunk_can_be_computed_once():
+    model = build("llama", "attn_token", layers=(2, 3))
+    tokens = tokens_of(2, 8)
+    whole, gates = model(tokens, route="mask")
+    h, again = model.hidden(None, x=model.trunk(tokens), first_layer=2, route="mask")
+    assert torch.equal(model.head(h), whole) and torch.equal(gates, again)
+
+
+def test_pool_setting_decides_what_a_sequence_router_sees():
+    model = build("llama", "attn_sequence")
+    tokens = tokens_of(1, 10)
+    other = tokens.clone()
+    other[0, 6:] = (other[0, 6:] + 1) % BASE["vocab_size"]
+    score = lambda t: model.hidden(t, prompt_lengths=[6], route="mask", return_scores=True)[2]
+    torch.testing.assert_close(score(tokens), score(other))  # the answer cannot be seen
+    model.routing = dataclasses.replace(model.routing, pool="all")
+    assert not torch.allclose(score(tokens), score(other))
+
+
+def test_misuse_is_refused_with_a_reason():
+    model = build()
+    with pytest.raises(ValueError, match="needs routers"):
+        model(tokens_of(1, 3), route="gather")
+    with pytest.raises(ValueError, match="expected one of off, mask, gather"):
+        model(tokens_of(1, 3), route="skip")
+    with pytest.raises(ValueError, match="layers 0 to 3"):
+        model.add_routers(RouterConfig("attn_sequence", (4,)))
+    model = build("llama", "attn_sequence")
+    cache = KVCache(model, 1)
+    model(tokens_of(1, 3), cache=cache, route="gather")
+    with pytest.raises(ValueError, match="cannot continue"):
+        model(tokens_of(1, 3), cache=cache)
+    with pytest.raises(ValueError, match="cannot continue"):
+        model(tokens_of(1, 3), cache=KVCache(model, 1), route="mask")
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        generate(model, [[1], []], 4)
+    with pytest.raises(ValueError, match="leaves|less"):
+        generate(model, [[1] * 126], 4)
+
+
+def test_moving_dtype_keeps_routers_and_frequencies_exact():
+    model = build("llama", "attn_sequence")
+    weight, inverse = model.routers()[0].weight.clone(), model.rope.inverse.clone()
+    model.to(torch.bfloat16)
+    assert torch.equal(model.routers()[0].weight, weight) and torch.equal(model.rope.inverse, inverse)
+    assert model.layers[0].attention.wq.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_prefill_flops_match_torchs_counter(family):
+    """The formula's matrix multiplies equal what torch counts, less the causal half of the scores that torch's counter charges in full."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, width = build(family), 16
+    with FlopCounterMode(display=False) as counter:
+        h, _ = model.hidden(tokens_of(1, width))
+        model.head(h[:, -1])
+    counts = counter.get_flop_counts()["Global"]
+    multiplies = sum(count for op, count in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
+    pairs = 0.0
+    for layer in range(4):
+        window = min(model.config.window(layer) or width, width)
+        pairs += 4 * model.config.n_heads * model.config.head_dim * sum(min(i + 1, window) for i in range(width))
+    assert prefill_flops(model.config, width) == multiplies + pairs
