@@ -1,0 +1,1154 @@
+"""Score a model, dense or routed, on the paper's nine tasks and on held-out text, with lm-evaluation-harness's definitions.
+
+    python eval.py --model=DIR --tasks=arc_easy,mmlu --data=data/eval --limit=100 --out=dense.json
+    python eval.py --model=DIR --routers=FILE --budget=0.7 --tasks=arc_easy --perplexity=FILE.jsonl --against=dense.json --samples=F.jsonl
+    torchrun --nproc_per_node=8 eval.py ...         # the same batches shared out, hence the same numbers; --samples lets a killed run go on
+
+Data are read from the files that the publishers give out, under --data (python data/fetch.py gets them). Tasks: boolq rte openbookqa
+piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy, and any {question, choices, answer} file by --custom.
+Fast because a context is computed once for all its choices, a few-shot prefix once for all items that share it (where routes do not depend
+on what follows: dense, unit token), and logits only where they count. Few-shot numbers are those of arXiv 2410.13184, table 2.
+
+Legend: B rows, T tokens, D width, V vocabulary, R routed layers, n scored positions.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+import runtime
+from model import KVCache, Transformer, load_model
+from router import parse_layers
+from tokenizer import Tokenizer, encode_chat, load_tokenizer
+
+HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
+MIN_PREFIX = 16  # tokens that must be common to all items before computing them apart pays
+MIN_BATCH, MIN_BATCHES = 4096, 8  # small tasks are cut as well, to give every rank a batch, but not below this many tokens
+NEW_TOKENS = 256  # lm-eval's max_gen_toks for Hugging Face models
+STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-eval tasks/gsm8k/gsm8k.yaml
+STOP_TAIL = 16  # last tokens of an answer that are searched for a stop text
+STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # the same file
+IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")  # the same file: deleted before answers are compared
+
+MMLU = {
+    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics "
+            "computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology high_school_chemistry "
+            "high_school_computer_science high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law jurisprudence "
+                  "logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions",
+    "social_sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics "
+                       "high_school_psychology human_sexuality professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics miscellaneous "
+             "nutrition professional_accounting professional_medicine virology",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Tasks: where the rows lie, how a row becomes a prompt and its choices, what is counted
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question in words. `contexts` has one text per choice (all the same, but for partial scoring); a choice follows after one space."""
+
+    contexts: tuple[str, ...]
+    choices: tuple[str, ...]
+    gold: int
+
+    def solved(self) -> str:
+        """The example as one of the few shots."""
+        return f"{self.contexts[self.gold]} {self.choices[self.gold]}\n\n"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set, declared: files are tried in order, under --data; of several that fit a pattern the largest is taken."""
+
+    name: str
+    read: Callable[[dict | list], Example]  # one row of the published file; KeyError, TypeError, ValueError mean a bad row
+    files: tuple[str, ...]
+    pool: tuple[str, ...]  # where the few-shot examples come from
+    shots: int  # the paper's
+    metrics: tuple[str, ...]  # the paper's first
+    home: str  # where people get the data
+    description: str = ""  # stands before the shots
+    in_order: bool = False  # the shots are the first of the pool, whatever --fewshot_by says
+    spare: bool = False  # lm-eval draws one shot more and leaves out the item itself (its tasks without a test split)
+
+
+def ask(context: str, choices: Sequence[str], gold: int) -> Example:
+    return Example((context,) * len(choices), tuple(choices), gold)
+
+
+def pick(label, labels: Sequence) -> int:
+    """Place of a label among those allowed."""
+    if label not in labels:
+        raise ValueError(f"the label is {label!r}, expected one of {', '.join(map(str, labels))}")
+    return list(labels).index(label)
+
+
+def boolq(row: dict) -> Example:
+    passage = f"{row['title']} -- {row['passage']}" if "title" in row else row["passage"]  # SuperGLUE's file holds them joined so
+    label = str(row["answer"] if "answer" in row else row["label"]).lower()
+    return ask(f"{passage}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), pick(label, ("false", "true")))
+
+
+def rte(row: dict) -> Example:
+    first, second = (row["sentence1"], row["sentence2"]) if "sentence1" in row else (row["premise"], row["hypothesis"])
+    return ask(f"{first}\nQuestion: {second} True or False?\nAnswer:", ("True", "False"), pick(row["label"], ("entailment", "not_entailment")))
+
+
+def lettered(row: dict, form: str) -> Example:
+    """ARC and OpenBookQA: {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}; labels are letters or digits, 3 to 5 of them."""
+    choices = row["question"]["choices"]
+    return ask(form.format(row["question"]["stem"]), [c["text"] for c in choices], pick(row["answerKey"].strip(), [c["label"] for c in choices]))
+
+
+def piqa(row: dict) -> Example:
+    return ask(f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), pick(str(row["label"]), ("0", "1")))
+
+
+def winogrande(row: dict) -> Example:
+    """Partial scoring: each option goes into the context, and what follows the blank is scored (arXiv 1806.02847)."""
+    before, blank, after = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError("the sentence has no blank (_)")
+    return Example((before + row["option1"], before + row["option2"]), (after.strip(),) * 2, pick(row["answer"], ("1", "2")))
+
+
+def hellaswag(row: dict) -> Example:
+    def clean(text: str) -> str:  # WikiHow's marks
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return ask(context, [clean(ending) for ending in row["endings"]], pick(int(row["label"]), range(len(row["endings"]))))
+
+
+def mmlu(row: list) -> Example:
+    if len(row) != 6:
+        raise ValueError(f"the row has {len(row)} fields, expected six (question, four options, answer)")
+    question, *options, answer = row
+    lines = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options))
+    return ask(f"{question.strip()}\n{lines}Answer:", "ABCD", pick(answer, "A B C D".split()))
+
+
+def gsm8k(row: dict) -> Example:
+    return ask(f"Question: {row['question']}\nAnswer:", (row["answer"],), 0)
+
+
+def custom(row: dict) -> Example:
+    gold, choices = row["answer"], row["choices"]
+    if not isinstance(choices, list):
+        raise ValueError(f"choices is {choices!r}, expected a list of texts")
+    gold = pick(gold, range(len(choices))) if type(gold) is int else pick(gold, choices)
+    return ask(f"Question: {row['question']}\nAnswer:", choices, gold)
+
+
+def _arc(name: str, folder: str) -> Task:
+    return Task(name, lambda row: lettered(row, "Question: {}\nAnswer:"), (f"arc/{folder}/{folder}-Test.jsonl",), (f"arc/{folder}/{folder}-Train.jsonl",),
+                25 if folder == "ARC-Challenge" else 0, ("acc_norm", "acc"), "https://allenai.org/data/arc")
+
+
+def _mmlu(subject: str) -> Task:
+    return Task(f"mmlu_{subject}", mmlu, (f"mmlu/data/test/{subject}_test.csv", f"mmlu/data/val/{subject}_val.csv"), (f"mmlu/data/dev/{subject}_dev.csv",), 5,
+                ("acc",), "https://github.com/hendrycks/test", in_order=True,
+                description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n")
+
+
+TASKS = {task.name: task for task in (
+    Task("boolq", boolq, ("boolq/dev.jsonl", "boolq/superglue/val.jsonl"), ("boolq/train.jsonl", "boolq/train_first.jsonl", "boolq/superglue/train.jsonl"), 0,
+         ("acc",), "https://github.com/google-research-datasets/boolean-questions", spare=True),
+    Task("rte", rte, ("rte/glue/RTE/dev.tsv", "rte/superglue/val.jsonl"), ("rte/glue/RTE/train.tsv", "rte/superglue/train.jsonl"), 0,
+         ("acc",), "https://gluebenchmark.com/tasks", spare=True),
+    Task("openbookqa", lambda row: lettered(row, "{}"), ("openbookqa/Main/test.jsonl",), ("openbookqa/Main/train.jsonl",), 0,
+         ("acc_norm", "acc"), "https://allenai.org/data/open-book-qa"),
+    Task("piqa", piqa, ("piqa/valid.jsonl",), ("piqa/train.jsonl", "piqa/train_first.jsonl"), 0, ("acc_norm", "acc"), "https://yonatanbisk.com/piqa", spare=True),
+    Task("winogrande", winogrande, ("winogrande/dev.jsonl",), ("winogrande/train_*.jsonl",), 5, ("acc",), "https://winogrande.allenai.org", spare=True),
+    Task("gsm8k", gsm8k, ("gsm8k/test.jsonl",), ("gsm8k/train.jsonl",), 5, ("exact_match_strict", "exact_match_flexible"),
+         "https://github.com/openai/grade-school-math"),
+    Task("hellaswag", hellaswag, ("hellaswag/hellaswag_val.jsonl",), ("hellaswag/hellaswag_train.jsonl",), 10, ("acc_norm", "acc"),
+         "https://rowanzellers.com/hellaswag", spare=True),
+    _arc("arc_challenge", "ARC-Challenge"),
+    _arc("arc_easy", "ARC-Easy"),
+    *(_mmlu(subject) for subjects in MMLU.values() for subject in subjects.split()),
+)}
+GROUPS = {f"mmlu_{category}": [f"mmlu_{subject}" for subject in subjects.split()] for category, subjects in MMLU.items()}
+GROUPS["mmlu"] = [name for names in GROUPS.values() for name in names]
+
+
+def tasks_named(names: Sequence[str], files: Sequence[str] = ()) -> list[Task]:
+    """Tasks of the names, groups taken apart, and one per custom file. Raises ValueError for an unknown name, with the nearest one."""
+    known = [*TASKS, *GROUPS]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            short = [task for task in TASKS if not task.startswith("mmlu_")]
+            raise ValueError(f"--tasks names {name!r}, the nearest task is {near!r}; expected of {', '.join(short)}, mmlu, mmlu_{', mmlu_'.join(MMLU)}, mmlu_SUBJECT")
+    chosen = [TASKS[part] for name in names for part in GROUPS.get(name, [name])]
+    chosen += [Task(Path(f).stem, custom, (str(Path(f).resolve()),), (str(Path(f).resolve()),), 0, ("acc_norm", "acc"), "--custom", spare=True) for f in files]
+    unique = {task.name: task for task in chosen}
+    if clash := next((f for f in files if Path(f).stem in {*known, "perplexity"}), None):
+        raise ValueError(f"--custom={clash} would be the task {Path(clash).stem!r}, which exists already: rename the file")
+    return list(unique.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def find(data: Path, patterns: Sequence[str]) -> Path | None:
+    """First pattern that a file under `data` fits; of several files the largest."""
+    for pattern in patterns:
+        found = [Path(pattern)] if Path(pattern).is_absolute() else sorted(data.glob(pattern))
+        if found := [path for path in found if path.is_file()]:
+            return max(found, key=lambda path: path.stat().st_size)
+    return None
+
+
+def read_rows(path: Path) -> list[tuple[str, dict | list]]:
+    """Rows of a .jsonl, .tsv (tab split, no quoting: GLUE's texts hold lone quotes) or .csv file, each with its place in words."""
+    if path.suffix == ".jsonl":
+        rows = runtime.read_records(path)
+        labels = path.with_name(f"{path.stem}-labels.lst")
+        if labels.is_file():
+            values = labels.read_text(encoding="utf-8").split()
+            if len(values) != len(rows):
+                raise ValueError(f"{labels} holds {len(values)} labels for {len(rows)} rows of {path.name}; expected one each: fetch both files again")
+            rows = [(place, {"label": value, **row}) for (place, row), value in zip(rows, values)]
+        return rows
+    try:
+        with open(path, encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                reader = csv.reader(file, strict=True)
+                return [(f"{path}, line {reader.line_num}", row) for row in reader if row]
+            header, *lines = file.read().rstrip("\n").split("\n")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); expected the published one: fetch it again") from None
+    rows, names = [], header.split("\t")
+    for number, line in enumerate(lines, 2):
+        if len(values := line.split("\t")) != len(names):
+            raise ValueError(f"{path}, line {number} has {len(values)} fields, expected {len(names)} ({', '.join(names)}): mend or delete the line")
+        rows.append((f"{path}, line {number}", dict(zip(names, values))))
+    return rows
+
+
+def read_examples(path: Path, read: Callable) -> list[Example]:
+    """Every row of a file as an Example. Raises ValueError with file and line for a row that is not what was published."""
+    examples = []
+    for place, row in read_rows(path):
+        try:
+            example = read(row)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"there is no field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place}: {reason}; expected a row as in the published file: mend or delete it, or fetch the file again") from None
+        for text in (*example.contexts, *example.choices):
+            if not isinstance(text, str) or not text.strip():
+                what = "question" if text in example.contexts else "choice"
+                raise ValueError(f"{place}: a {what} is {text!r}; expected text: mend or delete the row")
+        if len(example.choices) < 2 and read is not gsm8k:
+            raise ValueError(f"{place}: the row has {len(example.choices)} choices; expected two or more: mend or delete it")
+        examples.append(example)
+    if not examples:
+        raise ValueError(f"{path} holds no row; expected at least one: fetch the file again")
+    return examples
+
+
+def locate(tasks: Sequence[Task], data: Path, shots: dict[str, int]) -> dict[str, tuple[Path, Path | None]]:
+    """File to score and file of the few-shot examples per task. Raises FileNotFoundError that lists all that is missing and where it is had."""
+    found, missing = {}, {}
+    for task in tasks:
+        wanted = [task.files, task.pool if shots[task.name] else None]
+        paths = [None if patterns is None else find(data, patterns) for patterns in wanted]
+        absent = [patterns[0] for patterns, path in zip(wanted, paths) if patterns and path is None]
+        if absent:
+            missing[task] = absent
+        found[task.name] = tuple(paths)
+    if missing:
+        lines = [f"  {task.name}: {', '.join(files)}  ({task.home})" for task, files in islice(missing.items(), 12)]
+        more = f"\n  and {len(missing) - 12} tasks more" if len(missing) > 12 else ""
+        get = f"python data/fetch.py --tasks={','.join(dict.fromkeys(task.name.split('_')[0] if task.name.startswith('mmlu') else task.name for task in missing))}"
+        raise FileNotFoundError(f"under {data} these files are missing:\n" + "\n".join(lines) + f"{more}\ncheck --data, or get them: {get}")
+    return found
+
+
+def draw_shots(task: Task, items: Sequence[Example], pool: Sequence[Example], n: int, *, by: str, seed: int) -> list[list[Example]]:
+    """n solved examples per item: `index` by a generator of seed and index, `first` in file order, `harness` as lm-eval draws them (seed 1234)."""
+    if n == 0:
+        return [[] for _ in items]
+    need = n if task.in_order or (by != "index" and not task.spare) else n + 1
+    if len(pool) < need:
+        raise ValueError(f"{task.name}: {n} few-shot examples need a pool of {need} and it holds {len(pool)}; lower --fewshot or fetch the whole file")
+    if by == "first" or task.in_order:
+        return [[shot for shot in pool[:n + 1] if shot != item][:n] for item in items]
+
+    def others(rng: random.Random, item: Example) -> list[Example]:
+        drawn = [shot for shot in rng.sample(pool, n + 1) if shot != item][:n]
+        return drawn if len(drawn) == n else rng.sample([shot for shot in pool if shot != item], n)  # the item stood in the pool twice
+
+    if by == "index":
+        return [others(random.Random(f"{seed}/{index}"), item) for index, item in enumerate(items)]
+    rng = random.Random(seed)  # lm-eval api/samplers.py: one generator runs through the task's items
+    return [others(rng, item) if task.spare else rng.sample(pool, n) for item in items]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# From words to tokens, and from items to batches
+
+
+@dataclass
+class Branch:
+    """Tokens that follow a context, and the places among them whose log-probabilities are summed."""
+
+    choice: int
+    tokens: array
+    scored: Sequence[int]
+
+
+@dataclass
+class Query:
+    """A context that is computed once, and what follows it. Without branches: a prompt to continue."""
+
+    context: array
+    branches: list[Branch]
+
+    @property
+    def rows(self) -> int:
+        return max(1, sum(len(branch.tokens) > 1 for branch in self.branches))
+
+    @property
+    def width(self) -> int:
+        return len(self.context) + (max(len(branch.tokens) for branch in self.branches) if self.branches else NEW_TOKENS)
+
+
+@dataclass
+class Item:
+    """One question in tokens: `sizes` are the choices' lengths in characters, `gold` the right choice or the right answer's text."""
+
+    task: str
+    index: int
+    queries: list[Query]
+    gold: int | str
+    sizes: list[int]
+    truncated: bool = False
+
+    @property
+    def rows(self) -> int:
+        return sum(query.rows for query in self.queries)
+
+    @property
+    def width(self) -> int:
+        return max(query.width for query in self.queries)
+
+
+@dataclass
+class Work:
+    """A task ready to run."""
+
+    task: Task
+    items: list[Item]
+    shots: int
+    source: str
+    sha: str  # of every context and choice in tokens: two runs with the same sha scored the same thing
+    seconds: float = 0.0
+
+
+def encode_pair(tok: Tokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of the choice after it, split as lm-eval does (api/model.py, _encode_pair): trailing spaces go to the choice,
+    and the choice is what the whole text has beyond as many tokens as the context alone. Special tokens in the text count as such, as there.
+    """
+    bare = context.rstrip()
+    ids = _encode(tok, bare)
+    return ids, tok.encode(bare + context[len(bare):] + choice, bos=tok.adds_bos, special=True)[len(ids):]
+
+
+@lru_cache(maxsize=4)  # the choices of one item share their context
+def _encode(tok: Tokenizer, text: str) -> list[int]:
+    return tok.encode(text, bos=tok.adds_bos, special=True)
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """Length of the longest prefix that all rows share: that of the least and the greatest row."""
+    low, high = min(rows), max(rows)
+    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+
+
+def queries_of(pairs: Sequence[tuple[list[int], list[int]]], limit: int, share: bool) -> tuple[list[Query], bool]:
+    """Queries of an item's (context, choice) pairs, and whether one was cut from the left to `limit` + 1 tokens, as lm-eval does.
+
+    Choices with the same context share it. Where contexts differ (partial scoring) and `share` allows it, their common beginning is the
+    context and the rest belongs to the branches, unscored.
+    """
+    cut = [context[max(0, len(context) + len(choice) - limit - 1):] for context, choice in pairs]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for choice, context in enumerate(cut):
+        groups.setdefault(tuple(context), []).append(choice)
+    common = common_prefix(list(groups)) if share else 0
+    if len(groups) > 1 and common:
+        groups = {tuple(cut[0][:common]): list(range(len(pairs)))}
+    queries = []
+    for context, choices in groups.items():
+        rest = {choice: cut[choice][len(context):] for choice in choices}
+        queries.append(Query(array("i", context), [Branch(c, array("i", rest[c] + pairs[c][1]), range(len(rest[c]), len(rest[c]) + len(pairs[c][1]))) for c in choices]))
+    return queries, any(len(short) < len(context) for short, (context, _) in zip(cut, pairs))
+
+
+def prepare_task(task: Task, paths: tuple[Path, Path | None], tok: Tokenizer, *, shots: int, by: str, seed: int, items: int | None, limit: int, share: bool) -> Work:
+    """Read a task and turn its first `items` items into tokens."""
+    start = time.perf_counter()
+    examples = read_examples(paths[0], task.read)[:items]
+    pool = read_examples(paths[1], task.read) if shots else []
+    work, digest = [], hashlib.sha256()
+    for index, (example, drawn) in enumerate(zip(examples, draw_shots(task, examples, pool, shots, by=by, seed=seed))):
+        before = task.description + "".join(shot.solved() for shot in drawn)
+        if task.read is gsm8k:
+            ids = tok.encode(before + example.contexts[0], bos=tok.adds_bos, special=True)
+            short = ids[max(0, len(ids) - (limit - NEW_TOKENS)):]
+            item = Item(task.name, index, [Query(array("i", short), [])], example.choices[0], [], len(short) < len(ids))
+            pairs = [(ids, [])]
+        else:
+            pairs = [encode_pair(tok, before + context, " " + choice) for context, choice in zip(example.contexts, example.choices)]
+            for choice, (_, ids) in enumerate(pairs):
+                if not 1 <= len(ids) <= limit:
+                    raise ValueError(f"{paths[0]}, item {index}: choice {choice} has {len(ids)} tokens after its context; expected 1 to {limit}, the context length")
+            queries, truncated = queries_of(pairs, limit, share)
+            sizes = [len(choice) for choice in example.choices]
+            item = Item(task.name, index, queries, example.gold, sizes, truncated)
+        digest.update(b"".join(array("i", [*context, -1, *choice, -2]).tobytes() for context, choice in pairs) + str(item.gold).encode())
+        work.append(item)
+    return Work(task, work, shots, str(paths[0]), digest.hexdigest()[:16], time.perf_counter() - start)
+
+
+def prepare_perplexity(path: Path, tok: Tokenizer, *, items: int | None, limit: int, split: str | None) -> Work:
+    """Answers of a messages file, to be scored after everything before the first of them."""
+    start, work, digest = time.perf_counter(), [], hashlib.sha256()
+    for place, row in runtime.read_records(path):
+        if split is not None and row.get("split") != split:
+            continue
+        if len(work) == items:
+            break
+        if "messages" not in row:
+            raise ValueError(f"{place}: there is no field 'messages'; expected {{\"messages\": [{{\"role\": ..., \"content\": ...}}, ...]}}: mend or delete the row")
+        try:
+            ids, mask = encode_chat(tok, row["messages"])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        first = mask.index(True)
+        if not 0 < first or len(ids) > limit:
+            raise ValueError(f"{place}: {len(ids)} tokens with {first} before the answer; expected at most {limit}, the context length, and at least one before: "
+                             "shorten the row")
+        branch = Branch(0, array("i", ids[first:]), [place - first for place, loss in enumerate(mask) if loss])
+        work.append(Item("perplexity", len(work), [Query(array("i", ids[:first]), [branch])], 0, [len(branch.scored)]))
+        digest.update(repr((ids, first)).encode())
+    if not work:
+        raise ValueError(f"{path} holds no row{f' whose split is {split!r}' if split else ''}; expected at least one: check --perplexity and --perplexity_split")
+    task = Task("perplexity", custom, (), (), 0, ("nll",), "")
+    return Work(task, work, 0, str(path), digest.hexdigest()[:16], time.perf_counter() - start)
+
+
+def plan(items: Sequence[Item], budget: int) -> list[list[Item]]:
+    """Batches of items of like width, each with rows x width <= budget (an item wider than that alone). Independent of ranks and of resuming."""
+    if items and items[0].queries[0].branches:  # generation gains from every row, so its batches stay whole
+        budget = min(budget, max(MIN_BATCH, sum(item.rows * item.width for item in items) // MIN_BATCHES))
+    batches: list[list[Item]] = []
+    rows = 0
+    for item in sorted(items, key=lambda item: (-item.width, item.index)):
+        if batches and (rows + item.rows) * batches[-1][0].width <= budget:
+            batches[-1].append(item)
+            rows += item.rows
+        else:
+            batches.append([item])
+            rows = item.rows
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is being scored, and how."""
+
+    model: Transformer
+    tok: Tokenizer
+    route: str = "off"
+    control: Callable[[tuple[str, int], int, int], torch.Tensor] | None = None  # forced gates of an item's tokens start .. stop - 1
+    max_batch_tokens: int = 16384
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
+
+    @property
+    def sequence(self) -> bool:
+        """One decision per sequence, made from its context."""
+        return self.route != "off" and self.model.routing.unit == "sequence"
+
+    @property
+    def shares(self) -> bool:
+        """What a token's computation is does not depend on what follows it, nor on the item: a prefix may serve several contexts."""
+        return self.route == "off" or (self.route == "gather" and not self.sequence and not getattr(self.control, "per_item", False))
+
+    @property
+    def caches(self) -> bool:
+        """A context may be computed apart from its choices: not by route mask, nor where the router averages over both (pool=all)."""
+        return self.route != "mask" and not (self.sequence and self.model.routing.pool == "all")
+
+
+@dataclass
+class Score:
+    """Outcome of one query: log-probability by choice or new tokens; units that executed per routed layer; bytes of keys and values."""
+
+    logprobs: dict[int, float]
+    executed: list[int]
+    units: int
+    kv_bytes: int
+    tokens: list[int] = field(default_factory=list)
+
+
+def pad(rows: Sequence[Sequence[int]], device) -> torch.Tensor:
+    """Rows of tokens -> (B,T), padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def tally(gates: torch.Tensor | None, batch: int) -> list[list[int]]:
+    """Units that executed, per row and routed layer: gates (R,B) or (R,B,T) -> B lists of R."""
+    return [[] for _ in range(batch)] if gates is None else (gates.sum(-1) if gates.dim() == 3 else gates).T.int().tolist()
+
+
+def add(a: list[int], b: list[int]) -> list[int]:
+    return [x + y for x, y in zip(a, b)]
+
+
+def log_probs(model: Transformer, h: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probabilities of the wanted tokens of each position, fp32, a few positions at a time. h (n,D)."""
+    values = []
+    for part, wanted in zip(h.split(HEAD_ROWS), pad(targets, h.device).split(HEAD_ROWS)):
+        logits = model.head(part)  # (n,D) -> (n,V)
+        values += (logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True)).tolist()
+    return values
+
+
+def forced(run: Run, owners: Sequence[tuple[str, int]], starts: Sequence[int], width: int) -> torch.Tensor | None:
+    """Gates of a control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`."""
+    return None if run.control is None else torch.stack([run.control(o, s, s + width) for o, s in zip(owners, starts)], 1).to(run.device)
+
+
+def cache_bytes(model: Transformer, routed: bool, length: int, executed: list[int]) -> int:
+    """Bytes of keys and values that `length` tokens leave: skipped (layer, token) pairs leave none, but for target mlp and kv=all."""
+    slots = length * model.config.n_layers
+    if routed and model.routing.target != "mlp" and model.routing.kv == "routed":
+        slots -= length * len(executed) - sum(executed) * (length if model.routing.unit == "sequence" else 1)
+    return 2 * slots * model.config.n_kv_heads * model.config.head_dim * model.tok_embeddings.weight.element_size()
+
+
+@dataclass
+class Prefix:
+    """A beginning that all contexts of a batch share, computed once. `executed` is empty without routers."""
+
+    length: int
+    cache: KVCache | None = None
+    executed: list[int] = field(default_factory=list)
+
+
+def prefill(run: Run, contexts: Sequence[array], owners: Sequence[tuple[str, int]], prefix: Prefix) -> tuple[KVCache, torch.Tensor, list[list[int]]]:
+    """Compute contexts (beyond the prefix). Returns the cache, the last token's state (B,D) and the tally per row.
+
+    A single context wider than the token budget goes in pieces, except where a sequence router must see it whole.
+    """
+    if prefix.cache is not None:
+        cache = prefix.cache.clone()
+        cache.select([0] * len(contexts))
+    else:
+        cache = KVCache(run.model, len(contexts))
+    rows = [context[prefix.length:] for context in contexts]
+    tokens, lengths = pad(rows, run.device), [len(row) for row in rows]
+    step = tokens.shape[1] if run.sequence or len(rows) > 1 else run.max_batch_tokens
+    executed = None
+    for a in range(0, tokens.shape[1], step):
+        piece = tokens[:, a:a + step]
+        gates = forced(run, owners, cache.lengths, piece.shape[1])
+        h, gates = run.model.hidden(piece, lengths=[min(n - a, step) for n in lengths], cache=cache, route=run.route, gates=gates)
+        counts = tally(gates, len(rows))
+        executed = counts if executed is None else [add(x, y) for x, y in zip(executed, counts)]
+    last = h[torch.arange(len(rows), device=run.device), torch.tensor(lengths, device=run.device) - 1 - a]  # (B,T,D) -> (B,D)
+    return cache, last, [add(prefix.executed, counts) if prefix.executed else counts for counts in executed]
+
+
+def score_cached(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str, int]], prefix: Prefix) -> list[Score]:
+    """Log-probabilities of all branches: contexts once, then the branches' tokens on copies of their rows of the cache."""
+    cache, last, executed = prefill(run, [query.context for query in queries], owners, prefix)
+    scores = []
+    for query, counts in zip(queries, executed):
+        length = len(query.context)
+        units = 0 if run.route == "off" else 1 if run.sequence else length
+        scores.append(Score({branch.choice: 0.0 for branch in query.branches}, counts, units, cache_bytes(run.model, run.route != "off", length, counts)))
+
+    first = {b: found for b, query in enumerate(queries) if (found := [branch for branch in query.branches if branch.scored[0] == 0])}
+    if first:  # the first token of a choice is predicted by the context's last
+        states = last[torch.tensor(list(first), device=run.device)]  # (B,D) -> (n,D)
+        for (b, found), values in zip(first.items(), log_probs(run.model, states, [[branch.tokens[0] for branch in found] for found in first.values()])):
+            for branch, value in zip(found, values):
+                scores[b].logprobs[branch.choice] += value
+
+    rest = sorted(((b, branch) for b, query in enumerate(queries) for branch in query.branches if len(branch.tokens) > 1), key=lambda pair: -len(pair[1].tokens))
+    if not rest:
+        return scores
+    width = max(cache.lengths) + len(rest[0][1].tokens)
+    size = max(1, run.max_batch_tokens // width) if len(queries) == 1 else len(rest)  # a batch of several queries was planned to fit
+    for a in range(0, len(rest), size):
+        group = rest[a:a + size]
+        branched = cache.clone() if a + size < len(rest) else cache
+        branched.select([b for b, _ in group])
+        tokens, lengths = pad([branch.tokens[:-1] for _, branch in group], run.device), [len(branch.tokens) - 1 for _, branch in group]
+        gates = None if run.sequence else forced(run, [owners[b] for b, _ in group], branched.lengths, tokens.shape[1])
+        h, gates = run.model.hidden(tokens, lengths=lengths, cache=branched, route=run.route, gates=gates)
+        places = [(row, place - 1) for row, (_, branch) in enumerate(group) for place in branch.scored if place]
+        row, column = torch.tensor(places, device=run.device).T
+        values = iter(log_probs(run.model, h[row, column], [[group[r][1].tokens[c + 1]] for r, c in places]))  # (B,T,D) -> (n,D)
+        counts = tally(None if run.sequence else gates, len(group))
+        for (b, branch), n, count in zip(group, lengths, counts):
+            scores[b].logprobs[branch.choice] += sum(value for value, in islice(values, sum(place > 0 for place in branch.scored)))
+            if count:
+                scores[b].executed, scores[b].units = add(scores[b].executed, count), scores[b].units + n
+    return scores
+
+
+def score_plain(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str, int]]) -> list[Score]:
+    """The same without a cache, each branch after a context of its own: for route mask and pool=all, and what score_cached must equal."""
+    scores = [Score({}, [], 0, 0) for _ in queries]
+    flat = [(b, branch) for b, query in enumerate(queries) for branch in query.branches]
+    size = max(1, run.max_batch_tokens // max(query.width for query in queries))
+    for a in range(0, len(flat), size):
+        group = flat[a:a + size]
+        rows = [queries[b].context + branch.tokens[:-1] for b, branch in group]
+        tokens, prompts = pad(rows, run.device), [len(queries[b].context) for b, _ in group]
+        gates = forced(run, [owners[b] for b, _ in group], [0] * len(group), tokens.shape[1])
+        h, gates = run.model.hidden(tokens, lengths=[len(row) for row in rows], prompt_lengths=prompts, route=run.route, gates=gates)
+        places = [(row, prompt + place - 1) for row, (prompt, (_, branch)) in enumerate(zip(prompts, group)) for place in branch.scored]
+        row, column = torch.tensor(places, device=run.device).T
+        wanted = [[branch.tokens[place]] for _, branch in group for place in branch.scored]
+        values = iter(log_probs(run.model, h[row, column], wanted))
+        for r, (b, branch) in enumerate(group):
+            score, prompt = scores[b], prompts[r]
+            score.logprobs[branch.choice] = sum(value for value, in islice(values, len(branch.scored)))
+            if gates is not None:
+                new = branch is queries[b].branches[0]  # the context's units count once, though they were computed for every choice
+                start = 0 if new or gates.dim() == 2 else prompt
+                count = tally(gates[:, r:r + 1] if gates.dim() == 2 else gates[:, r:r + 1, start:len(rows[r])], 1)[0]
+                if new or gates.dim() == 3 or run.model.routing.pool == "all":
+                    score.executed = add(score.executed, count) if score.executed else count
+                    score.units += 1 if gates.dim() == 2 else len(rows[r]) - start
+            if branch is queries[b].branches[0]:
+                counts = tally(None if gates is None else gates[:, r:r + 1] if gates.dim() == 2 else gates[:, r:r + 1, :prompt], 1)[0]
+                score.kv_bytes = cache_bytes(run.model, run.route != "off", prompt, counts)
+    return scores
+
+
+def generate_answers(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str, int]], prefix: Prefix) -> list[Score]:
+    """Greedy continuations up to a stop token or a stop text; a finished row leaves the batch."""
+    cache, last, executed = prefill(run, [query.context for query in queries], owners, prefix)
+    output: list[list[int]] = [[] for _ in queries]
+    alive = list(range(len(queries)))
+    while True:
+        chosen, going = run.model.head(last).argmax(-1), []
+        for place, (row, token) in enumerate(zip(alive, chosen.tolist())):  # the one host sync of a step
+            output[row].append(token)
+            tail = run.tok.decode(output[row][-STOP_TAIL:])
+            if token not in run.tok.stop_ids and len(output[row]) < NEW_TOKENS and not any(stop in tail for stop in STOPS):
+                going.append(place)
+        if not going:
+            break
+        if len(going) < len(alive):
+            cache.select(going)
+            alive, chosen = [alive[place] for place in going], chosen[torch.tensor(going, device=run.device)]
+        gates = None if run.sequence else forced(run, [owners[row] for row in alive], cache.lengths, 1)
+        h, gates = run.model.hidden(chosen[:, None], cache=cache, route=run.route, gates=gates)
+        last = h[:, -1]  # (B,1,D) -> (B,D)
+        if gates is not None and not run.sequence:
+            for row, count in zip(alive, tally(gates, len(alive))):
+                executed[row] = add(executed[row], count)
+    scores = []
+    for query, tokens, counts in zip(queries, output, executed):
+        length = len(query.context) + len(tokens) - 1
+        units = 0 if run.route == "off" else 1 if run.sequence else length
+        scores.append(Score({}, counts, units, cache_bytes(run.model, run.route != "off", length, counts), tokens))
+    return scores
+
+
+def score_batch(run: Run, batch: Sequence[Item], prefix: Prefix) -> list[dict]:
+    """Records of a batch's items, one sample line each."""
+    queries = [query for item in batch for query in item.queries]
+    owners = [(item.task, item.index) for item in batch for _ in item.queries]
+    width = max(query.width for query in queries)
+
+    def score(queries: Sequence[Query], owners: Sequence[tuple[str, int]]) -> list[Score]:
+        if not queries[0].branches:
+            return generate_answers(run, queries, owners, prefix)
+        return score_cached(run, queries, owners, prefix) if run.caches else score_plain(run, queries, owners)
+
+    if len(queries) > 1 and sum(query.rows for query in queries) * width > run.max_batch_tokens:  # a lone item of several wide contexts
+        scores = iter([score([query], [owner])[0] for query, owner in zip(queries, owners)])
+    else:
+        scores = iter(score(queries, owners))
+    return [record(run, item, [next(scores) for _ in item.queries]) for item in batch]
+
+
+def record(run: Run, item: Item, scores: Sequence[Score]) -> dict:
+    """Sample line of one item. The first five fields are what everybody reads; the rest is what the results are summed from."""
+    executed = scores[0].executed
+    for score in scores[1:]:
+        executed = add(executed, score.executed)
+    rest = {"executed": executed, "units": sum(score.units for score in scores), "kv_bytes": sum(score.kv_bytes for score in scores) // len(scores),
+            "truncated": item.truncated}
+    base = {"task": item.task, "index": item.index}
+    if not item.queries[0].branches:
+        text = cut_at_stop(run.tok.decode(scores[0].tokens, skip_special=True), (*STOPS, run.tok.decode([run.tok.eos_id]) if run.tok.eos_id is not None else ""))
+        strict, flexible = extract(text, STRICT, 0), extract(text, FLEXIBLE, -1)
+        hits = {"exact_match_strict": int(normal(strict) == normal(item.gold)), "exact_match_flexible": int(normal(flexible) == normal(item.gold))}
+        return {**base, "logprobs": [], "prediction": strict, "gold": normal(item.gold), "prediction_flexible": flexible, "text": text, **hits, **rest}
+    by_choice = {choice: value for score in scores for choice, value in score.logprobs.items()}
+    logprobs = [by_choice[choice] for choice in range(len(by_choice))]
+    if item.task == "perplexity":
+        return {**base, "logprobs": logprobs, "prediction": None, "gold": None, "tokens": item.sizes[0], **rest}
+    best, best_norm = _argmax(logprobs), _argmax([value / size for value, size in zip(logprobs, item.sizes)])
+    hits = {"acc": int(best == item.gold), "acc_norm": int(best_norm == item.gold)}
+    return {**base, "logprobs": logprobs, "prediction": best, "gold": item.gold, "prediction_norm": best_norm, **hits, **rest}
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)  # the first of equals, as numpy's
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def extract(text: str, pattern: re.Pattern, which: int) -> str:
+    """lm-eval's regex filter: one of the matches (of a tuple its first group that is not empty), or [invalid]."""
+    found = pattern.findall(text)
+    match = found[which] if found else "[invalid]"
+    return (match if isinstance(match, str) else next(group for group in match if group)).strip()
+
+
+def normal(answer: str) -> str:
+    """lm-eval's exact_match with the task's regexes_to_ignore and ignore_case."""
+    for pattern in IGNORED:
+        answer = re.sub(pattern, "", answer)
+    return answer.lower()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Controls: routes that no router chose, over the same routed layers
+
+
+def make_control(text: str, model: Transformer, budget: float | None) -> Callable | None:
+    """Forced gates from --control: none, static:LAYERS (these are dropped), random:SEED (at capacity --budget), mean:FILE.json (the routed
+    run's average routes: per task, as many layers as it executed on average, the most used ones)."""
+    kind, _, value = text.partition(":")
+    if kind == "none":
+        return None
+    layers = model.routing.layers
+
+    def constant(kept: Sequence[bool], start: int, stop: int) -> torch.Tensor:
+        gate = torch.tensor(kept, dtype=torch.float32)  # (R,)
+        return gate if model.routing.unit == "sequence" else gate[:, None].expand(-1, stop - start)  # (R,) -> (R,T)
+
+    if kind == "static":
+        named = parse_layers(value, model.config.n_layers)
+        if named[0] != "list" or not set(named[1]) <= set(layers):
+            raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(map(str, layers))}")
+        return lambda owner, start, stop: constant([layer not in named[1] for layer in layers], start, stop)
+    if kind == "random" and value.lstrip("-").isdigit():
+        if budget is None:
+            raise ValueError(f"--control={text} draws routes at the capacity --budget: give --budget=0..1")
+
+        def draw(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
+            seed = int.from_bytes(hashlib.sha256(f"{value}/{owner[0]}/{owner[1]}".encode()).digest()[:7])
+            generator = torch.Generator().manual_seed(seed)
+            if model.routing.unit == "token":
+                return (torch.rand(stop, len(layers), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
+            order = torch.randperm(len(layers), generator=generator)
+            count = int(budget * len(layers) + torch.rand((), generator=generator).item())  # budget on average, where it falls between two counts
+            return torch.zeros(len(layers)).index_fill(0, order[:count], 1.0)
+
+        draw.per_item = True
+        return draw
+    if kind == "mean":
+        results = runtime.read_json(value)["results"]
+        tables = {name: entry["capacity_per_layer"] for name, entry in results.items() if entry.get("capacity_per_layer")}
+        if any(len(table) != len(layers) for table in tables.values()):
+            raise ValueError(f"--control={text}: that run had {len(next(iter(tables.values())))} routed layers, this router file has {len(layers)}: use the same --routers")
+
+        def averaged(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
+            if owner[0] not in tables:
+                raise ValueError(f"--control={text}: that run has no routes for {owner[0]}; it has {', '.join(tables) or 'none'}: score the same tasks routed first")
+            table = tables[owner[0]]
+            best = sorted(range(len(layers)), key=lambda i: (-table[i], i))[:round(sum(table))]
+            return constant([i in best for i in range(len(layers))], start, stop)
+
+        averaged.per_item = False
+        return averaged
+    raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED or mean:FILE.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# From records to results
+
+
+def mean_stderr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error from the sample's deviation (n - 1), as lm-eval; None for a single value."""
+    n, mean = len(values), sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+
+
+def summarise(records: Sequence[dict], metrics: Sequence[str]) -> dict:
+    """Results of one task, or of a group taken together."""
+    n, units = len(records), sum(r["units"] for r in records)
+    layers = len(records[0]["executed"])
+    result: dict = {}
+    for metric in metrics:
+        if metric == "nll":
+            tokens, total = sum(r["tokens"] for r in records), -sum(r["logprobs"][0] for r in records)
+            result |= {"loss": total / tokens, "perplexity": math.exp(min(total / tokens, 700)), "tokens": tokens}
+        else:
+            result[metric], result[f"{metric}_stderr"] = mean_stderr([r[metric] for r in records])
+    if "exact_match_strict" in metrics:
+        result |= {"acc": result["exact_match_strict"], "acc_stderr": result["exact_match_strict_stderr"]}
+    result |= {"n": n, "capacity": 1.0, "kv_bytes": sum(r["kv_bytes"] for r in records) / n, "truncated": sum(r["truncated"] for r in records)}
+    if layers:
+        shares = [[r["executed"][i] / r["units"] for r in records] for i in range(layers)]
+        result["capacity"] = sum(sum(r["executed"]) for r in records) / (units * layers)
+        result["capacity_per_layer"] = [sum(r["executed"][i] for r in records) / units for i in range(layers)]
+        result["route_variance"] = sum(_variance(share) for share in shares) / layers  # between the items of the task
+    return result
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values)
+
+
+def summarise_group(names: Sequence[str], results: dict, records: dict[str, list[dict]]) -> dict:
+    """MMLU and its categories: acc over all items, standard error pooled over subjects as lm-eval, acc_subjects the plain mean of subjects."""
+    result = summarise([r for name in names for r in records[name]], ("acc",))
+    sizes, errors = [results[name]["n"] for name in names], [results[name]["acc_stderr"] for name in names]
+    if None not in errors:
+        pooled = sum((n - 1) * error**2 * n for n, error in zip(sizes, errors)) / (sum(sizes) - len(sizes))
+        result["acc_stderr"] = math.sqrt(pooled / sum(sizes))
+    return result | {"acc_subjects": sum(results[name]["acc"] for name in names) / len(names), "subjects": len(names),
+                     "shots": results[names[0]]["shots"], "seconds": sum(results[name]["seconds"] for name in names)}
+
+
+def compare(items: dict, other: dict, path: str) -> dict:
+    """This run minus another on the same items: difference, its standard error (paired) and how many items changed sides."""
+    paired = {}
+    for name in [name for name in items if name in other]:
+        if items[name]["sha"] != other[name]["sha"]:
+            raise ValueError(f"--against={path} scored other items or prompts of {name}; run both with the same --data, --limit, --fewshot, --fewshot_by and --seed")
+        for metric in [metric for metric in items[name] if metric not in ("sha", "tokens")]:
+            ours, theirs = items[name][metric], other[name][metric]
+            if metric == "nll":
+                tokens, change = items[name]["tokens"], [a - b for a, b in zip(ours, theirs)]
+                mean = sum(change) / sum(tokens)  # a ratio of sums: its error by linearisation
+                error = mean_stderr([(d - mean * t) * len(tokens) / sum(tokens) for d, t in zip(change, tokens)])[1]
+                paired.setdefault(name, {})["loss"] = {"difference": mean, "stderr": error, "n": len(tokens)}
+                continue
+            change = [int(a) - int(b) for a, b in zip(ours, theirs)]
+            mean, error = mean_stderr(change)
+            paired.setdefault(name, {})[metric] = {"difference": mean, "stderr": error, "gained": change.count(1), "lost": change.count(-1),
+                                                   "flips": sum(map(abs, change)), "n": len(change)}
+    if not paired:
+        raise ValueError(f"--against={path} has none of the tasks {', '.join(items)}; it has {', '.join(other)}: score the same tasks")
+    return paired
+
+
+def table(results: dict, metrics: dict[str, Sequence[str]], paired: dict) -> str:
+    """Markdown; the paper's metric is bold. Subjects of MMLU stand in --out only, where their group is shown."""
+    def number(value: float | None, form: str = "{:.4f}") -> str:
+        return "" if value is None else form.format(value)
+
+    grouped = {name for group, names in GROUPS.items() if group in results for name in names}
+    lines = ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    best = []
+    for name, r in results.items():
+        if name in grouped or name == "perplexity":
+            continue
+        first, cells = metrics[name][0], []
+        for metric in (("exact_match_strict", "exact_match_flexible") if name == "gsm8k" else ("acc", "acc_norm")):
+            value = number(r.get(metric))
+            cells += [f"**{value}**" if metric == first else value, number(r.get(f"{metric}_stderr"))]
+        if name not in GROUPS or name == "mmlu":
+            best.append(r[first])
+        lines.append(f"| {name} | {r['shots']} | {r['n']:,} | {' | '.join(cells)} | {r['capacity']:.3f} | {r['kv_bytes'] / 1e6:.2f} | {r['seconds']:.1f} |")
+    lines = lines if best else []
+    if len(best) > 1:
+        lines.append(f"| mean of the bold | | | {sum(best) / len(best):.4f} | | | | | | |")
+    if "gsm8k" in results:
+        lines.append("\ngsm8k: strict exact match under acc, flexible under acc_norm.")
+    if "perplexity" in results:
+        r = results["perplexity"]
+        lines.append(f"\nperplexity {r['perplexity']:.4f} | loss {r['loss']:.5f} | {r['tokens']:,} answer tokens of {r['n']:,} rows | capacity {r['capacity']:.3f} | "
+                     f"KV {r['kv_bytes'] / 1e6:.2f} MB/item | {r['seconds']:.1f} s")
+    for name, entry in paired.items():
+        for metric, c in entry.items():
+            flips = f", {c['flips']} flips (+{c['gained']} -{c['lost']})" if "flips" in c else ""
+            lines.append(f"\nagainst: {name} {metric} {c['difference']:+.5f} ± {number(c['stderr'], '{:.5f}') or 'n/a'}{flips}, n {c['n']:,}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+class Samples:
+    """The samples file: a line per item, appended as batches end, sorted at the end. Lines carry `run`, a hash of all that decides them."""
+
+    def __init__(self, path: str | None, rt: runtime.Runtime):
+        self.path, self.rt = Path(path) if path else None, rt
+
+    def resume(self, runs: dict[str, str]) -> dict[str, dict[int, dict]]:
+        """Records that a killed run left, by task and index; the master reads them for all ranks. A torn last line is dropped."""
+        outcome = [None]
+        if self.rt.is_master:
+            try:
+                outcome = [self._read(runs)]
+            except ValueError as error:
+                outcome = [str(error)]
+        if self.rt.world_size > 1:
+            dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], str):
+            raise ValueError(outcome[0])
+        return outcome[0]
+
+    def _read(self, runs: dict[str, str]) -> dict[str, dict[int, dict]]:
+        done: dict[str, dict[int, dict]] = {name: {} for name in runs}
+        if self.path is None or not self.path.exists():
+            return done
+        data = self.path.read_bytes()
+        whole = data[:data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                same = runs.get(record["task"]) == record["run"]
+                done.get(record["task"], {})[record["index"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{self.path}, line {number} is not a sample line; expected what an earlier run with --samples left: delete the file or name another") from None
+            if not same:
+                raise ValueError(f"{self.path}, line {number} ({record['task']}) comes from a run with another model, route, data, prompt, limit, dtype or batch size; "
+                                 "repeat that command to go on, or give another --samples")
+        if whole != data:
+            with open(self.path, "r+b") as file:
+                file.truncate(len(whole))
+        return done
+
+    def append(self, records: Sequence[dict]) -> None:
+        if self.path is not None and self.rt.is_master and records:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_lines(records))
+
+    def finish(self, records: Sequence[dict]) -> None:
+        if self.path is not None and self.rt.is_master:
+            runtime.write_atomic(self.path, lambda path: path.write_text(_lines(records), encoding="utf-8"))
+
+
+def _lines(records: Sequence[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+class Progress:
+    """One line on stderr: overwritten on a terminal, every 20 seconds elsewhere. Work is counted in tokens."""
+
+    def __init__(self, works: Sequence[Work], is_master: bool):
+        self.total, self.items, self.is_master = sum(_cost(item) for work in works for item in work.items), sum(len(work.items) for work in works), is_master
+        self.spent = self.seen = self.skipped = 0
+        self.start = self.last = time.perf_counter()
+
+    def step(self, name: str, items: Sequence[Item], resumed: bool = False) -> None:
+        self.spent, self.seen = self.spent + sum(map(_cost, items)), self.seen + len(items)
+        self.skipped += sum(map(_cost, items)) if resumed else 0
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        if not self.is_master or resumed or (not terminal and now - self.last < 20 and self.seen < self.items):
+            return
+        self.last, elapsed, fresh = now, now - self.start, self.spent - self.skipped
+        eta = elapsed / fresh * (self.total - self.spent)
+        print(f"{name} | {self.seen:,}/{self.items:,} items | {fresh / elapsed:,.0f} tok/s | eta {eta / 60:.1f}m", file=sys.stderr, flush=True,
+              end="\x1b[K\r" if terminal and self.seen < self.items else "\n")
+
+
+def _cost(item: Item) -> int:
+    return sum(len(query.context) + sum(len(branch.tokens) for branch in query.branches) for query in item.queries)
+
+
+def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, progress: Progress, rt: runtime.Runtime, stamp: str) -> list[dict]:
+    """Score what is not done yet; ranks take whole batches in turn, so that a record does not depend on how many there are."""
+    start = time.perf_counter()
+    whole, cut = [item for item in work.items if not item.truncated], [item for item in work.items if item.truncated]
+    length = 0
+    if run.shares and len(whole) > 1:
+        contexts = [query.context for item in whole for query in item.queries]
+        length = min(common_prefix(contexts), min(map(len, contexts)) - 1)
+        length = length if length >= MIN_PREFIX else 0
+    shared = Prefix(length)
+    batches = [(batch, shared) for batch in plan(whole, run.max_batch_tokens)] + [(batch, Prefix(0)) for batch in plan(cut, run.max_batch_tokens)]
+    todo = [(batch, prefix) for batch, prefix in batches if any(item.index not in done for item in batch)]
+    for batch, _ in batches:
+        if all(item.index in done for item in batch):
+            progress.step(work.task.name, batch, resumed=True)
+    for a in range(0, len(todo), rt.world_size):
+        batch, prefix = todo[a + rt.rank] if a + rt.rank < len(todo) else ([], Prefix(0))
+        if prefix.length and prefix.cache is None:
+            prefix.cache, _, executed = prefill(run, [whole[0].queries[0].context[:length]], [(work.task.name, 0)], Prefix(0))
+            prefix.executed = executed[0]
+        records = [record | {"run": stamp} for record in score_batch(run, batch, prefix)] if batch else []
+        if rt.world_size > 1:
+            everyone: list = [None] * rt.world_size
+            dist.all_gather_object(everyone, records)
+            records = [record for part in everyone for record in part]
+        samples.append([record for record in records if record["index"] not in done])
+        done |= {record["index"]: record for record in records}
+        progress.step(work.task.name, [item for batch, _ in todo[a:a + rt.world_size] for item in batch])
+    runtime.synchronize(run.device)
+    work.seconds += time.perf_counter() - start
+    return [done[item.index] for item in work.items]
+
+
+@dataclass
+class EvalConfig:
+    """Settings of eval.py."""
+
+    model: str = field(metadata={"help": "checkpoint folder"})
+    tasks: tuple[str, ...] = field(default=(), metadata={"help": "boolq rte openbookqa piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy"})
+    data: str = field(default="data/eval", metadata={"help": "folder of the data sets, as data/fetch.py fills it"})
+    custom: tuple[str, ...] = field(default=(), metadata={"help": "more tasks: .jsonl files of {question, choices, answer}, answer a 0-based number or the choice's text"})
+    perplexity: str | None = field(default=None, metadata={"help": "messages file whose answers are scored"})
+    perplexity_split: str | None = field(default=None, metadata={"help": "of that file only the rows with this `split`"})
+    routers: str | None = field(default=None, metadata={"help": "router file"})
+    route: Literal["auto", "off", "mask", "gather"] = field(default="auto", metadata={"help": "auto: gather with --routers, else off"})
+    budget: float | None = field(default=None, metadata={"help": "capacity from 0 to 1; none: the router file's own"})
+    control: str = field(default="none", metadata={"help": "forced routes over the routed layers: static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run"})
+    fewshot: int | None = field(default=None, metadata={"help": "examples before each item; none: the paper's number per task"})
+    fewshot_by: Literal["index", "first", "harness"] = field(default="index", metadata={"help": "index: drawn by seed and item; first: in file order; harness: lm-eval's draw"})
+    seed: int = field(default=1234, metadata={"help": "of the few-shot draw; 1234 is lm-eval's"})
+    limit: int | None = field(default=None, metadata={"help": "first N items of each task only"})
+    max_length: int | None = field(default=None, metadata={"help": "context length; longer items lose their beginning; none: the model's"})
+    max_batch_tokens: int = field(default=16384, metadata={"help": "tokens in a batch, and in its cache"})
+    samples: str | None = field(default=None, metadata={"help": "write a line per item here, and go on from it after a kill"})
+    out: str | None = field(default=None, metadata={"help": "write all results here as JSON"})
+    against: str | None = field(default=None, metadata={"help": "--out of another run on the same items, to compare with"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16"})
+
+
+def check(cfg: EvalConfig) -> None:
+    """Refuse settings that contradict each other before anything is loaded."""
+    if not cfg.tasks and not cfg.custom and cfg.perplexity is None:
+        raise ValueError("there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or --perplexity=FILE.jsonl")
+    if cfg.routers is None and (cfg.route in ("mask", "gather") or cfg.control != "none"):
+        raise ValueError(f"--route={cfg.route} --control={cfg.control} needs routed layers and there is no router file; give --routers=FILE")
+    if cfg.route == "off" and cfg.control != "none":
+        raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
+    for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1)):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < low:
+            raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
+
+
+def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
+    """Everything that --out holds."""
+    check(cfg)
+    tasks = tasks_named(cfg.tasks, cfg.custom)
+    shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
+    paths = locate(tasks, Path(cfg.data), shots)
+    other = runtime.read_json(cfg.against) if cfg.against else None
+    if other is not None and "items" not in other:
+        raise ValueError(f"--against={cfg.against} has no field 'items'; expected a file that eval.py wrote with --out")
+    random_control = cfg.control.startswith("random:")
+    model = load_model(cfg.model, routers=cfg.routers, budget=None if random_control else cfg.budget, device=rt.device, dtype=rt.dtype)
+    tok = load_tokenizer(cfg.model)
+    route = cfg.route if cfg.route != "auto" else "gather" if cfg.routers else "off"
+    run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget), cfg.max_batch_tokens)
+    limit = cfg.max_length or model.config.max_seq_len
+    if limit > model.config.max_seq_len:
+        raise ValueError(f"--max_length is {limit}; this model's context is {model.config.max_seq_len}")
+    if limit <= NEW_TOKENS and "gsm8k" in shots:
+        raise ValueError(f"gsm8k generates {NEW_TOKENS} tokens and the context length is {limit}; give a larger --max_length")
+    if route == "mask" and "gsm8k" in shots:
+        raise ValueError("gsm8k generates, and route mask keeps no cache to generate with; use --route=gather")
+    if (val := [name for name, (path, _) in paths.items() if path.parent.name == "val"]) and rt.is_master:
+        print(f"note: {len(val)} MMLU subjects have no test file under {cfg.data}; their val files are scored, which no published number is about", file=sys.stderr)
+
+    works = [prepare_task(task, paths[task.name], tok, shots=shots[task.name], by=cfg.fewshot_by, seed=cfg.seed, items=cfg.limit, limit=limit, share=run.shares)
+             for task in tasks]
+    if cfg.perplexity:
+        works.append(prepare_perplexity(Path(cfg.perplexity), tok, items=cfg.limit, limit=limit, split=cfg.perplexity_split))
+    if cfg.control.startswith("mean:"):
+        for work in works:
+            run.control((work.task.name, 0), 0, 1)  # a missing task shows now, not after hours
+    router_sha = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
+    decides = [model.fingerprint, router_sha, route, cfg.budget, cfg.control, str(rt.dtype), rt.device.type, cfg.max_batch_tokens, limit]
+    stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
+    samples, progress = Samples(cfg.samples, rt), Progress(works, rt.is_master)
+    done = samples.resume(stamps)
+    resumed = {name: len(records) for name, records in done.items()}
+    records = {}
+    with torch.inference_mode():
+        for work in works:
+            records[work.task.name] = run_work(run, work, done[work.task.name], samples, progress, rt, stamps[work.task.name])
+    samples.finish([record for part in records.values() for record in part])
+
+    results, items = {}, {}
+    for work in works:
+        name, mine = work.task.name, records[work.task.name]
+        results[name] = summarise(mine, work.task.metrics) | {"shots": work.shots, "seconds": work.seconds, "file": work.source, "resumed": resumed[name]}
+        items[name] = {"sha": work.sha}
+        for metric in work.task.metrics:
+            items[name][metric] = [-r["logprobs"][0] for r in mine] if metric == "nll" else "".join(str(r[metric]) for r in mine)
+        if name == "perplexity":
+            items[name]["tokens"] = [r["tokens"] for r in mine]
+    for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
+        results[group] = summarise_group(GROUPS[group], results, records)
+    routes = [r["capacity_per_layer"] for r in results.values() if "capacity_per_layer" in r and r["n"]]
+    report = {"model": cfg.model, "fingerprint": model.fingerprint, "route": route, "results": results, "items": items, "settings": asdict(cfg),
+              "torch": torch.__version__, "device": runtime.device_name(rt.device), "dtype": str(rt.dtype).removeprefix("torch."),
+              "peak_memory_bytes": runtime.peak_memory_bytes(rt.device)}
+    if len(routes) > 1:
+        report["route_variance_between_tasks"] = sum(_variance(layer) for layer in zip(*routes)) / len(routes[0])
+    if other is not None:
+        report["against"] = {"file": cfg.against, **compare(items, other["items"], cfg.against)}
+    return report
+
+
+def main() -> None:
+    cfg = runtime.cli(EvalConfig)
+    rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
+    report = evaluate(cfg, rt)
+    if rt.is_master:
+        if cfg.out:
+            runtime.write_json(cfg.out, report)
+        metrics = {name: task.metrics for name, task in TASKS.items()} | {group: ("acc",) for group in GROUPS} | {Path(f).stem: ("acc_norm", "acc") for f in cfg.custom}
+        print(table(report["results"], metrics, {k: v for k, v in report.get("against", {}).items() if k != "file"}))
+    runtime.cleanup()
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
