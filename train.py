@@ -1,0 +1,951 @@
+"""Router-Tuning: train the routers of a frozen model, and nothing else.
+
+    python train.py                                        # demo: fetches a small model, tunes it, prints what came out
+    python train.py --model=checkpoints/llama3 --data=sft.jsonl --granularity=attn_sequence --layers=auto:16 --budget=0.5 --out=out/llama3
+    torchrun --nproc_per_node=8 train.py ...               # the same global batches, the same result up to rounding
+
+Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same command goes on where
+the last checkpoint stands and ends in the same router file, bit for bit.
+recipe=default: price every layer by its Fisher cost, start at the best static choice, tune by self-distillation, hold the budget with a
+running quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
+
+Legend: B batch rows, T tokens, D width, V vocabulary, R routed layers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch.nn.parallel import DistributedDataParallel
+
+import runtime
+from model import KVCache, ModelConfig, Transformer, load_config, load_model
+from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, read_router_file, save_routers,
+                    set_thresholds, thresholds_for)
+from tokenizer import encode_chat, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent
+DEMO_MODEL = os.path.relpath(ROOT / "checkpoints" / "smollm2-135m-instruct")
+DEMO_DATA = os.path.relpath(ROOT / "data" / "demo" / "instructions.jsonl")
+
+# What a setting left at `none` means under each recipe.
+RECIPES = {
+    "default": {"layers": "auto:16", "objective": "distill", "lr": 0.02, "lambda_": 0.0, "noise": 0.5},
+    "paper": {"layers": "deep:16", "objective": "ce", "lr": 2e-4, "lambda_": 0.1, "noise": 0.0},
+}
+FREE = ("out", "save_every", "overwrite")  # settings that may differ between a run and its continuation, and do not change the result
+
+EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
+LOGITS_AT_ONCE = 2**25  # logits held at a time, 128 MiB in fp32: the head and its loss run over blocks of rows
+LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
+COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
+CUT_MEMORY = 0.8  # share of the running cut that a step keeps
+BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
+SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of a run; `none` leaves the choice to the recipe."""
+
+    model: str = field(default=DEMO_MODEL, metadata={"help": "checkpoint folder written by convert_hf.py"})
+    data: tuple[str, ...] = field(default=(DEMO_DATA,), metadata={"help": ".jsonl or .json files: messages, alpaca, prompt/response, query/response, conversations, text"})
+    out: str = field(default="out/demo", metadata={"help": "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors"})
+    recipe: Literal["default", "paper"] = field(default="default", metadata={"help": "default: measured prior, distillation, quantile cut; paper: zero routers, penalty"})
+    granularity: str = field(default="attn_sequence", metadata={"help": "what a gate turns off, and for what: " + ", ".join(GRANULARITIES)})
+    layers: str | None = field(default=None, metadata={"help": "routed layers: auto:N (N cheapest), deep:N (paper), all, or numbers like 3,5,8-12"})
+    budget: float = field(default=0.5, metadata={"help": "share of routed (layer, unit) pairs that execute, between 0 and 1"})
+    objective: Literal["ce", "distill"] | None = field(default=None, metadata={"help": "ce: cross-entropy of the answers; distill: KL to the same model, dense"})
+    pool: Literal["prompt", "all"] = field(default="prompt", metadata={"help": "what a sequence router averages over; all: also the answer, as the paper does"})
+    kv: Literal["routed", "all"] | None = field(default=None, metadata={"help": "keys and values of skipped tokens; none: all for attn_token, routed else"})
+    max_samples: int | None = field(default=None, metadata={"help": "training examples to use; none: all"})
+    max_length: int | None = field(default=None, metadata={"help": "longest example in tokens; none: the model's context"})
+    truncate: bool = field(default=False, metadata={"help": "cut longer examples instead of refusing them"})
+    heldout: float | str = field(default=0.1, metadata={"help": "held-out share, or file; a file with \"split\" fields decides itself"})
+    heldout_samples: int = field(default=200, metadata={"help": "most held-out examples that are scored"})
+    chat: Literal["plain", "chatml", "llama3", "mistral"] | None = field(default=None, metadata={"help": "chat form; none: the model's own"})
+    batch_size: int = field(default=16, metadata={"help": "examples per step, over all ranks"})
+    micro_batch: int = field(default=4, metadata={"help": "examples per forward pass and rank; does not change the result"})
+    epochs: float = field(default=1.0, metadata={"help": "passes over the training examples"})
+    steps: int | None = field(default=None, metadata={"help": "optimizer steps; none: from epochs"})
+    lr: float | None = field(default=None, metadata={"help": "learning rate; default recipe: greatest change of a logit per step"})
+    lambda_: float | None = field(default=None, metadata={"help": "weight of the capacity penalty ReLU(capacity - budget)"})
+    noise: float | None = field(default=None, metadata={"help": "scale of the logistic noise on logits, annealed to zero"})
+    warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising learning rate"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
+    clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
+    cost_samples: int = field(default=48, metadata={"help": "training examples on which costs are measured"})
+    select_samples: int = field(default=48, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
+    evaluations: int = field(default=5, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
+    save_every: int = field(default=5, metadata={"help": "steps between checkpoints"})
+    overwrite: bool = field(default=False, metadata={"help": "begin anew in an --out that holds another run"})
+    import_official: str | None = field(default=None, metadata={"help": "router file of the official code: calibrate and write it as ours, without tuning"})
+    seed: int = field(default=1337, metadata={"help": "seed of data order, label samples and noise"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
+    dtype: str = field(default="auto", metadata={"help": "of the frozen model: auto, float32, bfloat16, float16; routers and losses are float32"})
+    compile: bool | None = field(default=None, metadata={"help": "torch.compile each block; none: on CUDA only"})
+
+    def __post_init__(self):
+        if not 0.0 < self.budget < 1.0:
+            raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. --budget=0.5, and the router file "
+                             "then serves every budget from 0 to 1")
+        RouterConfig(self.granularity, pool=self.pool)  # raises for an unknown granularity
+        for name in ("batch_size", "micro_batch", "cost_samples", "select_samples", "heldout_samples", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more: change --{name}")
+        if isinstance(self.heldout, float) and not 0.0 < self.heldout < 1.0:
+            raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: change --heldout")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.kv is None:
+            self.kv = "all" if self.granularity == "attn_token" else "routed"
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Example:
+    """One whole document. `prompt`: tokens before the first loss-carrying one; `targets`: positions whose token is predicted."""
+
+    tokens: list[int]
+    prompt: int
+    targets: list[int]
+
+
+@dataclass
+class Batch:
+    """Right-padded rows. `at` (n,) picks, from (B*T), the positions that predict `labels` (n,)."""
+
+    tokens: torch.Tensor
+    lengths: list[int]
+    prompts: list[int]
+    at: torch.Tensor
+    labels: torch.Tensor
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def to_messages(record: dict, place: str) -> list[dict] | str:
+    """A record of any known form as chat messages, or a plain text. Raises ValueError naming the place and what is missing."""
+    if "messages" in record or "conversations" in record:
+        turns = record.get("messages", record.get("conversations"))
+        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"{place}: messages is not a list of turns; expected [{{\"role\": ..., \"content\": ...}}, ...]: mend the line")
+        messages = [{"role": ROLES.get(str(turn.get("role", turn.get("from")))), "content": turn.get("content", turn.get("value"))} for turn in turns]
+        for turn, message in zip(turns, messages):
+            if message["role"] is None or not isinstance(message["content"], str):
+                raise ValueError(f"{place}: a turn has role {turn.get('role', turn.get('from'))!r} and content of type {type(message['content']).__name__}; "
+                                 f"expected a role of {', '.join(ROLES)} and a text: mend the line")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError(f"{place}: no turn of the assistant, so there is nothing to predict: add the answer or delete the line")
+        return messages
+    for ask, answer in (("instruction", "output"), ("prompt", "response"), ("query", "response")):
+        if isinstance(record.get(ask), str) and isinstance(record.get(answer), str):
+            more = record.get("input") if ask == "instruction" else None
+            return [{"role": "user", "content": record[ask] + (f"\n\n{more}" if more else "")}, {"role": "assistant", "content": record[answer]}]
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    raise ValueError(f"{place} has the keys {sorted(record)}; expected messages, conversations, instruction + output, prompt + response, "
+                     "query + response, or text: convert the line")
+
+
+def encode(record: dict, place: str, tok, *, chat: str | None, limit: int, truncate: bool) -> Example | None:
+    """Tokens, prompt length and targets of one record; None when truncation leaves nothing to predict. Raises ValueError naming the place."""
+    content = to_messages(record, place)
+    if isinstance(content, str):  # text without a prompt: its first half is what the router may see, its second half is predicted
+        ids = tok.encode(content, bos=tok.adds_bos)
+        targets = list(range(max(1, len(ids) // 2), len(ids)))
+    else:
+        try:
+            ids, mask = encode_chat(tok, content, form=chat)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        targets = [i for i, carries in enumerate(mask) if carries and i > 0]
+    if not targets:
+        raise ValueError(f"{place}: no loss-carrying token among {len(ids)}; expected an answer that is not empty: mend or delete the line")
+    if len(ids) > limit:
+        if not truncate:
+            raise ValueError(f"{place}: {len(ids):,} tokens, expected at most {limit:,}: raise --max_length (up to the model's context), cut examples "
+                             "with --truncate, or delete the line")
+        ids, targets = ids[:limit], [i for i in targets if i < limit]
+        if not targets:
+            return None
+    return Example(ids, targets[0], targets)
+
+
+def load_data(cfg: TrainConfig, tok, context: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """Training, selection and held-out examples. Held-out ones come from a file, from "split" fields, or from a seeded draw; the
+    selection set is taken out of the training examples. Every record is checked; only those in use are encoded."""
+    limit = min(cfg.max_length or context, context)
+    if (cfg.max_length or 0) > context:
+        raise ValueError(f"max_length is {cfg.max_length:,}, expected at most the model's context of {context:,} tokens: lower --max_length")
+    records = [pair for path in cfg.data for pair in runtime.read_records(path)]
+    for place, record in records:
+        to_messages(record, place)
+    shuffled = [records[i] for i in permutation(len(records), cfg.seed, "split")]
+    if isinstance(cfg.heldout, str):
+        train, held = shuffled, runtime.read_records(cfg.heldout)
+    elif any("split" in record for _, record in records):
+        train, held = ([p for p in shuffled if (p[1].get("split") == "heldout") == side] for side in (False, True))
+    else:
+        n_held = max(1, round(cfg.heldout * len(records)))
+        train, held = shuffled[n_held:], shuffled[:n_held]
+    train, held = train[:cfg.max_samples], held[:cfg.heldout_samples]
+    if len(train) < 2 or not held:
+        raise ValueError(f"{len(train)} training and {len(held)} held-out examples, expected at least 2 and 1: add data or change --heldout, --max_samples")
+    n_select = min(cfg.select_samples, max(1, len(train) // 4))
+    sets = [[encode(record, place, tok, chat=cfg.chat, limit=limit, truncate=cfg.truncate) for place, record in part]
+            for part in (train[n_select:], train[:n_select], held)]
+    dropped = sum(example is None for part in sets for example in part)
+    cut = sum(example is not None and len(example.tokens) == limit for part in sets for example in part)
+    train, select, held = ([example for example in part if example is not None] for part in sets)
+    if not (train and select and held):
+        raise ValueError(f"--max_length={limit} leaves no answer in the training, selection or held-out examples: raise it")
+    tokens = sum(len(example.tokens) for example in train)
+    runtime.print0(f"data: {len(train)} examples to tune on ({tokens:,} tokens), {len(select)} to select and calibrate, {len(held)} held out; "
+                   f"{cut} at the limit of {limit:,} tokens, {dropped} dropped because no answer was left")
+    return train, select, held
+
+
+def generator(*key) -> torch.Generator:
+    """A random generator that depends on the key alone: no state to save, the same on every rank."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def permutation(n: int, *key) -> list[int]:
+    return torch.randperm(n, generator=generator(*key)).tolist()
+
+
+def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Examples of one step, over all ranks: a stream of seeded permutations, so a pure function of its arguments."""
+    epochs = {}
+    rows = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch = place // n
+        if epoch not in epochs:
+            epochs[epoch] = permutation(n, seed, "epoch", epoch)
+        rows.append(epochs[epoch][place % n])
+    return rows
+
+
+def collate(examples: list[Example], device: torch.device, multiple: int = 1) -> Batch:
+    """Pad on the right to the longest example, rounded up to `multiple` (few shapes for a compiled model)."""
+    width = -(-max(len(e.tokens) for e in examples) // multiple) * multiple
+    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in examples])  # (B, T)
+    at = torch.tensor([row * width + i - 1 for row, e in enumerate(examples) for i in e.targets])
+    labels = torch.tensor([e.tokens[i] for e in examples for i in e.targets])
+    return Batch(tokens.to(device), [len(e.tokens) for e in examples], [e.prompt for e in examples], at.to(device), labels.to(device))
+
+
+def by_length(examples: list[Example], rows: int) -> list[list[Example]]:
+    """Groups of at most `rows` examples of similar length: little padding. The same on every rank."""
+    order = sorted(examples, key=lambda e: -len(e.tokens))
+    return [order[i:i + rows] for i in range(0, len(order), rows)]
+
+
+# ------------------------------------------------------------------------------------------------- loss, budget, schedule
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """Loss of each token (n,), fp32: cross-entropy with labels (n,), or KL(teacher || model) of logits (n,V) where a teacher's are given."""
+    if teacher is None:
+        return F.cross_entropy(logits, labels, reduction="none")
+    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
+
+
+def head_loss(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None, *,
+              scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss of final states h (n,D) and, with a `scale`, the gradient of scale * loss with respect to h.
+
+    Runs over blocks of rows, so that no more than LOGITS_AT_ONCE logits exist at a time, and none outlives its block.
+    """
+    block = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    total, gradients = h.new_zeros((), dtype=torch.float32), []
+    for a in range(0, len(h), block):
+        part = h[a:a + block].detach().requires_grad_(scale is not None)
+        teacher = None if teacher_h is None else model.head(teacher_h[a:a + block]).detach()
+        with torch.set_grad_enabled(scale is not None):
+            loss = token_losses(model.head(part), labels[a:a + block], teacher).sum()
+        total += loss.detach()
+        if scale is not None:
+            gradients.append(torch.autograd.grad(loss * scale, part)[0])
+    return total, torch.cat(gradients) if gradients else None
+
+
+def quantile_cut(z: torch.Tensor, budget: float) -> float:
+    """The cut that lets a share `budget` of the logits z (any shape) through (z >= cut), midway between its neighbours."""
+    ordered = z.flatten().double().sort(descending=True).values
+    k = round(budget * len(ordered))
+    if k == 0 or k == len(ordered):
+        return math.inf if k == 0 else -math.inf
+    return ((ordered[k - 1] + ordered[k]) / 2).item()
+
+
+def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return lr * (step + 1) / rising
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def logistic_noise(shape: tuple[int, ...], scale: float, *key) -> torch.Tensor:
+    """Logistic noise of the given scale: sigmoid(z / scale) is then the chance that z + noise >= 0."""
+    u = torch.rand(shape, generator=generator(*key)).clamp(1e-6, 1 - 1e-6)
+    return scale * (u.log() - (-u).log1p())
+
+
+def ridge(features: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
+    """Weights w (D,) that minimise |features w - target|^2 + strength * mean |feature|^2 * |w|^2, in the dual. features (N,D), target (N,)."""
+    features = features.double()
+    kernel = features @ features.T  # (N, N)
+    kernel.diagonal().add_(strength * kernel.diagonal().mean())
+    return (features.T @ torch.linalg.solve(kernel, target.double())).float()
+
+
+# ------------------------------------------------------------------------------------------------ passes over a data set
+
+
+def states(model: Transformer, batch: Batch, **kwargs):
+    """Final states (n,D) at the positions that predict, gates and logits of one batch. Everything else is left to Transformer.hidden."""
+    h, gates, z = model.hidden(batch.tokens, lengths=batch.lengths, prompt_lengths=batch.prompts, return_scores=True, **kwargs)
+    return h.flatten(0, 1)[batch.at], gates, z  # (B,T,D) -> (B*T,D) -> (n,D)
+
+
+def mine(groups: list, rt: runtime.Runtime) -> list[tuple[int, list]]:
+    """This rank's share of the groups, numbered. Groups never depend on the number of ranks, only who works on them does."""
+    return list(enumerate(groups))[rt.rank::rt.world_size]
+
+
+def sum_over_ranks(values: torch.Tensor, rt: runtime.Runtime) -> torch.Tensor:
+    if rt.world_size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def collect(parts: list, rt: runtime.Runtime) -> list:
+    """Numbered parts of all ranks, in order of their numbers."""
+    if rt.world_size > 1:
+        everyone = [None] * rt.world_size
+        dist.all_gather_object(everyone, parts)
+        parts = [part for rank_parts in everyone for part in rank_parts]
+    return [part for _, part in sorted(parts, key=lambda numbered: numbered[0])]
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, closed: tuple[int, ...] | None = None,
+             teacher: dict[int, torch.Tensor] | None = None) -> dict:
+    """Mean loss per loss-carrying token, and realised capacity in all and by routed layer.
+
+    closed: positions of routed layers that are off for everyone, instead of the routers (a static control). teacher: dense final states by
+    group, as `dense_states` gives them: the loss is then the KL to the dense model.
+    """
+    n_routed = 0 if model.routing is None or route == "off" else len(model.routing.layers)
+    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, open units by layer
+    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
+        batch = collate(group, rt.device)
+        gates = None
+        if closed is not None:
+            gates = torch.ones(n_routed, *(batch.tokens.shape if model.routing.unit == "token" else batch.tokens.shape[:1]), device=rt.device)
+            gates[list(closed)] = 0.0
+        h, gates, _ = states(model, batch, route=route, gates=gates)
+        sums[0] += head_loss(model, h, batch.labels, None if teacher is None else teacher[number])[0]
+        sums[1] += len(batch.labels)
+        if n_routed:
+            sums[2] += n_units(model.routing, batch.lengths)
+            sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
+    loss, tokens, units, *opened = sum_over_ranks(sums, rt).tolist()
+    return {"loss": loss / tokens, "tokens": int(tokens), "capacity": sum(opened) / (units * n_routed) if n_routed else 1.0,
+            "capacity_per_layer": [n / units for n in opened]}
+
+
+def n_units(routing: RouterConfig, lengths: list[int]) -> int:
+    """What one layer decides about: sequences, or their real tokens."""
+    return len(lengths) if routing.unit == "sequence" else sum(lengths)
+
+
+@torch.no_grad()
+def dense_states(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict[int, torch.Tensor]:
+    """Final states (n,D) of the dense model, by group of `evaluate`, for this rank's groups."""
+    groups = mine(by_length(examples, EVAL_BATCH), rt)
+    return {number: states(model, collate(group, rt.device), route="off")[0] for number, group in groups}
+
+
+def real_logits(z: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Logits (R,B) or (R,B,T) of real units as (R,N) on the CPU. A first token's is +inf, since it always executes."""
+    if z.dim() == 3:
+        z = torch.cat([F.pad(z[:, row, 1:length], (1, 0), value=math.inf) for row, length in enumerate(lengths)], dim=1)  # (R,B,T) -> (R,N)
+    return z.detach().cpu()
+
+
+@torch.no_grad()
+def route_logits(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> torch.Tensor:
+    """Logits (R,N) of every unit under the current cuts. A sequence decides on its prompt, so only that is run."""
+    if model.routing.unit == "sequence" and model.routing.pool == "prompt":
+        examples = [Example(e.tokens[:e.prompt], e.prompt, []) for e in examples]
+    parts = []
+    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.tokens) for e in group], batch_first=True).to(rt.device)
+        lengths = [len(e.tokens) for e in group]
+        z = model.hidden(tokens, lengths=lengths, route="gather", return_scores=True)[2]
+        parts.append((number, real_logits(z, lengths)))
+    return torch.cat(collect(parts, rt), dim=1)
+
+
+def set_cut(model: Transformer, cut: float) -> None:
+    """One cut, in logits, for all routers."""
+    for router in model.routers():
+        router.cut.fill_(cut)
+
+
+def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, budget: float, rounds: int = 2) -> float:
+    """Set and return the global cut that realises `budget`. Routes change what deeper routers see, hence more than one round."""
+    for _ in range(rounds):
+        cut = quantile_cut(route_logits(model, examples, rt), budget)
+        set_cut(model, cut)
+    return cut
+
+
+def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
+    """Table of cuts for every budget in BUDGETS: one pass per 0.05 of budget, each under the route of its own budget."""
+    set_cut(model, -math.inf)
+    z, cuts, cut = route_logits(model, examples, rt), {}, -math.inf
+    for tenth in range(19, 0, -1):
+        budget = tenth / 20
+        set_cut(model, quantile_cut(z, budget))
+        z = route_logits(model, examples, rt)
+        for entry in (b for b in reversed(BUDGETS) if budget - 0.025 <= b < budget + 0.025 and b not in (0.0, 1.0)):
+            cut = max(cut, quantile_cut(z, entry))  # a smaller budget never has a lower cut
+            cuts[entry] = cut
+    cuts = {1.0: -math.inf, **cuts, 0.0: math.inf}
+    budgets = sorted(cuts)
+    n_layers = len(model.routing.layers)
+    return {"budgets": budgets, "thresholds": [[as_threshold(cuts[budget])] * n_layers for budget in budgets]}
+
+
+def as_threshold(cut: float) -> float:
+    """A cut in logits as a threshold in score units."""
+    return 1.0 / (1.0 + math.exp(-cut)) if abs(cut) < 700 else float(cut > 0)
+
+
+# --------------------------------------------------------------------------------------------------------- measured prior
+
+
+def draw_labels(model: Transformer, h: torch.Tensor, *key) -> torch.Tensor:
+    """One label (n,) per final state (n,D), drawn from the model's own distribution."""
+    u = torch.rand(len(h), 1, generator=generator(*key)).to(h.device)
+    block = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    drawn = []
+    for a in range(0, len(h), block):
+        rising = model.head(h[a:a + block].detach()).softmax(-1).cumsum(-1)  # (n', V)
+        drawn.append(torch.searchsorted(rising, u[a:a + block] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
+    return torch.cat(drawn)
+
+
+def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runtime, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fisher cost (R,N) of skipping each unit, in nats summed over what it predicts, and the router inputs (R,N,D) beside it.
+
+    With labels drawn from the model itself and every gate at 1, E[(d loss / d gate)^2] / 2 is the second-order KL between the model with
+    and without that unit. Unit token: a seeded sample of at most COST_TOKENS tokens; first tokens, which always execute, are left out.
+    """
+    share = -(-COST_TOKENS // len(examples))
+    parts = []
+    for number, group in mine(by_length(examples, 4), rt):
+        batch, inputs = collate(group, rt.device), []
+        hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float())) for router in model.routers()]
+        shape = batch.tokens.shape if model.routing.unit == "token" else batch.tokens.shape[:1]
+        gates = torch.ones(len(hooks), *shape, device=rt.device, requires_grad=True)
+        h = states(model, batch, route="mask", gates=gates)[0]
+        for hook in hooks:
+            hook.remove()
+        costs = torch.zeros_like(gates)
+        for sample in range(LABEL_SAMPLES):
+            labels = draw_labels(model, h, seed, "labels", number, sample)
+            gradient = head_loss(model, h, labels, scale=1.0)[1]
+            costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
+        costs, inputs = costs.detach().cpu(), torch.stack(inputs).cpu()
+        if model.routing.unit == "token":
+            picks = [[1 + i for i in permutation(length - 1, seed, "tokens", number, row)[:share]] for row, length in enumerate(batch.lengths)]
+            rows = [row for row, columns in enumerate(picks) for _ in columns]
+            columns = [column for columns in picks for column in columns]
+            costs, inputs = costs[:, rows, columns], inputs[:, rows, columns]  # (R,B,T) -> (R,N), (R,B,T,D) -> (R,N,D)
+        parts.append((number, (costs, inputs)))
+    parts = collect(parts, rt)
+    return torch.cat([costs for costs, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
+
+
+def prior_weights(costs: torch.Tensor, inputs: torch.Tensor, unit: str, budget: float) -> torch.Tensor:
+    """Routers (R,D) in closed form from costs (R,N) and inputs (R,N,D): the logit is the log of the cost, shifted so that cut 0 meets the budget.
+
+    Unit sequence: each layer's mean cost, the best static choice; unit token: a ridge regression of each token's own cost.
+    """
+    mean = costs.mean(dim=1, keepdim=True)  # (R, 1)
+    if unit == "sequence":
+        target, strength = mean.log().expand_as(costs), 1e-3
+    else:  # a cost estimated from few labels is often near zero by chance: a tenth of the layer's mean keeps its log in bounds
+        target, strength = (costs + 0.1 * mean).log(), 1e-1
+    weights = torch.stack([ridge(x, y, strength) for x, y in zip(inputs, target)])  # (R, D)
+    cut = quantile_cut(torch.einsum("rnd,rd->rn", inputs, weights), budget)
+    return weights - cut * torch.stack([ridge(x, torch.ones(len(x)), 1e-3) for x in inputs])  # a direction that gives every input the logit 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- tuning
+
+
+class Student(nn.Module):
+    """What DistributedDataParallel wraps: one routed pass that computes everything and multiplies by the gates."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor | None):
+        return states(self.model, batch, route="mask", noise=noise, x=x, first_layer=self.model.routing.layers[0])
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps beside tensors. Order of data and noise are functions of (seed, step), so there is no generator state."""
+
+    step: int = 0
+    cut: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of the whole run so far
+    step_seconds: float = 0.0  # of its optimizer steps
+    layers: list[int] = field(default_factory=list)
+    layer_costs: list[float] | None = None  # mean Fisher cost by routed layer
+    lr_scale: list[float] = field(default_factory=list)
+
+
+class Tuner:
+    """Model, data, optimizer and state of one run."""
+
+    def __init__(self, cfg: TrainConfig, rt: runtime.Runtime, model: Transformer, train: list[Example], select: list[Example]):
+        self.cfg, self.rt, self.model, self.train, self.select = cfg, rt, model, train, select
+        self.steps = cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+        self.state, self.begun = State(), time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------------- beginnings
+
+    def begin(self) -> None:
+        """Choose the routed layers and the routers' first weights; measure costs where the recipe or --layers=auto needs them."""
+        cfg, model, state = self.cfg, self.model, self.state
+        if cfg.import_official:
+            weights = read_router_file(cfg.import_official, official=True)[0]
+            self.route(list(weights))
+            load_router_weights(cfg.import_official, model, weights, model.routing)
+            self.ready([1.0] * len(weights))
+            return
+        kind, chosen = parse_layers(cfg.layers, model.config.n_layers)
+        layers = list(range(model.config.n_layers)) if kind == "auto" else list(deep_layers(chosen, model.config.n_layers) if kind == "deep" else chosen)
+        self.route(layers)
+        scale = [1.0] * len(layers)
+        if kind == "auto" or cfg.recipe == "default":
+            costs, inputs = measure_costs(model, self.train[:cfg.cost_samples], self.rt, cfg.seed)
+            mean = costs.mean(dim=1)  # (R,)
+            runtime.print0("cost of skipping, in nats: " + ", ".join(f"{layer}: {cost:.3g}" for layer, cost in zip(layers, mean.tolist())))
+            if kind == "auto":
+                kept = sorted(mean.argsort()[:chosen].tolist())
+                costs, inputs, mean, layers = costs[kept], inputs[kept], mean[kept], [layers[i] for i in kept]
+                self.route(layers)
+            state.layer_costs = mean.tolist()
+            scale = [1.0] * len(layers)
+            if cfg.recipe == "default":
+                scale = (1.0 / inputs.abs().sum(-1).mean(1)).tolist()  # one Adam step of rate lr then moves a logit by at most about lr
+                for router, weight in zip(model.routers(), prior_weights(costs, inputs, model.routing.unit, cfg.budget)):
+                    router.weight.data.copy_(weight[None])
+        self.ready(scale)
+        if cfg.recipe == "default":
+            state.cut = settle(model, self.select, self.rt, cfg.budget)
+
+    def route(self, layers: list[int]) -> None:
+        """Give exactly these layers a fresh router."""
+        cfg = self.cfg
+        self.model.add_routers(RouterConfig(cfg.granularity, tuple(layers), cfg.pool, cfg.kv))
+        freeze_all_but_routers(self.model)
+        self.state.layers = list(layers)
+
+    def ready(self, lr_scale: list[float]) -> None:
+        """Build what stands on the routers: optimizer, distributed wrapper, compiled blocks."""
+        self.state.lr_scale = lr_scale
+        self.weights = [router.weight for router in self.model.routers()]
+        self.best = self.stacked()
+        self.optimizer = torch.optim.AdamW([{"params": [w], "scale": s} for w, s in zip(self.weights, lr_scale)], weight_decay=self.cfg.weight_decay)
+        for w in self.weights:  # as AdamW makes them at its first step; a resumed run overwrites them
+            self.optimizer.state[w] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+        self.student = Student(self.model)
+        if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
+            self.student = DistributedDataParallel(self.student, broadcast_buffers=False, init_sync=False)
+        if self.compiled():
+            for block in self.model.layers:
+                block.compile(fullgraph=True)
+
+    def compiled(self) -> bool:
+        return self.rt.device.type == "cuda" if self.cfg.compile is None else self.cfg.compile
+
+    def stacked(self) -> torch.Tensor:
+        return torch.cat([w.detach() for w in self.weights]).clone()  # R x (1,D) -> (R,D)
+
+    def put(self, weights: torch.Tensor) -> None:
+        for w, values in zip(self.weights, weights):
+            w.data.copy_(values[None])
+
+    # -------------------------------------------------------------------------------------------------------- one step
+
+    def step(self) -> dict:
+        """One optimizer step on one global batch. Its result depends neither on the number of ranks nor on micro_batch, but for rounding."""
+        cfg, rt, model, state = self.cfg, self.rt, self.model, self.state
+        whole = sorted((self.train[i] for i in global_batch(len(self.train), cfg.batch_size, cfg.seed, state.step)), key=lambda e: -len(e.tokens))
+        places = list(range(len(whole)))[rt.rank::rt.world_size]
+        micros = [places[i:i + cfg.micro_batch] for i in range(0, len(places), cfg.micro_batch)]
+        n_targets = sum(len(e.targets) for e in whole)
+        units = len(self.weights) * n_units(model.routing, [len(e.tokens) for e in whole])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(state.step, self.steps, cfg.lr, cfg.warmup) * group["scale"]
+
+        # The penalty's gradient is lambda * d capacity where the capacity of the whole global batch exceeds the budget, else nothing. One
+        # forward pass knows that capacity before its backward pass; several need a pass of their own that only counts.
+        over = self.capacity(whole, micros, units) > cfg.budget if cfg.lambda_ and len(micros) > 1 else None
+        loss, opened, logits = torch.zeros((), device=rt.device), torch.zeros((), device=rt.device), []
+        for micro in micros:
+            last = micro is micros[-1]
+            with contextlib.nullcontext() if last or rt.world_size == 1 else self.student.no_sync():
+                batch = collate([whole[i] for i in micro], rt.device, 64 if self.compiled() else 1)
+                x = model.trunk(batch.tokens)
+                h, gates, z = self.student(batch, x, self.noise(batch, micro))
+                teacher = None
+                if cfg.objective == "distill":
+                    with torch.no_grad():
+                        teacher = states(model, batch, route="off", x=x, first_layer=model.routing.layers[0])[0]
+                # gradients are averaged over ranks by the wrapper, hence the factor world_size on what is a sum
+                part, gradient = head_loss(model, h, batch.labels, teacher, scale=rt.world_size / n_targets)
+                roots, gradients = [h], [gradient]
+                if cfg.lambda_:
+                    if over is None:
+                        over = sum_over_ranks(gates.detach().sum(), rt).item() / units > cfg.budget
+                    roots.append(gates)
+                    gradients.append(torch.full_like(gates, cfg.lambda_ * over * rt.world_size / units))
+                torch.autograd.backward(roots, gradients)
+            loss += part
+            opened += gates.detach().sum()
+            logits.append((micro[0], real_logits(z, batch.lengths)))
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip)
+        loss, opened = sum_over_ranks(torch.stack([loss, opened]), rt).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm.item()):
+            raise ValueError(f"step {state.step}: loss {loss}, gradient norm {norm.item()}; expected finite numbers: lower --lr, or use --dtype=float32")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if cfg.recipe == "default":
+            cut = quantile_cut(torch.cat(collect(logits, rt), dim=1), cfg.budget)
+            state.cut = CUT_MEMORY * state.cut + (1 - CUT_MEMORY) * cut if math.isfinite(cut) else state.cut
+            set_cut(model, state.cut)
+        state.step += 1
+        state.tokens += sum(len(e.tokens) for e in whole)
+        return {"loss": loss / n_targets, "capacity": opened / units, "lr": lr_at(state.step - 1, self.steps, cfg.lr, cfg.warmup), "grad_norm": norm.item(),
+                "tokens": sum(len(e.tokens) for e in whole)}
+
+    @torch.no_grad()
+    def capacity(self, whole: list[Example], micros: list[list[int]], units: int) -> float:
+        """Capacity of the whole global batch, over all accumulation steps and ranks, before any gradient."""
+        opened = torch.zeros((), device=self.rt.device)
+        for micro in micros:
+            batch = collate([whole[i] for i in micro], self.rt.device, 64 if self.compiled() else 1)
+            opened += states(self.model, batch, route="mask", noise=self.noise(batch, micro))[1].sum()
+        return sum_over_ranks(opened, self.rt).item() / units
+
+    def noise(self, batch: Batch, places: list[int]) -> torch.Tensor | None:
+        """Exploration noise (R,B) or (R,B,T) on the logits; a row's noise depends on seed, step and its place in the global batch alone."""
+        scale = self.cfg.noise * (1 - self.state.step / self.steps)
+        if scale == 0.0:
+            return None
+        token, n = self.model.routing.unit == "token", len(self.weights)
+        noise = torch.zeros(n, *(batch.tokens.shape if token else batch.tokens.shape[:1]))
+        for row, (place, length) in enumerate(zip(places, batch.lengths)):
+            key = (self.cfg.seed, "noise", self.state.step, place)
+            if token:
+                noise[:, row, :length] = logistic_noise((length, n), scale, *key).T
+            else:
+                noise[:, row] = logistic_noise((n,), scale, *key)
+        return noise.to(self.rt.device)
+
+    # ------------------------------------------------------------------------------------------- selection and checkpoint
+
+    def try_out(self) -> float:
+        """Loss on the selection set at exactly the budget; keeps the weights if they are the best so far."""
+        if not hasattr(self, "teacher"):
+            self.teacher = dense_states(self.model, self.select, self.rt) if self.cfg.objective == "distill" else None
+        settle(self.model, self.select, self.rt, self.cfg.budget)
+        loss = evaluate(self.model, self.select, self.rt, route="gather", teacher=self.teacher)["loss"]
+        set_cut(self.model, self.state.cut)
+        if loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_step, self.best = loss, self.state.step, self.stacked()
+        return loss
+
+    def identity(self) -> dict:
+        """What a continuation must agree on: settings, base model and data."""
+        settings = {k: v for k, v in asdict(self.cfg).items() if k not in FREE}
+        digest = hashlib.sha256(json.dumps([[e.tokens, e.targets] for e in self.train + self.select]).encode()).hexdigest()[:16]
+        return json.loads(json.dumps({**settings, "base fingerprint": self.model.fingerprint, "data digest": digest}))
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint atomically: routers, best routers, AdamW's moments, and State as JSON."""
+        moments = [self.optimizer.state[w] for w in self.weights]
+        tensors = {"weights": self.stacked(), "best": self.best, "step": torch.stack([m["step"] for m in moments]),
+                   **{name: torch.cat([m[name] for m in moments]) for name in ("exp_avg", "exp_avg_sq")}}
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                    metadata={"state": json.dumps(asdict(self.state)), "identity": json.dumps(self.identity())})
+        runtime.write_atomic(path, lambda p: p.write_bytes(data))
+
+    def restore(self, path: Path) -> None:
+        """Take up a checkpoint; refused, naming every setting that differs, when it belongs to another run."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                saved = {key: json.loads(file.metadata()[key]) for key in ("state", "identity")}
+                tensors = {name: file.get_tensor(name).to(self.rt.device) for name in file.keys()}
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with --overwrite") from None
+        refuse_other(path.parent, saved["identity"], self.identity())
+        self.state = State(**saved["state"])
+        self.begun = time.perf_counter() - self.state.seconds
+        self.route(self.state.layers)
+        self.ready(self.state.lr_scale)
+        self.put(tensors["weights"])
+        self.best = tensors["best"]
+        for i, w in enumerate(self.weights):
+            self.optimizer.state[w] = {"step": tensors["step"][i].cpu(), **{name: tensors[name][i][None].clone() for name in ("exp_avg", "exp_avg_sq")}}
+        set_cut(self.model, self.state.cut)
+
+
+def refuse_other(out: Path, saved: dict, now: dict) -> None:
+    """Raise ValueError naming every setting in which a run differs from the one that lies in its folder."""
+    differing = [f"{name} ({saved.get(name)!r} there, {now.get(name)!r} now)" for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    if differing:
+        raise ValueError(f"{out} holds a run with other settings: {', '.join(differing)}; expected the same ones to go on: give another --out, "
+                         "or --overwrite to begin anew")
+
+
+def tune(tuner: Tuner, out: Path) -> None:
+    """All steps that are left, each with a line in OUT/log.jsonl, and checkpoints between them."""
+    cfg, rt, state = tuner.cfg, tuner.rt, tuner.state
+    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
+    tries = {round(tuner.steps * i / cfg.evaluations) for i in range(cfg.evaluations + 1)} if cfg.recipe == "default" and cfg.evaluations else set()
+    if rt.is_master:  # lines after the checkpoint were written by a run that was killed; those steps are done again
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state.step] if log.exists() else []
+        runtime.write_atomic(log, lambda p: p.write_text("".join(line + "\n" for line in lines)))
+    if state.step == 0 and 0 in tries and state.best_loss == math.inf:
+        runtime.print0(f"before tuning: selection loss {tuner.try_out():.4f}")
+    if state.step == 0 and rt.is_master:
+        tuner.save(checkpoint)
+    loop_started, first_step = time.perf_counter(), state.step
+    while state.step < tuner.steps:
+        started = time.perf_counter()
+        row = tuner.step()
+        seconds = time.perf_counter() - started
+        state.step_seconds += seconds
+        tried = tuner.try_out() if state.step in tries else None
+        state.seconds = time.perf_counter() - tuner.begun
+        rate = row.pop("tokens") / seconds
+        left = (time.perf_counter() - loop_started) / (state.step - first_step) * (tuner.steps - state.step)
+        row = {"step": state.step, **row, "budget": cfg.budget, "cut": state.cut, "select_loss": tried, "milliseconds": seconds * 1e3, "tokens_per_second": rate}
+        runtime.print0(f"iter {state.step}/{tuner.steps} | loss {row['loss']:.4f} | kept {row['capacity']:.3f} (budget {cfg.budget:.3f}) | lr {row['lr']:.1e} | "
+                       f"gnorm {row['grad_norm']:.2e} | {seconds * 1e3:,.0f} ms | {rate:,.0f} tok/s | eta {left / 60:.1f}m"
+                       + (f" | selection loss {tried:.4f}{' (best)' if state.best_step == state.step else ''}" if tried is not None else ""))
+        if rt.is_master:
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if state.step % cfg.save_every == 0 or state.step == tuner.steps:
+                tuner.save(checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------------------------- summary
+
+
+def prefill_flops(config: ModelConfig, routing: RouterConfig, gates: torch.Tensor | None, length: int) -> float:
+    """FLOPs of one prompt of `length` tokens up to its first new token's logits. gates (R,1) or (R,1,T), or None for dense.
+
+    A multiply-add counts 2; a query counts the keys before it and itself; norms, rotations and routers are left out.
+    """
+    queries_out = 2 * 2 * config.dim * config.n_heads * config.head_dim  # wq and wo, per token
+    keys_values = 2 * 2 * config.dim * config.n_kv_heads * config.head_dim  # per token
+    mlp = 2 * 3 * config.dim * config.hidden_dim  # per token
+    pair = 2 * 2 * config.n_heads * config.head_dim  # one query with one key: score and weighted value
+    total = 2.0 * config.dim * config.vocab_size
+    for layer in range(config.n_layers):
+        opened = torch.ones(length)
+        if gates is not None and layer in routing.layers:
+            opened = gates[routing.layers.index(layer), 0].cpu().expand(length)  # () or (T,) -> (T,)
+        at = torch.arange(1, length + 1)
+        share_attn = opened if routing.target != "mlp" else torch.ones(length)
+        share_mlp = opened if routing.target != "attn" else torch.ones(length)
+        every_key = routing.kv == "all"
+        seen = at if every_key else share_attn.cumsum(0)
+        total += (share_attn.sum() * queries_out + (length if every_key else share_attn.sum()) * keys_values
+                  + (share_attn * seen).sum() * pair + share_mlp.sum() * mlp).item()
+    return total
+
+
+@torch.no_grad()
+def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
+    """Measured and possible speed-up of one prompt, `gather` against `off`, timed in turn; the ceiling is the ratio of FLOPs for the route taken."""
+    stream = [token for example in examples for token in example.tokens]
+    length = min(SPEED_CONTEXT, model.config.max_seq_len)
+    tokens = torch.tensor([(stream * (length // len(stream) + 1))[:length]], device=rt.device)  # (1, T)
+    seconds = {"off": [], "gather": []}
+    for trial in range(6):
+        for route, times in seconds.items():
+            runtime.synchronize(rt.device)
+            started = time.perf_counter()
+            h, gates = model.hidden(tokens, route=route, cache=KVCache(model, 1, length))
+            model.head(h[:, -1:])
+            runtime.synchronize(rt.device)
+            if trial:  # the first one warms up
+                times.append(time.perf_counter() - started)
+    ceiling = prefill_flops(model.config, model.routing, None, length) / prefill_flops(model.config, model.routing, gates, length)
+    return {"prefill_speedup": statistics.median(seconds["off"]) / statistics.median(seconds["gather"]), "prefill_ceiling": ceiling,
+            "prefill_context": length, "prefill_capacity": gates.mean().item()}
+
+
+def static_control(model: Transformer, examples: list[Example], rt: runtime.Runtime, order: list[int], capacity: float) -> float:
+    """Held-out loss with the same layers off for everyone, cheapest (first in `order`) first, at the given capacity.
+
+    A number of layers that is not whole is interpolated between its neighbours.
+    """
+    n_closed = (1 - capacity) * len(order)
+    low = math.floor(n_closed + 1e-6)
+    losses = [evaluate(model, examples, rt, route="gather", closed=tuple(order[:n]))["loss"] for n in range(low, low + 1 + (n_closed - low > 1e-6))]
+    return losses[0] + (n_closed - low) * (losses[-1] - losses[0])
+
+
+def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
+    """Calibrate, write the router file, measure on held-out examples, write the summary and return it."""
+    cfg, rt, model, state = tuner.cfg, tuner.rt, tuner.model, tuner.state
+    if cfg.recipe == "default" and state.best_loss < math.inf:
+        tuner.put(tuner.best)
+    table = calibrate(model, tuner.select, rt)
+    n_routed = len(model.routing.layers)
+    thresholds = [0.5] * n_routed if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
+    set_thresholds(model, thresholds)
+    path = out / "routers.safetensors"
+    if rt.is_master:
+        settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
+        save_routers(path, model, model.routing, fingerprint=model.fingerprint, thresholds=thresholds, calibration=table, recipe=cfg.recipe,
+                     step=state.best_step if cfg.recipe == "default" else state.step, config=settings)
+    dense = evaluate(model, held, rt, route="off")
+    routed = evaluate(model, held, rt, route="gather")
+    keys = state.layer_costs or routed["capacity_per_layer"]
+    order = sorted(range(n_routed), key=lambda i: keys[i])
+    static = static_control(model, held, rt, order, routed["capacity"])
+    speed = measure_prefill(model, held, rt) if rt.is_master else {}
+    summary = {
+        "heldout_loss_dense": dense["loss"], "heldout_loss_routed": routed["loss"], "heldout_loss_static": static, "heldout_tokens": dense["tokens"],
+        "capacity": routed["capacity"], "budget": cfg.budget, "capacity_per_layer": routed["capacity_per_layer"], "granularity": cfg.granularity,
+        "layers": list(model.routing.layers), "kv": cfg.kv, "recipe": cfg.recipe, "objective": cfg.objective, "steps": state.step,
+        "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
+        **speed, "peak_memory_bytes": runtime.peak_memory_bytes(rt.device), "device": runtime.device_name(rt.device), "routers": str(path),
+        "seconds": time.perf_counter() - tuner.begun, "identity": tuner.identity(),
+    }
+    if rt.is_master:
+        runtime.write_json(out / "summary.json", summary)
+    return summary
+
+
+def show(summary: dict) -> str:
+    """The summary in words."""
+    s = summary
+    layers = ", ".join(f"{layer}: {share:.2f}" for layer, share in zip(s["layers"], s["capacity_per_layer"]))
+    return f"""
+{s["granularity"]}, recipe {s["recipe"]}, {s["steps"]} steps, {s["tokens_per_second"]:,.0f} tok/s, {s["seconds"]:,.0f} s in all, peak {s["peak_memory_bytes"] / 2**20:,.0f} MiB on {s["device"]}
+held-out loss ({s["heldout_tokens"]:,} tokens)  dense {s["heldout_loss_dense"]:.4f} | routed {s["heldout_loss_routed"]:.4f} | the same share of layers off for everyone {s["heldout_loss_static"]:.4f}
+capacity           {s["capacity"]:.3f} of the routed units execute, budget {s["budget"]:.3f}
+capacity by layer  {layers}
+prefill            {s["prefill_speedup"]:.3f}x of dense at {s["prefill_context"]} tokens, batch 1, capacity {s["prefill_capacity"]:.2f} there; FLOPs allow {s["prefill_ceiling"]:.3f}x
+routers            {s["routers"]}"""
+
+
+def finished(out: Path, identity: dict) -> dict | None:
+    """The summary of a finished run of these settings in `out`; None when there is none. Refuses the summary of another run."""
+    if not (out / "summary.json").exists() or not (out / "routers.safetensors").exists():
+        return None
+    summary = runtime.read_json(out / "summary.json")
+    refuse_other(out, summary.get("identity", {}), identity)
+    return summary
+
+
+def train(cfg: TrainConfig) -> dict:
+    """Run or continue what `cfg` says; returns the summary."""
+    rt, out = runtime.setup(cfg.device, cfg.dtype, cfg.seed), Path(cfg.out)
+    if cfg.model == DEMO_MODEL and not (Path(DEMO_MODEL) / "config.json").exists():
+        if rt.local_rank == 0:
+            from data.demo.prepare import prepare
+            prepare(DEMO_MODEL)
+        if rt.world_size > 1:
+            dist.barrier()
+    config = load_config(cfg.model)
+    if not cfg.import_official:
+        parse_layers(cfg.layers, config.n_layers)  # a wrong setting is told before anything is loaded
+    if cfg.batch_size % rt.world_size:
+        raise ValueError(f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change --batch_size or the number of ranks")
+    train_set, select, held = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len)
+    model = load_model(cfg.model, device=rt.device, dtype=rt.dtype)
+    tuner = Tuner(cfg, rt, model, train_set, select)
+    checkpoint = out / "checkpoint.safetensors"
+    if cfg.overwrite and rt.is_master:
+        for name in ("checkpoint.safetensors", "routers.safetensors", "summary.json", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    if rt.world_size > 1:
+        dist.barrier()
+    if summary := finished(out, tuner.identity()):
+        runtime.print0(f"{out} holds this run, finished: nothing to do (--overwrite begins anew)")
+        return summary
+    if checkpoint.exists():
+        tuner.restore(checkpoint)
+        runtime.print0(f"going on from step {tuner.state.step} of {tuner.steps} in {checkpoint}")
+    else:
+        tuner.begin()
+    describe(tuner)
+    tune(tuner, out)
+    return finish(tuner, held, out)
+
+
+def describe(tuner: Tuner) -> None:
+    """Print each decision that was derived from the settings, once."""
+    cfg, rt, model = tuner.cfg, tuner.rt, tuner.model
+    trainable, total = sum(w.numel() for w in tuner.weights), sum(p.numel() for p in model.parameters())
+    runtime.print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {str(rt.dtype).removeprefix('torch.')}, compile {tuner.compiled()}")
+    runtime.print0(f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint {model.fingerprint}")
+    runtime.print0(f"routed layers: {', '.join(map(str, model.routing.layers))} of {model.config.n_layers}; {cfg.granularity}, pool {cfg.pool}, kv {cfg.kv}; "
+                   f"budget {cfg.budget}")
+    runtime.print0(f"steps: {tuner.steps} of {cfg.batch_size} examples ({cfg.batch_size // rt.world_size} a rank, {cfg.micro_batch} at a time); "
+                   f"recipe {cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}, noise {cfg.noise}")
+
+
+def main() -> None:
+    cfg = runtime.cli(TrainConfig)
+    summary = train(cfg)
+    if "prefill_speedup" in summary:  # the master's
+        print(show(summary))
+        print(f"next               python eval.py --model={cfg.model} --routers={summary['routers']} --route=gather --perplexity={cfg.data[0]}")
+    runtime.cleanup()
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
