@@ -810,19 +810,20 @@ def prefill_flops(config: ModelConfig, tokens: int, attn: list[float] | None = N
 
 
 def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int, attn: list[float] | None = None, mlp: list[float] | None = None, *,
-                 kv: str = "routed") -> float:
+                 held: list[float] | None = None, kv: str = "routed") -> float:
     """Bytes that one decode step must read: the weights of every sublayer that runs for at least one row, the head, and the keys and values.
 
-    attn, mlp: share of the batch's rows that execute per layer; None: all. A share p of `batch` rows reads the sublayer's weights if p > 0,
-    and p of the dense keys and values (kv "all": all of them).
+    attn, mlp: share of the batch's rows that execute per layer; None: all. A share p reads the sublayer's weights if p > 0, and the keys and
+    values of p of the rows: `context` slots each, or (unit token) the share `held` of them that the layer holds. With kv "all" the key and
+    value projections always run.
     """
     d, h = config.dim, config.head_dim
     total = d * config.vocab_size + d * batch
     for layer in range(config.n_layers):
-        p, m = (1.0 if share is None else share[layer] for share in (attn, mlp))
+        p, m, share = (1.0 if given is None else given[layer] for given in (attn, mlp, held))
         window = min(config.window(layer) or context, context)
-        total += (p > 0) * 2 * d * h * (config.n_heads + config.n_kv_heads) + (m > 0) * 3 * d * config.hidden_dim
-        total += 2 * batch * window * config.n_kv_heads * h * (1.0 if kv == "all" else p)
+        total += 2 * d * h * ((p > 0) * config.n_heads + (p > 0 or kv == "all") * config.n_kv_heads) + (m > 0) * 3 * d * config.hidden_dim
+        total += 2 * batch * window * config.n_kv_heads * h * p * share
     return total * itemsize
 
 
