@@ -50,14 +50,27 @@ KEY_MAP = {
 }
 KEY_MAP_TO_HF = {ours: hf for hf, ours in KEY_MAP.items() if ours is not None}
 
-# Per family: its class in transformers, and the config keys that must be present besides NEEDED.
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", ()),
-    "mistral": ("MistralForCausalLM", ("num_key_value_heads", "sliding_window", "rope_theta")),
-    "qwen2": ("Qwen2ForCausalLM", ("num_key_value_heads", "rope_theta")),
-    "qwen3": ("Qwen3ForCausalLM", ("num_key_value_heads", "rope_theta", "head_dim")),
+# Hugging Face config key -> our field, the same value in both.
+CONFIG_MAP = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
 }
-NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act")
+# Per family: its class in transformers, and the keys that may be absent or null because transformers' own default is plain.
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", ("tie_word_embeddings", "head_dim", "num_key_value_heads", "rope_theta")),
+    "mistral": ("MistralForCausalLM", ("tie_word_embeddings", "head_dim")),
+    "qwen2": ("Qwen2ForCausalLM", ("tie_word_embeddings", "head_dim")),
+    "qwen3": ("Qwen3ForCausalLM", ("tie_word_embeddings",)),
+}
+DEFAULT_THETA = 10000.0  # what transformers takes for Llama 1 and 2, whose config.json has no rope_theta
 # Keys that change the function: the values that we compute (None: the key is absent or null).
 SUPPORTED_VALUES = {
     "hidden_act": ("silu",),
@@ -70,14 +83,16 @@ SUPPORTED_VALUES = {
 ROPE_KEYS = {
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
 }
-LLAMA_ROPE_THETA = 10000.0  # Llama 1 and 2 configs have no rope_theta; transformers fills in the same number
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 DTYPE_NAMES = {kind: name for name, kind in DTYPES.items()}
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt", "*.tiktoken")
-COPIED_FILES = (*TOKENIZER_FILES, "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.model", "*.model.v*", "tokenizer.json", "vocab.json", "merges.txt", "*.tiktoken")
+SETTINGS_FILES = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CHUNK = 4 << 20  # bytes of one tensor held at a time
 
@@ -87,53 +102,50 @@ CHUNK = 4 << 20  # bytes of one tensor held at a time
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """Our config for a Hugging Face config.json, written by transformers 4 or 5. Raises ValueError for what we do not compute."""
-    family = hf.get("model_type")
-    known = ", ".join(name for name, _ in FAMILIES.values())
+    family, known = hf.get("model_type"), ", ".join(name for name, _ in FAMILIES.values())
     if family not in FAMILIES:
-        raise ValueError(f"config.json: model_type is {family!r}, supported are {', '.join(FAMILIES)} ({known}): choose a model of these families")
-    architecture, needed = FAMILIES[family]
-    if (hf.get("architectures") or [architecture]) != [architecture]:
-        raise ValueError(f"config.json: architectures is {hf['architectures']}, supported with model_type {family} is {architecture} (of {known}): save it as one")
+        raise ValueError(f"config.json: model_type is {family!r}, supported are {', '.join(FAMILIES)} ({known}): choose another model")
+    name, optional = FAMILIES[family]
+    if (hf.get("architectures") or [name]) != [name]:
+        raise ValueError(f"config.json: architectures is {hf['architectures']}, supported are {known}, here {name}: choose another model")
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # transformers 4 writes the first, 5 the second
-    theta = rope.get("rope_theta", hf.get("rope_theta", LLAMA_ROPE_THETA if family == "llama" else None))
-    for key in (*NEEDED, *needed):
-        if (key not in hf) if key != "rope_theta" else theta is None:
-            raise ValueError(f"config.json has no {key}, which model_type {family} needs: take the config.json of the model's own folder")
+    theta = rope.get("rope_theta", hf.get("rope_theta"))
+    needed = {*CONFIG_MAP, "rope_theta", "hidden_act"} - set(optional)
+    if hf.get("use_sliding_window"):
+        needed |= {"sliding_window", "layer_types" if hf.get("layer_types") else "max_window_layers"}
+    missing = sorted(key for key in needed if (theta if key == "rope_theta" else hf.get(key)) is None)
+    if family == "mistral" and "sliding_window" not in hf:  # null means no window; transformers fills in 4096 where there is no key
+        missing.append("sliding_window")
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: take the model's own config.json")
     for key, supported in SUPPORTED_VALUES.items():
-        if hf.get(key) not in supported and not (key == "attention_bias" and family == "qwen2"):  # transformers' Qwen2 does not read it
+        if hf.get(key) not in supported and (key, family) != ("attention_bias", "qwen2"):  # transformers' Qwen2 does not read it
             raise ValueError(f"config.json: {key} is {hf[key]!r}, supported is {supported[-1]!r}: this variant cannot be converted")
-    window, window_layers = _window_from_hf(hf, family)
-    heads = hf["num_attention_heads"]
+    values = {ours: hf[key] for key, ours in CONFIG_MAP.items() if hf.get(key) is not None}
+    values.setdefault("n_kv_heads", values["n_heads"])
+    values.setdefault("head_dim", values["dim"] // values["n_heads"])
+    window, window_layers = _window_from_hf(hf)
     return ModelConfig(
+        **values,
         family=family,
-        dim=hf["hidden_size"],
-        n_layers=hf["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        hidden_dim=hf["intermediate_size"],
-        vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"],
-        norm_eps=hf["rms_norm_eps"],
-        rope_theta=float(theta),
+        rope_theta=float(DEFAULT_THETA if theta is None else theta),
         rope_scaling=_rope_from_hf(hf, rope),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=window,
         window_layers=window_layers,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
     )
 
 
 def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
-    """The scaling part of transformers' RoPE keys, every value explicit; None for plain RoPE."""
+    """The scaling part of transformers' RoPE keys, lengths and factor explicit; None for plain RoPE."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested or (kind != "default" and kind not in ROPE_KEYS):
-        found = f"one RoPE per layer type ({', '.join(nested)})" if nested else repr(kind)
-        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: this variant cannot be converted")
+        found = f"one for each of {', '.join(nested)}" if nested else repr(kind)
+        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: choose another model")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, supported is 1.0: this variant cannot be converted")
+        raise ValueError(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, supported is 1.0: choose another model")
     if kind == "default":
         return None
     longest = hf["max_position_embeddings"]
@@ -142,40 +154,32 @@ def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
     if kind == "yarn" and values.get("factor") is None:
         values["factor"] = longest / original
     needed, optional = ROPE_KEYS[kind]
-    for key in needed:
-        if values.get(key) is None:
-            raise ValueError(f"config.json: RoPE type {kind} has no {key}: take the config.json of the model's own folder")
+    missing = [key for key in needed if values.get(key) is None]
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: take the model's own config.json")
     ignored = sorted(rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional})
     if ignored:
         _warn(f"config.json: RoPE type {kind} does not use {', '.join(ignored)}; ignored, as transformers does")
     return {"type": kind, **{key: values[key] for key in (*needed, *optional) if values.get(key) is not None}}
 
 
-def _window_from_hf(hf: dict, family: str) -> tuple[int | None, list[int] | None]:
+def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     """Sliding window and the layers that have it (None: all of them)."""
-    layers = hf["num_hidden_layers"]
-    if family == "llama":
-        window = hf.get("sliding_window")
-        if window is not None:
-            raise ValueError(f"config.json: sliding_window is {window}, which transformers ignores in a llama model: set it to null, or model_type to mistral")
-        return None, None
-    window = hf.get("sliding_window") if family == "mistral" or hf.get("use_sliding_window", False) else None
-    if family == "mistral":
-        plain = ["full_attention" if window is None else "sliding_attention"] * layers
-        types = hf.get("layer_types") or plain
-        consistent = types == plain  # transformers applies the window to every layer of a Mistral model
-    else:
-        if window is not None and not hf.get("layer_types") and "max_window_layers" not in hf:
-            raise ValueError("config.json has use_sliding_window but neither layer_types nor max_window_layers: take the config.json of the model's own folder")
-        first = hf.get("max_window_layers", layers) if window is not None else layers
-        types = hf.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        consistent = len(types) == layers and set(types) <= ({"full_attention"} if window is None else {"full_attention", "sliding_attention"})
-    if not consistent:
+    family, layers, window = hf["model_type"], hf["num_hidden_layers"], hf.get("sliding_window")
+    if family == "llama" and window is not None:
+        raise ValueError(f"config.json: sliding_window is {window}, which transformers ignores in a llama model: remove it")
+    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
+        window = None
+    first = layers if window is None else 0 if family == "mistral" else hf.get("max_window_layers", layers)
+    usual = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    types = hf.get("layer_types") or usual
+    free = window is not None and family != "mistral"  # transformers applies Mistral's window to every layer, whatever layer_types says
+    if len(types) != layers or not (set(types) <= {"full_attention", "sliding_attention"} if free else types == usual):
         raise ValueError(
-            f"config.json: layer_types is {types} with sliding window {window} and {layers} layers, "
-            f"supported are {layers} times full_attention or sliding_attention (mistral: all alike): this variant cannot be converted"
+            f"config.json: layer_types is {types}, which a {family} model with {layers} layers and sliding window {window} "
+            "does not compute: take the model's own config.json"
         )
-    chosen = [i for i, name in enumerate(types) if name == "sliding_attention"]
+    chosen = [layer for layer, name in enumerate(types) if name == "sliding_attention"]
     return (window if chosen else None), (None if len(chosen) in (0, layers) else chosen)
 
 
@@ -183,35 +187,26 @@ def config_to_hf(config: ModelConfig) -> dict:
     """A Hugging Face config.json that transformers 4 and 5 both read. Raises ValueError when the family has no room for a setting."""
     if config.family not in FAMILIES:
         raise ValueError(f"config.json: family is {config.family!r}, supported are {', '.join(FAMILIES)}: set it to one of these")
-    scaling = config.rope_scaling and {("rope_type" if key == "type" else key): value for key, value in config.rope_scaling.items()}
+    ours, layers, scaling = asdict(config), range(config.n_layers), config.rope_scaling
     hf = {
         "architectures": [FAMILIES[config.family][0]],
         "model_type": config.family,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
+        **{key: ours[field] for key, field in CONFIG_MAP.items()},
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": config.tie_embeddings,
+        "rope_scaling": scaling and {"rope_type": scaling["type"], **{key: value for key, value in scaling.items() if key != "type"}},
     }
     if config.family != "llama":
         hf["sliding_window"] = config.sliding_window
     if config.family in ("qwen2", "qwen3"):
-        windowed = [] if config.sliding_window is None else range(config.n_layers) if config.window_layers is None else config.window_layers
+        windowed = [layer for layer in layers if config.window(layer) is not None]
         hf["use_sliding_window"] = config.sliding_window is not None
         hf["max_window_layers"] = min(windowed, default=config.n_layers)  # for versions that do not read layer_types
-        hf["layer_types"] = ["sliding_attention" if i in windowed else "full_attention" for i in range(config.n_layers)]
-    lost = [key for key, value in asdict(config_from_hf(hf)).items() if value != asdict(config)[key]]
+        hf["layer_types"] = ["sliding_attention" if layer in windowed else "full_attention" for layer in layers]
+    again = asdict(config_from_hf(hf))
+    lost = ", ".join(f"{key}={value!r}" for key, value in ours.items() if value != again[key])
     if lost:
-        found = ", ".join(f"{key}={asdict(config)[key]!r}" for key in lost)
-        raise ValueError(f"config.json has {found}, which {FAMILIES[config.family][0]} cannot express: export it as another family")
+        raise ValueError(f"config.json has {lost}, which {FAMILIES[config.family][0]} cannot express: export it as another family")
     return hf
 
 
@@ -236,11 +231,11 @@ def read_header(path: Path) -> list[Stored]:
     tensors, end = [], first
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}, supported are {', '.join(DTYPES)}: convert a model that is not quantised")
+            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}, supported are {', '.join(DTYPES)}: take one not quantised")
         dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
         tensors.append(Stored(name, path, dtype, tuple(entry["shape"]), first + start, stop - start))
         if tensors[-1].start != end or stop - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{path}: the bytes of {name} are not where its shape and its neighbours put them: the file is damaged, fetch it again")
+            raise ValueError(f"{path}: the bytes of {name} are not where its shape puts them: the file is damaged, fetch it again")
         end = first + stop
     return tensors
 
@@ -277,9 +272,9 @@ def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype | None) -
                 overflown += int((chunk.isfinite() & ~cast.isfinite()).sum())
             yield cast.view(torch.uint8).numpy()
         if bad:
-            _warn(f"{tensor.path.name}: {tensor.name} holds {bad:,} NaN or infinite values of {math.prod(tensor.shape):,}: the model will not compute")
+            _warn(f"{tensor.path.name}: {tensor.name} holds {bad:,} NaN or infinite values of {math.prod(tensor.shape):,}: fetch it again")
         if overflown:
-            _warn(f"{tensor.path.name}: {overflown:,} values of {tensor.name} are too large for {dtype} and became infinite: use bfloat16 or float32")
+            _warn(f"{tensor.path.name}: {overflown:,} values of {tensor.name} became infinite in {dtype}: use bfloat16 or float32")
 
 
 def list_shards(src: Path) -> list[list[Stored]]:
@@ -293,8 +288,8 @@ def list_shards(src: Path) -> list[list[Stored]]:
         found = sorted(p.name for p in src.iterdir() if p.is_file())
         pickles = sorted(p.name for pattern in PICKLES for p in src.glob(pattern))
         if pickles and not list(src.glob("*.safetensors")):
-            raise ValueError(f"{src} has its weights in pickle files only ({_some(pickles)}), expected safetensors: save it with transformers' save_pretrained")
-        raise FileNotFoundError(f"{src} has neither {single.name} nor {index.name}, found {_some(found)}: fetch the whole folder, adapters merged")
+            raise ValueError(f"{src} has pickle files only ({_some(pickles)}), expected safetensors: save it again with save_pretrained")
+        raise FileNotFoundError(f"{src} has neither {single.name} nor {index.name}, found {_some(found)}: fetch the whole folder")
     where = runtime.read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(Path(str(name)).name == name for name in where.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names beside it: fetch it again")
@@ -306,7 +301,7 @@ def list_shards(src: Path) -> list[list[Stored]]:
     home = {}
     for tensor in (tensor for shard in shards for tensor in shard):
         if tensor.name in home:
-            raise ValueError(f"{src}: {tensor.name} is in two shards, {home[tensor.name]} and {tensor.path.name}: fetch the folder again, into an empty one")
+            raise ValueError(f"{src}: {tensor.name} is in two shards, {home[tensor.name]} and {tensor.path.name}: fetch the folder afresh")
         home[tensor.name] = tensor.path.name
     for name, file in where.items():
         if home.get(name) != file:
@@ -367,13 +362,14 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
             files.append(kept)
     missing = [name if to_hf else rename(name, KEY_MAP_TO_HF) for name in expected if name not in used]
     if missing or strange:
-        found = " and ".join(f"{verb} {len(names)} tensors ({_some(names)})" for verb, names in (("lack", missing), ("add", strange)) if names)
+        wrong = {"lack": missing, "add": strange}
+        found = " and ".join(f"{verb} {len(names)} tensors ({_some(names)})" for verb, names in wrong.items() if names)
         hint = " (tie_word_embeddings is false)" if "lm_head.weight" in missing else ""
-        raise ValueError(f"the weights {found} of a {config.family} model as config.json describes it{hint}: fetch weights and config.json of one model")
+        raise ValueError(f"the weights {found} of the model that config.json describes{hint}: fetch both from one place")
     if head is not None:
         table = used["tok_embeddings.weight"]
         if (head.dtype, head.shape) != (table.dtype, table.shape) or not all(map(torch.equal, *map(_bits, (head, table)))):
-            raise ValueError(f"{head.path}: {head.name} differs from {table.name}, but config.json ties them: set tie_word_embeddings to false")
+            raise ValueError(f"{head.path}: {head.name} is not {table.name}, though config.json ties them: set tie_word_embeddings=false")
     return files
 
 
@@ -387,7 +383,7 @@ def check_tokenizer(src: Path, config: ModelConfig) -> None:
         return _warn(f"{src} has no tokenizer ({', '.join(TOKENIZER_FILES)}): the converted model will not read text")
     ids = load_tokenizer(src).vocab_size
     if ids > config.vocab_size:  # fewer is usual: embeddings are padded to a round number
-        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows: resize the embedding, or take the model's own tokenizer")
+        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows: take the model's own tokenizer")
 
 
 def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: bool = False) -> ModelConfig:
@@ -404,8 +400,8 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     files = plan(shards, config, to_hf)
     check_tokenizer(src, config)
 
-    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    copies = sorted({path.name for pattern in COPIED_FILES for path in src.glob(pattern)})
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)] if len(files) > 1 else ["model.safetensors"]
+    copies = sorted({path.name for pattern in (*TOKENIZER_FILES, *SETTINGS_FILES) for path in src.glob(pattern)})
     clean(out, {*names, *copies, *documents, "model.safetensors.index.json"})
     memory = runtime.peak_memory_bytes("cpu")
     for i, (name, tensors) in enumerate(zip(names, files), 1):
@@ -423,8 +419,9 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
 
     sources, largest = sum(map(len, shards)), max(sum(tensor.size for tensor in shard) for shard in shards)
     runtime.print0(
-        f"{config.family} | {sources} tensors read, {len(written)} written, {sources - len(written)} dropped | {time.perf_counter() - start:.1f} s | "
-        f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB over the start (largest shard {largest / 1e6:,.1f} MB) | {out}"
+        f"{config.family} | {sources} tensors read, {len(written)} written, {sources - len(written)} dropped | "
+        f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB (largest shard {largest / 1e6:,.1f} MB) | "
+        f"{time.perf_counter() - start:.1f} s | {out}"
     )
     return config
 
@@ -477,7 +474,7 @@ def put(path: Path, chunks: Iterable[bytes]) -> str:
     with open(path, "rb") as file:
         same = all([file.read(len(chunk)) == memoryview(chunk) for chunk in chunks])  # a list: read to the end, for the warnings
         if not same or file.read(1):
-            raise ValueError(f"{path} is not what this conversion writes there (other weights, or another dtype): remove {path.parent} and convert again")
+            raise ValueError(f"{path} is not what this conversion writes (other weights or dtype): remove {path.parent} and convert again")
     return "verified"
 
 
@@ -505,7 +502,7 @@ def _warn(text: str) -> None:
 class ConvertConfig:
     src: str = field(metadata={"help": "folder to convert", "positional": True})
     out: str = field(metadata={"help": "folder to write: new, or of a run that was killed", "positional": True})
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(default="keep", metadata={"help": "cast every tensor, or keep each as it is"})
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(default="keep", metadata={"help": "cast each tensor, or keep it"})
     to_hf: bool = field(default=False, metadata={"help": "from a checkpoint of ours to a Hugging Face folder"})
 
 

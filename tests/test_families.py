@@ -1,0 +1,182 @@
+"""Every family computes what transformers computes: logits, bf16, caches, padding and greedy tokens, on tiny random models.
+
+Run: python -m pytest tests/test_families.py
+"""
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import convert_hf
+from model import KVCache, Transformer, generate, load_model
+
+transformers = pytest.importorskip("transformers")
+
+TINY = dict(
+    **dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2),
+    **dict(vocab_size=131, max_position_embeddings=192),
+)
+LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 48},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48, "rope_theta": 1000.0}
+PLAIN_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}  # as our config has it
+WINDOW = {"use_sliding_window": True, "sliding_window": 12}
+
+CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer than every window and every original context here
+    "llama": ("llama", {}),
+    "llama-mha-odd": ("llama", {"num_key_value_heads": 6, "vocab_size": 97, "rms_norm_eps": 1e-3}),
+    "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama-wide-heads": ("llama", {"head_dim": 20, "vocab_size": 1009}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN, "head_dim": 32}),
+    "llama-yarn-factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}}),
+    "llama-yarn-mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.8, "truncate": False}, "head_dim": 32}),
+    "llama-yarn-short": ("llama", {"rope_parameters": {**YARN, "factor": 1.0}}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral-window": ("mistral", {"sliding_window": 12}),
+    "mistral-window-2": ("mistral", {"sliding_window": 2, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {**WINDOW, "max_window_layers": 1}),
+    "qwen2-window-all": ("qwen2", {**WINDOW, "max_window_layers": 0, "rope_parameters": YARN}),
+    "qwen2-window-mixed": ("qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen2-window-off": ("qwen2", {"use_sliding_window": False, "sliding_window": 12, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-window": ("qwen3", {**WINDOW, "head_dim": 16, "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 32, "rope_parameters": {**YARN, "rope_theta": 1e6}}),
+}
+NAMES = list(CASES)
+
+
+@functools.cache
+def pair(name: str):
+    """(transformers' model, ours with the same weights) in fp32, with weights large enough that every setting shows in the logits."""
+    torch.manual_seed(NAMES.index(name))
+    family, settings = CASES[name]
+    config = transformers.AutoConfig.for_model(family, **{**TINY, **settings}, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    for key, value in theirs.named_parameters():
+        if key == "model.norm.weight":
+            value.normal_(0.0, 1.0)  # of both signs: a tied model would only repeat its last token otherwise
+        else:
+            value.normal_(*((1.0, 0.3) if "norm" in key else (0.0, 0.18) if "embed" in key else (0.0, 0.11)))
+    ours = Transformer(convert_hf.config_from_hf(theirs.config.to_dict())).eval().requires_grad_(False)
+    weights = {convert_hf.rename(key, convert_hf.KEY_MAP): value for key, value in theirs.state_dict().items()}
+    if config.tie_word_embeddings:
+        del weights["output.weight"]
+    ours.load_state_dict(weights)
+    return theirs, ours
+
+
+def tokens_for(name: str, *shape: int) -> torch.Tensor:
+    return torch.randint(pair(name)[1].config.vocab_size, shape, generator=torch.Generator().manual_seed(7))
+
+
+def error(left: torch.Tensor, right: torch.Tensor) -> float:
+    return (left - right).abs().max().item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_transformers(name):
+    theirs, ours = pair(name)
+    tokens = tokens_for(name, 2, 80)
+    expected = theirs(tokens).logits
+    logits, gates = ours(tokens)
+    assert expected.abs().max() > 2 and gates is None and logits.dtype == torch.float32
+    assert error(logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral"),
+    [
+        ("llama-linear", {"rope_scaling": None}),
+        ("llama-llama3", {"rope_scaling": None}),
+        ("llama-yarn", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("llama-yarn-factor", {"rope_scaling": {**PLAIN_YARN, "beta_fast": 8.0, "beta_slow": 2.0}}),
+        ("llama-yarn-factor", {"rope_scaling": {**PLAIN_YARN, "attention_factor": 0.7}}),
+        ("llama-yarn-mscale", {"rope_scaling": {**PLAIN_YARN, "truncate": False}}),
+        ("llama-yarn-mscale", {"rope_scaling": {**PLAIN_YARN, "mscale": 1.5, "mscale_all_dim": 0.8}}),
+        ("llama-mha-odd", {"norm_eps": 1e-6}),
+        ("mistral-window", {"sliding_window": None}),
+        ("mistral-window", {"sliding_window": 13}),
+        ("qwen2-window", {"window_layers": None}),
+        ("qwen2-window-mixed", {"window_layers": [0, 1]}),
+        ("qwen3", {"rope_theta": 5000.0}),
+    ],
+)
+def test_each_setting_matters(name, neutral):
+    """The test above could not pass with this setting ignored: its neutral value moves the logits by far more than 1e-4."""
+    _, ours = pair(name)
+    other = Transformer(replace(ours.config, **neutral)).eval()
+    other.load_state_dict(ours.state_dict())
+    tokens = tokens_for(name, 1, 80)
+    assert error(ours(tokens)[0], other(tokens)[0]) > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_is_as_exact_as_transformers(name):
+    """Against the fp32 logits our bf16 is at most 2 bf16 ulps worse than transformers' bf16, and no worse on the whole."""
+    theirs, ours = (model.bfloat16() for model in map(copy.deepcopy, pair(name)))
+    tokens = tokens_for(name, 2, 80)
+    exact = pair(name)[0](tokens).logits
+    their_error, our_error = ((logits.float() - exact).abs() for logits in (theirs(tokens).logits, ours(tokens)[0]))
+    ulp = 2.0 ** (exact.abs().max().log2().floor().item() - 7)  # bf16 keeps 8 significant bits
+    assert our_error.max() <= their_error.max() + 2 * ulp
+    assert our_error.square().mean().sqrt() <= 1.2 * their_error.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sizes", [(80,), (1,) * 20, (5, 1, 17, 30, 2), (12, 13, 25)])
+def test_cached_chunks_equal_one_full_pass(name, sizes):
+    _, ours = pair(name)
+    tokens = tokens_for(name, 2, sum(sizes))
+    cache, pieces = KVCache(ours, 2), []
+    for piece in tokens.split(sizes, dim=1):
+        pieces.append(ours(piece, cache=cache)[0])
+    assert cache.lengths == [sum(sizes)] * 2
+    assert error(torch.cat(pieces, dim=1), ours(tokens)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padded_rows_equal_rows_alone(name):
+    """Right padding, first without a cache, then in a cached prompt of ragged rows that goes on in ragged steps."""
+    _, ours = pair(name)
+    lengths, more = [31, 1, 13, 60], [2, 3, 1, 3]
+    tokens, steps = tokens_for(name, 4, 60), tokens_for(name, 4, 3)
+    padded, cache = ours(tokens, lengths=lengths)[0], KVCache(ours, 4)
+    prompt, step = ours(tokens, lengths=lengths, cache=cache)[0], ours(steps, lengths=more, cache=cache)[0]
+    last = ours(steps[:, :1], cache=cache)[0]
+    for row, (n, m) in enumerate(zip(lengths, more)):
+        whole = torch.cat([tokens[row, :n], steps[row, :m], steps[row, :1]])[None]
+        alone = ours(whole)[0][0]
+        assert error(padded[row, :n], alone[:n]) < 1e-5 and error(prompt[row, :n], alone[:n]) < 1e-5
+        assert error(step[row, :m], alone[n : n + m]) < 1e-5 and error(last[row], alone[n + m :]) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_transformers(name):
+    """64 tokens each for prompts of several lengths: together with us, one by one with transformers."""
+    theirs, ours = pair(name)
+    prompts = [tokens_for(name, n).tolist() for n in (30, 3, 1)]
+    whole = [theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist() for prompt in prompts]
+    assert [prompt + new for prompt, new in zip(prompts, generate(ours, prompts, 64))] == whole
+    assert [len(row) for row in whole] == [94, 67, 65]
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "mistral-window", "qwen2-window", "qwen3-window"])
+def test_through_files(name, tmp_path):
+    """The way a user goes: save_pretrained in shards, convert, load_model, same logits; and back into transformers, the same bits."""
+    theirs, _ = pair(name)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    convert_hf.convert(tmp_path / "hf", tmp_path / "ours")
+    tokens = tokens_for(name, 2, 80)
+    assert error(load_model(tmp_path / "ours")(tokens)[0], theirs(tokens).logits) < 1e-4
+    convert_hf.convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
+    assert torch.equal(again(tokens).logits, theirs(tokens).logits)
