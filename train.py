@@ -424,14 +424,16 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
 
 
 def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
-    """Table of cuts for every budget in BUDGETS: one pass per 0.05 of budget, each under the route of its own budget."""
+    """Table of cuts for every budget in BUDGETS: a pass or more per 0.05 of budget, since deeper logits depend on the route."""
     set_cut(model, -math.inf)
     z, cuts, cut = route_logits(model, examples, rt), {}, -math.inf
-    for tenth in range(19, 0, -1):
-        budget = tenth / 20
-        set_cut(model, quantile_cut(z, budget))
-        z = route_logits(model, examples, rt)
-        for entry in (b for b in reversed(BUDGETS) if budget - 0.025 <= b < budget + 0.025 and b not in (0.0, 1.0)):
+    for twentieth in range(19, 0, -1):
+        for _ in range(4):  # mostly once: until the budget is realised under its own route
+            set_cut(model, trial := quantile_cut(z, twentieth / 20))
+            z = route_logits(model, examples, rt)
+            if ((z >= trial).double().mean() - twentieth / 20).abs() <= 0.005 + 1 / z.numel():
+                break
+        for entry in (b for b in reversed(BUDGETS[1:-1]) if min(max(round(20 * b), 1), 19) == twentieth):
             cut = max(cut, quantile_cut(z, entry))  # a smaller budget never has a lower cut
             cuts[entry] = cut
     cuts = {1.0: -math.inf, **cuts, 0.0: math.inf}
@@ -499,7 +501,7 @@ def prior_weights(costs: torch.Tensor, inputs: torch.Tensor, unit: str, budget: 
     mean = costs.mean(dim=1, keepdim=True)  # (R, 1)
     if unit == "sequence":
         target, strength = mean.log().expand_as(costs), 1e-3
-    else:  # a cost estimated from few labels is often near zero by chance: a tenth of the layer's mean keeps its log in bounds
+    else:  # a cost estimated from few labels is often near zero by chance: a twentieth of the layer's mean keeps its log in bounds
         target, strength = (costs + 0.1 * mean).log(), 1e-1
     weights = torch.stack([ridge(x, y, strength) for x, y in zip(inputs, target)])  # (R, D)
     cut = quantile_cut(torch.einsum("rnd,rd->rn", inputs, weights), budget)
@@ -541,7 +543,7 @@ class Tuner:
 
     def __init__(self, cfg: TrainConfig, rt: runtime.Runtime, model: Transformer, train: list[Example], select: list[Example]):
         self.cfg, self.rt, self.model, self.train, self.select = cfg, rt, model, train, select
-        self.steps = cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+        self.steps = 0 if cfg.import_official else cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
         self.state, self.begun = State(), time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------- beginnings

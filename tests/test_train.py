@@ -1,0 +1,516 @@
+"""Tuning: the frozen base stays frozen, batches and ranks do not matter, runs go on bit for bit.  Run: python -m pytest tests/test_train.py"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import router
+import runtime
+import train
+from model import ModelConfig, Transformer, load_model
+from router import capacity
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
+
+
+def byte_tokenizer() -> dict:
+    """The smallest tokenizer.json that knows every byte: 256 tokens, no merges."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelled = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    special = [{"id": 256 + i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+               for i, c in enumerate(("<s>", "</s>"))]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "post_processor": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+                      "byte_fallback": False, "ignore_merges": False, "vocab": {spelled[b]: b for b in range(256)}, "merges": []}}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random Llama of four layers with a byte tokenizer, and a data file; layers differ in how much they matter."""
+    folder = tmp_path_factory.mktemp("base")
+    config = ModelConfig(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=258, max_seq_len=128,
+                         norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    for layer, block in enumerate(model.layers):
+        block.attention.wo.weight.data *= 2.0 + layer % 3
+    model.tok_embeddings.weight.data *= 0.5
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}))
+    lines = []
+    for i in range(44):
+        ask, answer = ("add " if i % 2 else "say ") + "x" * (i % 7), "yes " * (1 + i % 3)
+        lines.append({"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}], "split": "heldout" if i % 5 == 0 else "train"})
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def settings(base, out, **changes):
+    return train.TrainConfig(**{"model": str(base), "data": (str(base / "data.jsonl"),), "out": str(out), "layers": "1-3", "granularity": "attn_sequence",
+                                "batch_size": 8, "micro_batch": 4, "steps": 6, "select_samples": 12, "cost_samples": 8, "clip": math.inf, **changes})
+
+
+def tuner(base, **changes):
+    """A tuner before its first step."""
+    cfg = settings(base, "unused", **changes)
+    model = load_model(cfg.model)
+    sets = train.load_data(cfg, train.load_tokenizer(cfg.model), model.config.max_seq_len)
+    made = train.Tuner(cfg, CPU, model, sets[0], sets[1])
+    made.begin()
+    return made
+
+
+def gradients(made) -> torch.Tensor:
+    """Gradient of the step just done: AdamW's first moment holds a tenth of it."""
+    return torch.cat([made.optimizer.state[w]["exp_avg"] for w in made.weights]) * 10
+
+
+def file_tensors(path) -> dict:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+# ------------------------------------------------------------------------------------------------------------ pure functions
+
+
+def test_global_batches_are_a_function_of_seed_and_step():
+    stream = [i for step in range(6) for i in train.global_batch(10, 4, 7, step)]
+    assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10)) and stream[:10] != stream[10:20]
+    assert train.global_batch(10, 4, 7, 3) == stream[12:16] and train.global_batch(10, 4, 8, 3) != stream[12:16]
+    assert len(train.global_batch(3, 8, 7, 0)) == 8  # a batch may be larger than the data
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [train.lr_at(step, 100, 1.0, 0.03) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[3] == 1.0
+    assert all(a >= b for a, b in zip(rates[3:], rates[4:])) and rates[-1] < 1e-3 and train.lr_at(0, 1, 1.0, 0.03) == 1.0
+
+
+@pytest.mark.parametrize("budget, count", [(0.5, 3), (0.34, 2), (0.0, 0), (1.0, 6)])
+def test_quantile_cut_opens_the_asked_share(budget, count):
+    z = torch.tensor([[3.0, -1.0, 0.5], [2.0, 9.0, -4.0]])
+    assert (z >= train.quantile_cut(z, budget)).sum() == count
+
+
+def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
+    model = load_model(base)
+    torch.manual_seed(0)
+    h, other, labels = torch.randn(7, 32), torch.randn(7, 32), torch.randint(0, 258, (7,))
+    for teacher in (None, other):
+        monkeypatch.setattr(train, "LOGITS_AT_ONCE", 3 * 258)
+        loss, gradient = train.head_loss(model, h, labels, teacher, scale=0.5)
+        leaf = h.clone().requires_grad_()
+        whole = (torch.nn.functional.cross_entropy(model.head(leaf), labels, reduction="sum") if teacher is None else
+                 (model.head(teacher).softmax(-1) * (model.head(teacher).log_softmax(-1) - model.head(leaf).log_softmax(-1))).sum())
+        (whole * 0.5).backward()
+        torch.testing.assert_close(loss, whole.detach())
+        torch.testing.assert_close(gradient, leaf.grad)
+        assert train.head_loss(model, h, labels, teacher)[1] is None
+
+
+def test_ridge_fits_and_shrinks():
+    torch.manual_seed(0)
+    x, w = torch.randn(50, 8), torch.randn(8)
+    torch.testing.assert_close(train.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
+    assert train.ridge(x, x @ w, 10.0).norm() < w.norm()
+    wide = torch.randn(5, 20) + 3.0  # fewer examples than dimensions: constants are met exactly
+    torch.testing.assert_close(wide @ train.ridge(wide, torch.full((5,), 2.0), 1e-9), torch.full((5,), 2.0), rtol=1e-3, atol=1e-3)
+
+
+def test_noise_is_logistic_and_depends_on_its_key_alone():
+    noise = train.logistic_noise((20000,), 2.0, 1, "noise", 3)
+    assert torch.equal(noise, train.logistic_noise((20000,), 2.0, 1, "noise", 3)) and not torch.equal(noise, train.logistic_noise((20000,), 2.0, 1, "noise", 4))
+    assert (noise >= -1.0).float().mean().item() == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item(), abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("record", [
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "domain": "x"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": "1"},
+    {"instruction": "q", "input": "", "output": "a"}, {"instruction": "q", "output": "a"},
+    {"prompt": "q", "response": "a"}, {"query": "q", "response": "a", "type": "GSM"},
+])
+def test_every_native_form_is_the_same_conversation(record):
+    assert train.to_messages(record, "here") == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def test_alpaca_input_follows_the_instruction():
+    assert train.to_messages({"instruction": "q", "input": "i", "output": "a"}, "here")[0]["content"] == "q\n\ni"
+
+
+def test_prompt_ends_before_the_first_loss_carrying_token(base):
+    tok = train.load_tokenizer(base)
+    example = train.encode({"prompt": "question", "response": "answer"}, "here", tok, chat=None, limit=128, truncate=False)
+    assert example.targets == list(range(example.prompt, example.targets[-1] + 1)) and "question" in tok.decode(example.tokens[:example.prompt])
+    assert tok.decode(example.tokens[example.prompt:]).strip().startswith("answer")
+    text = train.encode({"text": "0123456789"}, "here", tok, chat=None, limit=128, truncate=False)  # no prompt: its first half is seen, its second predicted
+    assert text.prompt == 5 and text.targets == [5, 6, 7, 8, 9]
+
+
+def test_long_examples_are_refused_or_cut(base):
+    tok = train.load_tokenizer(base)
+    record = {"prompt": "q" * 20, "response": "a" * 60}
+    with pytest.raises(ValueError, match=r"file, line 3: \d+ tokens, expected at most 60.*--truncate"):
+        train.encode(record, "file, line 3", tok, chat=None, limit=60, truncate=False)
+    example = train.encode(record, "here", tok, chat=None, limit=60, truncate=True)
+    assert len(example.tokens) == 60 and max(example.targets) == 59
+    assert train.encode(record, "here", tok, chat=None, limit=10, truncate=True) is None
+
+
+def test_collated_positions_predict_their_labels(base):
+    tok = train.load_tokenizer(base)
+    examples = [train.encode({"prompt": "q" * n, "response": "ab"}, "here", tok, chat=None, limit=128, truncate=False) for n in (1, 9)]
+    batch = train.collate(examples, CPU.device, multiple=16)
+    assert batch.tokens.shape[1] % 16 == 0 and batch.lengths == [len(e.tokens) for e in examples]
+    assert torch.equal(batch.tokens.flatten()[batch.at + 1], batch.labels) and len(batch.labels) == sum(len(e.targets) for e in examples)
+
+
+# ----------------------------------------------------------------------------------------------------------------- semantics
+
+
+@pytest.mark.parametrize("granularity", router.GRANULARITIES)
+def test_paper_recipe_begins_dense(base, granularity):
+    """Zero routers and a threshold of 0.5 execute everything: the first step's model is the base model, bit for bit."""
+    made = tuner(base, recipe="paper", granularity=granularity)
+    batch = train.collate(made.train[:4], CPU.device)
+    h, gates, _ = train.states(made.model, batch, route="mask")
+    dense, _, _ = train.states(made.model, batch, route="off")
+    assert capacity(gates, torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]) == 1.0
+    assert torch.equal(h, dense) if granularity != "block_sequence" and granularity != "block_token" else torch.allclose(h, dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity, recipe", [("attn_sequence", "paper"), ("attn_sequence", "default"), ("mlp_token", "default"), ("block_sequence", "paper")])
+def test_only_routers_change(base, granularity, recipe):
+    made = tuner(base, recipe=recipe, granularity=granularity)
+    frozen = {name: p.clone() for name, p in made.model.named_parameters() if "router" not in name}
+    before = made.stacked()
+    made.step()
+    assert not torch.equal(before, made.stacked())
+    for name, p in made.model.named_parameters():
+        assert "router" in name or (torch.equal(p, frozen[name]) and p.grad is None and not p.requires_grad)
+
+
+def test_no_graph_below_the_lowest_router(base):
+    made = tuner(base, layers="2,3", recipe="paper")
+    grads = {}
+    for layer, block in enumerate(made.model.layers):
+        block.register_forward_hook(lambda _, args, out, layer=layer: grads.setdefault(layer, []).append(out[0].requires_grad))
+    made.step()
+    assert not any(grads[0] + grads[1]) and any(grads[2]) and any(grads[3])
+
+
+@pytest.mark.parametrize("changes", [
+    {"recipe": "paper", "budget": 0.3, "lambda_": 0.5},
+    {"recipe": "default", "granularity": "attn_token", "kv": "routed"},
+    {"recipe": "default", "granularity": "mlp_sequence"},
+])
+def test_accumulation_does_not_change_the_gradient(base, changes):
+    made = [tuner(base, micro_batch=n, **changes) for n in (8, 3, 1)]
+    rows = [m.step() for m in made]
+    for m, row in zip(made[1:], rows[1:]):
+        torch.testing.assert_close(gradients(m), gradients(made[0]), rtol=2e-4, atol=1e-6)
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["capacity"] == pytest.approx(rows[0]["capacity"], abs=1e-6)
+        assert m.state.cut == pytest.approx(made[0].state.cut, abs=1e-6)
+
+
+def test_penalty_is_one_number_over_layers_and_the_global_batch(base):
+    """A penalty per micro-batch or per layer would push although the capacity of the whole batch is within the budget."""
+
+    def first_gradient(budget, lambda_):
+        made = tuner(base, recipe="paper", budget=budget, lambda_=lambda_, micro_batch=1)
+        torch.manual_seed(6)
+        for w in made.weights:  # routes that differ by layer and sequence
+            w.data.normal_(std=2.0)
+        weights = made.stacked()
+        row = made.step()
+        return gradients(made), row["capacity"], made, weights
+
+    without, kept, _, _ = first_gradient(0.5, 0.0)
+    assert 0.2 < kept < 0.8
+    within, _, _, _ = first_gradient(kept + 0.01, 3.0)
+    over, _, made, weights = first_gradient(kept - 0.01, 3.0)
+    torch.testing.assert_close(within, without)
+    made.put(weights)  # reference: autograd of lambda * mean(gates) over the whole batch at once
+    whole = sorted((made.train[i] for i in train.global_batch(len(made.train), 8, made.cfg.seed, 0)), key=lambda e: -len(e.tokens))
+    gates = train.states(made.model, train.collate(whole, CPU.device), route="mask")[1]
+    expected = torch.cat(torch.autograd.grad(3.0 * gates.mean(), made.weights))
+    torch.testing.assert_close(over - without, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
+    """KL between the model with a gate at 1 and at 1 - e is e^2 times the cost, up to sampling and third order."""
+    monkeypatch.setattr(train, "LABEL_SAMPLES", 600)
+    made = tuner(base, recipe="paper", layers="0-3")
+    examples = made.train[:2]
+    costs, inputs = train.measure_costs(made.model, examples, CPU, 3)
+    assert costs.shape == (4, 2) and inputs.shape == (4, 2, 32)
+    batch, e = train.collate(train.by_length(examples, 4)[0], CPU.device), 0.05
+    dense = train.states(made.model, batch, route="off")[0]
+    row = torch.tensor([i // batch.tokens.shape[1] for i in batch.at.tolist()])
+    for layer in range(4):
+        gates = torch.ones(4, 2)
+        gates[layer] -= e
+        h = train.states(made.model, batch, route="mask", gates=gates)[0]
+        kl = train.token_losses(made.model.head(h), batch.labels, made.model.head(dense)).detach()
+        by_row = torch.zeros(2).index_add(0, row, kl) / e**2
+        torch.testing.assert_close(costs[layer], by_row, rtol=0.25, atol=1e-4)
+
+
+def test_drawn_labels_follow_the_model(base):
+    model = load_model(base)
+    h = torch.randn(1, 32) * 3
+    labels = train.draw_labels(model, h.expand(20000, 32), "key")
+    share = torch.bincount(labels, minlength=258) / 20000
+    assert (share - model.head(h)[0].softmax(-1)).abs().max() < 0.015
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_prior_is_the_static_choice_and_meets_the_budget(base, granularity):
+    made = tuner(base, granularity=granularity, layers="0-3", budget=0.5)
+    z = train.route_logits(made.model, made.select, CPU)
+    assert ((z >= made.state.cut).float().mean() - 0.5).abs() < 0.02
+    if granularity == "attn_sequence":  # the two dearest layers execute for everyone
+        opened = (z >= made.state.cut).float().mean(1)
+        assert sorted(range(4), key=lambda i: made.state.layer_costs[i])[2:] == opened.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token"])
+def test_one_table_serves_every_budget(base, granularity):
+    made = tuner(base, granularity=granularity, layers="0-3")
+    torch.manual_seed(1)
+    for w in made.weights:  # routers that really tell inputs apart
+        w.data.normal_(std=1.0)
+    table = train.calibrate(made.model, made.select, CPU)
+    assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(train.BUDGETS)
+    n = train.route_logits(made.model, made.select, CPU).shape[1] * 4
+    for budget in (0.0, 0.1, 0.33, 0.5, 0.77, 1.0):
+        router.set_thresholds(made.model, router.thresholds_for(budget, table))
+        kept = train.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
+        first_tokens = len(made.select) * 4 / n if "token" in granularity else 0.0  # these execute under every budget
+        assert kept == pytest.approx(max(budget, first_tokens), abs=0.02 + 1.5 / n)
+
+
+def test_evaluation_does_not_depend_on_the_route_mode(base):
+    made = tuner(base, layers="0-3")
+    by_mask, by_gather = (train.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
+    assert by_mask["loss"] == pytest.approx(by_gather["loss"], abs=1e-5) and by_mask["capacity_per_layer"] == by_gather["capacity_per_layer"]
+    closed = train.evaluate(made.model, made.select, CPU, route="gather", closed=(0, 2))
+    assert closed["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and closed["capacity"] == 0.5
+    assert train.evaluate(made.model, made.select, CPU, route="gather", closed=())["loss"] == pytest.approx(
+        train.evaluate(made.model, made.select, CPU, route="off")["loss"], abs=1e-5)
+
+
+def test_static_control_interpolates_between_whole_layers(base):
+    made = tuner(base, layers="0-3")
+    losses = [train.evaluate(made.model, made.select, CPU, route="gather", closed=closed)["loss"] for closed in ((2,), (2, 0))]
+    assert train.static_control(made.model, made.select, CPU, [2, 0, 1, 3], 0.75) == pytest.approx(losses[0])
+    assert train.static_control(made.model, made.select, CPU, [2, 0, 1, 3], 0.65) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
+
+
+def test_flops_count_what_executes():
+    config = ModelConfig(family="llama", dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=16, vocab_size=10, max_seq_len=64, norm_eps=1e-5,
+                         rope_theta=1e4)
+    length, head = 3, 2 * 8 * 10
+    attention = length * (2 * 2 * 8 * 8 + 2 * 2 * 8 * 4) + 6 * 4 * 8  # wq, wo; wk, wv; 1 + 2 + 3 pairs of query and key, twice 2 * 8 each
+    mlp = length * 3 * 2 * 8 * 16
+    expected = {"attn": attention + 2 * mlp, "mlp": 2 * attention + mlp, "block": attention + mlp}
+    for target, value in expected.items():
+        routing = router.RouterConfig(f"{target}_sequence", (1,))
+        assert train.prefill_flops(config, routing, torch.zeros(1, 1), length) == head + value
+        assert train.prefill_flops(config, routing, torch.ones(1, 1), length) == train.prefill_flops(config, routing, None, length) == head + 2 * (attention + mlp)
+
+
+# --------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_run_writes_what_it_promises(base, tmp_path):
+    cfg = settings(base, tmp_path / "run", layers="auto:3")
+    summary = train.train(cfg)
+    promised = {"heldout_loss_dense", "heldout_loss_routed", "capacity", "budget", "capacity_per_layer", "granularity", "layers", "tokens_per_second",
+                "peak_memory_bytes", "seconds", "prefill_speedup", "prefill_ceiling"}
+    assert promised <= set(summary) and summary == json.loads((tmp_path / "run/summary.json").read_text())
+    assert len(summary["layers"]) == 3 == len(summary["capacity_per_layer"]) and all(math.isfinite(summary[k]) for k in promised if k.startswith(("held", "prefill")))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6] and {"loss", "capacity", "lr", "grad_norm", "tokens_per_second"} <= set(log[0])
+    assert "held-out loss" in train.show(summary)
+    model = load_model(base, routers=tmp_path / "run/routers.safetensors")  # what was written is what was measured
+    held = train.load_data(cfg, train.load_tokenizer(base), 128)[2]
+    again = train.evaluate(model, held, CPU, route="gather")
+    assert again["loss"] == pytest.approx(summary["heldout_loss_routed"], abs=1e-6) and again["capacity"] == summary["capacity"]
+    assert load_model(base, routers=tmp_path / "run/routers.safetensors", budget=0.9).routers()[0].cut < model.routers()[0].cut
+    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json"]
+
+
+def test_finished_run_is_recognised_and_another_refused(base, tmp_path, capsys):
+    cfg = settings(base, tmp_path, steps=1)
+    first = train.train(cfg)
+    written = (tmp_path / "routers.safetensors").read_bytes()
+    assert train.train(cfg) == first and "finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"lr \(0.02 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
+        train.train(settings(base, tmp_path, steps=1, lr=0.5, seed=3))
+    (tmp_path / "summary.json").unlink()  # an unfinished one is refused by its checkpoint
+    with pytest.raises(ValueError, match=r"budget \(0.5 there, 0.4 now\)"):
+        train.train(settings(base, tmp_path, steps=1, budget=0.4))
+    assert (tmp_path / "routers.safetensors").read_bytes() == written
+    assert train.train(settings(base, tmp_path, steps=1, budget=0.4, overwrite=True))["budget"] == 0.4
+
+
+def test_damaged_checkpoint_is_named(base, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="checkpoint.safetensors cannot be read.*--overwrite"):
+        train.train(settings(base, tmp_path))
+
+
+def test_official_router_file_becomes_ours(base, tmp_path):
+    torch.manual_seed(2)
+    weights = {f"model.layers.{i}.router.weight": torch.randn(1, 32) for i in (1, 3)}
+    save_file(weights, tmp_path / "official.safetensors")
+    summary = train.train(settings(base, tmp_path / "out", import_official=str(tmp_path / "official.safetensors"), recipe="paper"))
+    assert summary["layers"] == [1, 3] and summary["steps"] == 0
+    for name, tensor in file_tensors(tmp_path / "out/routers.safetensors").items():
+        assert torch.equal(tensor, weights[name])
+    assert load_model(base, routers=tmp_path / "out/routers.safetensors").routers()[0].cut == 0.0
+
+
+def test_tuning_learns_to_route(base, tmp_path):
+    """From zero routers, distillation under a penalty reaches the budget's side with a loss far below a run of random routes."""
+    made = tuner(base, recipe="default", layers="0-3", steps=40, lr=0.1, noise=1.0, batch_size=16)
+    rows = [made.step() for _ in range(40)]
+    assert abs(sum(row["capacity"] for row in rows[-10:]) / 10 - 0.5) < 0.06  # the running quantile holds the budget
+    assert rows[-1]["lr"] < rows[0]["lr"]
+
+
+def run_cli(arguments, *, ranks=None, prelude=None):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+                   str(ROOT / "train.py")]
+    elif prelude:
+        command = [sys.executable, "-c", f"{prelude}\nimport runtime, train\nruntime.run_main(train.main)"]
+    else:
+        command = [sys.executable, str(ROOT / "train.py")]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=env, timeout=300)
+
+
+def flags(base, out, **changes):
+    cfg = {"model": base, "data": base / "data.jsonl", "out": out, "layers": "1-3", "batch_size": 8, "micro_batch": 2, "steps": 8, "select_samples": 12,
+           "cost_samples": 8, "save_every": 3, "noise": 1.0, "lr": 0.1, **changes}
+    return [f"--{name}={value}" for name, value in cfg.items()]
+
+
+KILLS = {
+    "in step 5": "import os, train\nstep = train.Tuner.step\ntrain.Tuner.step = lambda self: os.kill(os.getpid(), 9) if self.state.step == 4 else step(self)",
+    "while writing the second checkpoint": "import os, runtime\nrename, count = os.replace, []\n"
+        "def replace(a, b):\n    count.append(b)\n    os.kill(os.getpid(), 9) if sum('checkpoint' in str(p) for p in count) == 2 else rename(a, b)\nos.replace = replace",
+    "before the summary": "import os, runtime\nruntime.write_json = lambda *a: os.kill(os.getpid(), 9)",
+}
+
+
+def test_killed_and_continued_equals_uninterrupted(base, tmp_path):
+    """SIGKILL in a step, in the middle of a checkpoint and before the summary: the same command ends in the same bytes."""
+    train.train(runtime.cli(train.TrainConfig, flags(base, tmp_path / "whole")))
+    for prelude in KILLS.values():
+        killed = run_cli(flags(base, tmp_path / "killed"), prelude=prelude)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    continued = run_cli(flags(base, tmp_path / "killed"))
+    assert continued.returncode == 0 and "going on from step" in continued.stdout, continued.stderr
+    assert (tmp_path / "whole/routers.safetensors").read_bytes() == (tmp_path / "killed/routers.safetensors").read_bytes()
+    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
+    timeless = [[{k: v for k, v in row.items() if k not in ("milliseconds", "tokens_per_second")} for row in log] for log in logs]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 8
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_two_ranks_equal_one(base, tmp_path, recipe):
+    changes = {"recipe": recipe, "budget": 0.4, "granularity": "attn_token" if recipe == "default" else "attn_sequence", "lr": 0.02}
+    train.train(runtime.cli(train.TrainConfig, flags(base, tmp_path / "one", **changes)))
+    two = run_cli(flags(base, tmp_path / "two", **changes), ranks=2)
+    assert two.returncode == 0, two.stderr
+    a, b = (file_tensors(tmp_path / run / "routers.safetensors") for run in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and two.stdout.count("iter 1/8") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------- errors
+
+
+def good_line() -> str:
+    return json.dumps({"prompt": "q", "response": "a"}) + "\n"
+
+
+@pytest.mark.parametrize("changes, part", [
+    ({"budget": 1.5}, "budget is 1.5, expected a share between 0 and 1"),
+    ({"budget": 0.0}, "budget is 0.0"),
+    ({"layers": "9"}, "this model has layers 0 to 3"),
+    ({"layers": "deep:9"}, "deep:9"),
+    ({"layers": "some"}, "'some'"),
+    ({"granularity": "attention"}, "granularity is 'attention'"),
+    ({"granularity": "mlp_token", "kv": "all"}, "kv is 'all'"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"heldout": 1.0}, "heldout is 1.0"),
+    ({"max_length": 1000}, "max_length is 1,000, expected at most the model's context of 128"),
+    ({"max_length": 12}, "data.jsonl, line .*tokens, expected at most 12"),
+    ({"model": "nowhere"}, "nowhere"),
+    ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl was not found"),
+    ({"heldout": "nowhere.jsonl", "max_samples": 4}, "nowhere.jsonl was not found"),
+    ({"max_samples": 1}, "1 training and"),
+    ({"import_official": "nowhere.safetensors"}, "nowhere.safetensors"),
+])
+def test_wrong_settings_are_told_and_nothing_is_written(base, tmp_path, changes, part):
+    with pytest.raises((ValueError, FileNotFoundError), match=part):
+        train.train(settings(base, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line, part", [
+    ("{not json}\n", "line 2 is not JSON"),
+    ('{"question": "q"}\n', r"line 2 has the keys \['question'\]; expected messages"),
+    ('{"messages": "text"}\n', "line 2: messages is not a list of turns"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 2: a turn has role 'tool'"),
+    ('{"messages": [{"role": "user", "content": null}]}\n', "line 2: a turn has role 'user' and content of type NoneType"),
+    ('{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: no turn of the assistant"),
+    ('{"text": ""}\n', "line 2: no loss-carrying token"),
+])
+def test_bad_lines_are_named(base, tmp_path, line, part):
+    (tmp_path / "data.jsonl").write_text(good_line() + line + good_line() * 9)
+    with pytest.raises(ValueError, match=part):
+        train.train(settings(base, tmp_path / "out", data=(str(tmp_path / "data.jsonl"),), heldout=0.2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_user_errors_end_with_status_two_and_one_line(base, tmp_path):
+    weights = (base / "model.safetensors").read_bytes()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((base / name).read_bytes())
+    (broken / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+    result = run_cli(flags(base, tmp_path / "out", model=broken))
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and "model.safetensors" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_must_share_a_batch_evenly(base, tmp_path):
+    cfg, three = settings(base, tmp_path / "out", batch_size=8), runtime.Runtime(0, 3, 0, CPU.device, CPU.dtype, True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="batch_size is 8 on 3 ranks"):
+        patch.setattr(runtime, "setup", lambda *a: three)
+        train.train(cfg)
