@@ -191,7 +191,7 @@ def config_to_hf(config: ModelConfig) -> dict:
     hf = {
         "architectures": [FAMILIES[config.family][0]],
         "model_type": config.family,
-        **{key: ours[field] for key, field in CONFIG_MAP.items()},
+        **{key: ours[name] for key, name in CONFIG_MAP.items()},
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling and {"rope_type": scaling["type"], **{key: value for key, value in scaling.items() if key != "type"}},
