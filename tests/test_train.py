@@ -303,8 +303,10 @@ def test_one_table_serves_every_budget(base, granularity):
     for budget in (0.0, 0.1, 0.33, 0.5, 0.77, 1.0):
         router.set_thresholds(made.model, router.thresholds_for(budget, table))
         kept = train.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
-        first_tokens = len(made.select) * 4 / n if "token" in granularity else 0.0  # these execute under every budget
-        assert kept == pytest.approx(max(budget, first_tokens), abs=0.02 + 1.5 / n)
+        if "token" in granularity:  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
+            assert kept == pytest.approx(max(budget, len(made.select) * 4 / n), abs=0.05)
+        else:
+            assert kept == pytest.approx(budget, abs=0.02 + 1.5 / n)
 
 
 def test_evaluation_does_not_depend_on_the_route_mode(base):
