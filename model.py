@@ -142,15 +142,16 @@ class Rope(nn.Module):
         return self
 
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions (...,) -> cos, sin (..., 1, h/2), ready to multiply (..., H, h/2)."""
+        """positions (...,) -> cos, sin (..., 1, h), ready to multiply (..., H, h); the first half of sin is negative."""
         angles = positions[..., None, None].float() * self.inverse  # (..., 1, h/2)
-        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (..., H, h) by cos, sin (..., 1, h/2)."""
+    """Rotate x (..., H, h) by cos, sin (..., 1, h): (a, b) becomes (a cos - b sin, b cos + a sin). One temporary: pages cost more than flops here."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class Pass:
         columns = torch.arange(width, device=device)
         even = min(starts) == max(starts)
         self.positions = columns[None] + starts[0] if even else columns + torch.tensor(starts, device=device)[:, None]  # (1|B, T)
-        self.cos, self.sin = rope(self.positions, dtype)  # (1|B, T, 1, h/2)
+        self.cos, self.sin = rope(self.positions, dtype)  # (1|B, T, 1, h)
         self.spans = [(min(starts) + column, max(starts) + column) for column in range(width)]
         self.subsets: dict[tuple[int, ...], Pass] = {}
         self.masks: dict[tuple, torch.Tensor] = {}
@@ -383,7 +384,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            if x.device.type != "cpu" or x.numel() < 1 << 15 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # torch's own CPU norm holds x three times more, each a page fault per 4 KiB
+            return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
         wide = x.float()  # the mean of squares needs fp32
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -453,7 +457,7 @@ class Attention(nn.Module):
         kv "routed": only executing tokens have keys and values, stored without gaps. kv "all": every token has them, and a skipped one is
         spared its query, its scores and its output projection.
         """
-        cos, sin = picked.take(io.cos), picked.take(io.sin)  # (n, 1, h/2)
+        cos, sin = picked.take(io.cos), picked.take(io.sin)  # (n, 1, h)
         if kv == "all":
             k, v = (t.transpose(1, 2) for t in self.keys_values(everything, io.cos, io.sin))  # (B, K, T, h)
             if cache is not None:
@@ -495,7 +499,9 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if torch.is_grad_enabled():
+            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
 
 class Block(nn.Module):
