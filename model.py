@@ -182,15 +182,19 @@ class LayerCache:
                 fresh[:, :, :have] = getattr(self, name)
             setattr(self, name, fresh)
 
-    def write(self, k: torch.Tensor, v: torch.Tensor, starts: list[int]) -> None:
-        """Store k, v (N,K,M,h) at slots starts[row] .. starts[row] + M - 1. A pad's slot is overwritten by its row's next token."""
+    def write(self, k: torch.Tensor, v: torch.Tensor, starts: list[int], slots: torch.Tensor | None = None) -> None:
+        """Store k, v (N,K,M,h) at slots starts[row] .. starts[row] + M - 1; `slots` (1|N,M): the same on the device, where it is known.
+
+        A pad's slot is overwritten by its row's next token.
+        """
         width = k.shape[2]
         self.reserve(k, max(starts) + width)
         if min(starts) == max(starts):
             self.k[:, :, starts[0]:starts[0] + width] = k
             self.v[:, :, starts[0]:starts[0] + width] = v
             return
-        slots = torch.tensor(starts, device=k.device)[:, None] + torch.arange(width, device=k.device)  # (N, M)
+        if slots is None:
+            slots = torch.tensor(starts, device=k.device)[:, None] + torch.arange(width, device=k.device)  # (N, M)
         row = torch.arange(len(starts), device=k.device)[:, None]
         self.k[row, :, slots] = k.transpose(1, 2)  # advanced indices come first: (N, M, K, h)
         self.v[row, :, slots] = v.transpose(1, 2)
@@ -261,21 +265,39 @@ class Pass:
     """
 
     def __init__(self, rope: "Rope", starts: list[int], lengths: list[int], width: int, dtype: torch.dtype, device):
-        self.rope, self.starts, self.lengths, self.width, self.dtype, self.device = rope, starts, lengths, width, dtype, device
-        self.fresh = max(starts) == 0  # nothing cached yet: causal attention needs no mask, since pads stand behind every real token
+        self.starts, self.lengths, self.width, self.device = starts, lengths, width, device
         columns = torch.arange(width, device=device)
         even = min(starts) == max(starts)
         self.positions = columns[None] + starts[0] if even else columns + torch.tensor(starts, device=device)[:, None]  # (1|B, T)
-        self.cos, self.sin = rope(self.positions, dtype)  # (1|B, T, 1, h)
-        self.spans = [(min(starts) + column, max(starts) + column) for column in range(width)]
+        # (B*T, 1, h): flat like the tokens, so that compiled code meets one shape
+        self.cos, self.sin = (t.expand(len(starts), -1, -1, -1).flatten(0, 1) for t in rope(self.positions, dtype))
+        self.choices: dict[tuple[int, ...] | None, Rows] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.fresh = max(self.starts) == 0  # nothing cached yet: causal attention needs no mask, since pads stand behind every real token
+        self.spans = [(min(self.starts) + column, max(self.starts) + column) for column in range(self.width)]
         self.subsets: dict[tuple[int, ...], Pass] = {}
-        self.masks: dict[tuple, torch.Tensor] = {}
+        self.masks: dict[tuple, torch.Tensor | None] = {}
+
+    def choice(self, rows: list[int] | None) -> "Rows":
+        """These rows as indices; layers that keep the same rows share them."""
+        key = None if rows is None else tuple(rows)
+        if key not in self.choices:
+            self.choices[key] = Rows(rows, self.device)
+        return self.choices[key]
 
     def subset(self, rows: list[int]) -> "Pass":
         """The same call for some of its rows; layers that keep the same rows share it."""
         key = tuple(rows)
         if key not in self.subsets:
-            self.subsets[key] = Pass(self.rope, [self.starts[r] for r in rows], [self.lengths[r] for r in rows], self.width, self.dtype, self.device)
+            part, chosen = copy.copy(self), self.choice(rows)
+            part.starts, part.lengths = [self.starts[row] for row in rows], [self.lengths[row] for row in rows]
+            part.cos, part.sin = (chosen.take(t.unflatten(0, (-1, self.width))) for t in (self.cos, self.sin))  # (N*T, 1, h)
+            if len(self.positions) > 1:
+                part.positions = self.positions[chosen.index]  # (N, T)
+            part._prepare()
+            self.subsets[key] = part
         return self.subsets[key]
 
 
@@ -287,11 +309,12 @@ class Rows:
         self.empty = rows == []
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ...) -> (N, ...)"""
-        return x if self.index is None else x[self.index]
+        """x (B,T,...) -> its executing tokens, flat (n, ...)"""
+        return (x if self.index is None else x[self.index]).flatten(0, 1)
 
     def put(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """x (B, ...) with its executing rows replaced by part (N, ...); in place where no gradient needs the old x."""
+        """x (B,T,D) with its executing tokens replaced by part (n,D); in place where no gradient needs the old x."""
+        part = part.view(-1, *x.shape[1:])
         if self.index is None:
             return part
         return x.index_copy(0, self.index, part) if torch.is_grad_enabled() else x.index_copy_(0, self.index, part)
@@ -310,8 +333,8 @@ class Picked:
             self.places = torch.tensor([row * self.width + rank for row, count in enumerate(counts) for rank in range(count)], device=device)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """(1|B, T, ...) -> (n, ...)"""
-        return x.expand(self.batch, *x.shape[1:]).flatten(0, 1)[self.flat]
+        """x (B,T,...) -> its executing tokens, flat (n, ...)"""
+        return x.flatten(0, 1)[self.flat]
 
     def put(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
         """x (B,T,D) with its executing tokens replaced by part (n,D); in place where no gradient needs the old x."""
@@ -362,12 +385,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tenso
         low = 0 if lows is None else spans[a][0]
         key = (a, low, high, lows is None)
         if key not in masks:
-            at = torch.arange(low, high, device=q.device)
-            seen = at <= slots[:, a:b, None]  # (1|N, M', S')
-            if lows is not None:
-                seen &= at >= lows[:, a:b, None]
-            lone = b - a == 1 and (spans[a][0] == spans[a][1] if lows is None else slots.shape[0] == 1)
-            masks[key] = None if lone else seen[:, None]  # (1|N, 1, M', S'); a lone query, or rows in step, see all of low..high
+            masks[key] = None  # a lone query, or rows in step, see all of low..high
+            if b - a > 1 or (spans[a][0] < spans[a][1] if lows is None else len(slots) > 1):
+                at = torch.arange(low, high, device=q.device)
+                seen = at <= slots[:, a:b, None]  # (1|N, M', S')
+                masks[key] = (seen if lows is None else seen & (at >= lows[:, a:b, None]))[:, None]  # (1|N, 1, M', S')
         out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], masks[key]))
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
@@ -404,11 +426,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return apply_rope(self.q_norm(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))), cos, sin)  # (..., D) -> (..., H, h)
+        return apply_rope(self.q_norm(self.wq(x).view(*x.shape[:-1], self.n_heads, self.head_dim)), cos, sin)  # (..., D) -> (..., H, h)
 
     def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k = apply_rope(self.k_norm(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))), cos, sin)  # (..., D) -> (..., K, h)
-        return k, self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        heads = (*x.shape[:-1], self.n_kv_heads, self.head_dim)
+        return apply_rope(self.k_norm(self.wk(x).view(heads)), cos, sin), self.wv(x).view(heads)  # (..., D) -> (..., K, h)
+
+    def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries (n,H,h), rotated keys and values (n,K,h) of normalised tokens x (n,D)."""
+        return self.queries(x, cos, sin), *self.keys_values(x, cos, sin)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, key_gate: torch.Tensor | None = None) -> torch.Tensor:
         """Causal self-attention of whole rows x (B,T,D) without a cache. key_gate (B,T): keys with 0 do not exist (unit token, kv=routed)."""
@@ -430,18 +456,20 @@ class Attention(nn.Module):
             out = sdpa(q, k, v, causal=True)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, H, T, h) -> (B, T, H*h) -> (B, T, D)
 
-    def rows(self, x: torch.Tensor, io: Pass, cache: LayerCache | None) -> torch.Tensor:
-        """Attention of whole rows x (N,T,D) over what `cache` holds of them, and over themselves; their keys and values join the cache."""
-        q = self.queries(x, io.cos, io.sin).transpose(1, 2)  # (N, H, T, h)
-        k, v = (t.transpose(1, 2) for t in self.keys_values(x, io.cos, io.sin))  # (N, K, T, h)
+    def rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, io: Pass, cache: LayerCache | None) -> torch.Tensor:
+        """Attention of whole rows over what `cache` holds of them, and over themselves; their keys and values join the cache.
+
+        q (N*T,H,h), k and v (N*T,K,h) -> heads' outputs (N*T, H*h).
+        """
+        q, k, v = (t.view(len(io.starts), io.width, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (N, H, T, h) and (N, K, T, h)
         if cache is not None:
-            cache.write(k, v, io.starts)
+            cache.write(k, v, io.starts, io.positions)
         if io.fresh and (self.window is None or io.width <= self.window):
             out = sdpa(q, k, v, causal=True)
         else:
             k, v = (k, v) if io.fresh else (cache.k, cache.v)
             out = self.look_back(q, k, v, io.positions, io.spans, io.masks)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).reshape(len(io.starts) * io.width, -1)
 
     def look_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, spans: list[tuple[int, int]],
                   masks: dict | None = None) -> torch.Tensor:
@@ -452,16 +480,16 @@ class Attention(nn.Module):
         return attend(q, k, v, slots, lows, [(max(0, low - self.window + 1), high) for low, high in spans], masks)
 
     def tokens(self, x: torch.Tensor, everything: torch.Tensor, io: Pass, picked: Picked, cache: LayerCache | None, kv: str) -> torch.Tensor:
-        """Attention of the picked tokens only: x (n,D) -> (n,D), cut out of everything (B,T,D).
+        """Attention of the picked tokens only: x (n,D), cut out of everything (B,T,D), -> heads' outputs (n, H*h).
 
         kv "routed": only executing tokens have keys and values, stored without gaps. kv "all": every token has them, and a skipped one is
         spared its query, its scores and its output projection.
         """
-        cos, sin = picked.take(io.cos), picked.take(io.sin)  # (n, 1, h)
+        cos, sin = io.cos[picked.flat], io.sin[picked.flat]  # (n, 1, h)
         if kv == "all":
-            k, v = (t.transpose(1, 2) for t in self.keys_values(everything, io.cos, io.sin))  # (B, K, T, h)
+            k, v = (t.unflatten(0, everything.shape[:2]).transpose(1, 2) for t in self.keys_values(everything.flatten(0, 1), io.cos, io.sin))  # (B, K, T, h)
             if cache is not None:
-                cache.write(k, v, io.starts)
+                cache.write(k, v, io.starts, io.positions)
                 k, v = (k, v) if io.fresh else (cache.k, cache.v)
             if picked.empty:
                 return x
@@ -469,8 +497,7 @@ class Attention(nn.Module):
             slots, least, greatest = picked.table([[io.starts[row] + column for column in columns] for row, columns in enumerate(picked.columns)])
             out = self.look_back(q, k, v, slots, list(zip(least, greatest)))
         else:
-            q = picked.pack(self.queries(x, cos, sin)).transpose(1, 2)  # (n, H, h) -> (B, M, H, h) -> (B, H, M, h)
-            k, v = (picked.pack(t).transpose(1, 2) for t in self.keys_values(x, cos, sin))  # (B, K, M, h)
+            q, k, v = (picked.pack(t).transpose(1, 2) for t in self.project(x, cos, sin))  # (n, H, h) -> (B, M, H, h) -> (B, H, M, h); k, v (B, K, M, h)
             before = [[] for _ in picked.columns] if cache is None or cache.positions is None else cache.positions
             after = [before[row] + [io.starts[row] + column for column in columns] for row, columns in enumerate(picked.columns)]
             starts = [len(positions) for positions in before]
@@ -488,7 +515,7 @@ class Attention(nn.Module):
                     lows, least, _ = picked.table([[bisect.bisect_right(positions, positions[slot] - self.window) for slot in range(start, len(positions))]
                                                    for start, positions in zip(starts, after)])
                 out = attend(q, k, v, slots, lows, list(zip(least, greatest)))
-        return self.wo(picked.unpack(out.transpose(1, 2)).flatten(1))  # (B, M, H, h) -> (n, H, h) -> (n, D)
+        return picked.unpack(out.transpose(1, 2)).flatten(1)  # (B, M, H, h) -> (n, H, h) -> (n, H*h)
 
 
 class FeedForward(nn.Module):
@@ -568,31 +595,54 @@ class Block(nn.Module):
         """Compute and cache only what executes; all of it where not `routed`. x (B,T,D) -> y, gate, z; without gradient x may be overwritten."""
         target = self.routing.target if routed else None
         if target in (None, "mlp"):
-            x = x + self.attention.rows(self.attention_norm(x), io, cache)
+            flat = x.flatten(0, 1)  # (B, T, D) -> (B*T, D)
+            out = self.attention.rows(*self.enter(flat, io.cos, io.sin), io, cache)
             if target is None:
-                return x + self.feed_forward(self.ffn_norm(x)), None, None
+                return self.leave(flat, out).view_as(x), None, None
+            x = self.close(flat, out).view_as(x)
             chosen, h, _, gate, z = self.choose(self.ffn_norm, x, io, cache, pool_lengths, gate, must, real)
-            return (x if chosen.empty else chosen.put(x, chosen.take(x) + self.feed_forward(h))), gate, z
+            if not chosen.empty:
+                part = chosen.take(x)
+                x = chosen.put(x, self.feed(part) if h is None else self.feed_forward(h).add_(part))
+            return x, gate, z
 
         chosen, h, everything, gate, z = self.choose(self.attention_norm, x, io, cache, pool_lengths, gate, must, real)
         if isinstance(chosen, Picked):
             if not chosen.empty or self.routing.kv == "all":
                 out = self.attention.tokens(h, everything, io, chosen, cache, self.routing.kv)
         elif not chosen.empty:
-            out = self.attention.rows(h, io if chosen.rows is None else io.subset(chosen.rows), cache)
+            io = io if chosen.rows is None else io.subset(chosen.rows)
+            heads = self.enter(chosen.take(x), io.cos, io.sin) if h is None else self.attention.project(h, io.cos, io.sin)
+            out = self.attention.rows(*heads, io, cache)
+        if target == "block":
+            return (x if chosen.empty else chosen.put(x, self.leave(chosen.take(x), out))), gate, z
         if not chosen.empty:
-            part = chosen.take(x) + out
-            if target == "block":
-                part = part + self.feed_forward(self.ffn_norm(part))
-            x = chosen.put(x, part)
-        return (x if target == "block" else x + self.feed_forward(self.ffn_norm(x))), gate, z
+            x = chosen.put(x, self.close(chosen.take(x), out))
+        return self.feed(x.flatten(0, 1)).view_as(x), gate, z
+
+    # What runs is static from here on: flat tokens (n,D), whatever the layer, the route and the cache. compile_model compiles these.
+
+    def enter(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalise and project tokens x (n,D) -> q (n,H,h), k and v (n,K,h)."""
+        return self.attention.project(self.attention_norm(x), cos, sin)
+
+    def close(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Project the heads' outputs (n, H*h) and add them to x (n,D)."""
+        return self.attention.wo(out).add_(x)
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        """x (n,D) and its feed-forward."""
+        return self.feed_forward(self.ffn_norm(x)).add_(x)
+
+    def leave(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Both residuals of a block that runs as a whole."""
+        return self.feed(self.close(x, out))
 
     def choose(self, norm: RMSNorm, x: torch.Tensor, io: Pass, cache: LayerCache | None, pool_lengths: torch.Tensor | None, gate: torch.Tensor | None,
                must: torch.Tensor | None, real: torch.Tensor | None):
-        """Who executes, their normalised input, everybody's, gate and z. One host sync: per prompt for unit sequence, per call for unit token."""
+        """Who executes, their normalised input (n,D), everybody's (B,T,D), gate and z. One host sync: per prompt for unit sequence, per call for unit token."""
         if self.routing.unit == "sequence" and not io.fresh:  # decided with the prompt, held for every later token
-            chosen = Rows(cache.kept, x.device)
-            return chosen, norm(chosen.take(x)), None, None, None
+            return io.choice(cache.kept), None, None, None, None
         h = norm(x)
         z = self.score(h, pool_lengths)
         gate = self.decide(z, gate, must, real)
@@ -601,7 +651,7 @@ class Block(nn.Module):
         else:
             opened = gate.tolist()  # the host sync
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
-            chosen = Rows(rows, x.device)
+            chosen = io.choice(rows)
             if cache is not None:
                 cache.kept, cache.rows = rows, None if self.routing.target == "mlp" else rows
         return chosen, chosen.take(h), h, gate, z
