@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py ...               # the same global batches, the same result up to rounding
 
 Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same command goes on where
-the last checkpoint stands and ends in the same router file, bit for bit.
+the last checkpoint stands and ends in the same router file, bit for bit (on a GPU as far as its kernels are deterministic).
 recipe=default: price every layer by its Fisher cost, start at the best static choice, tune by self-distillation, hold the budget with a
 running quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
 
@@ -662,8 +662,9 @@ class Tuner:
             set_cut(model, state.cut)
         state.step += 1
         state.tokens += sum(len(e.tokens) for e in whole)
+        lengths = [len(e.tokens) for e in whole]
         return {"loss": loss / n_targets, "capacity": opened / units, "lr": lr_at(state.step - 1, self.steps, cfg.lr, cfg.warmup), "grad_norm": norm.item(),
-                "tokens": sum(len(e.tokens) for e in whole)}
+                "tokens": sum(lengths), "flops": step_flops(model.config, state.layers[0], lengths, n_targets, cfg.objective == "distill")}
 
     @torch.no_grad()
     def capacity(self, whole: list[Example], micros: list[list[int]], units: int) -> float:
@@ -757,6 +758,8 @@ def tune(tuner: Tuner, out: Path) -> None:
         runtime.print0(f"before tuning: selection loss {tuner.try_out():.4f}")
     if state.step == 0 and rt.is_master:
         tuner.save(checkpoint)
+    peak = runtime.peak_flops(runtime.device_name(rt.device))
+    peak = peak * rt.world_size if peak else None
     loop_started, first_step = time.perf_counter(), state.step
     while state.step < tuner.steps:
         started = time.perf_counter()
@@ -765,11 +768,13 @@ def tune(tuner: Tuner, out: Path) -> None:
         state.step_seconds += seconds
         tried = tuner.try_out() if state.step in tries else None
         state.seconds = time.perf_counter() - tuner.begun
-        rate = row.pop("tokens") / seconds
+        rate, mfu = row.pop("tokens") / seconds, row.pop("flops") / seconds / peak if peak else None
         left = (time.perf_counter() - loop_started) / (state.step - first_step) * (tuner.steps - state.step)
-        row = {"step": state.step, **row, "budget": cfg.budget, "cut": state.cut, "select_loss": tried, "milliseconds": seconds * 1e3, "tokens_per_second": rate}
+        row = {"step": state.step, **row, "budget": cfg.budget, "cut": state.cut, "select_loss": tried, "milliseconds": seconds * 1e3, "tokens_per_second": rate,
+               "mfu": mfu}
         runtime.print0(f"iter {state.step}/{tuner.steps} | loss {row['loss']:.4f} | kept {row['capacity']:.3f} (budget {cfg.budget:.3f}) | lr {row['lr']:.1e} | "
-                       f"gnorm {row['grad_norm']:.2e} | {seconds * 1e3:,.0f} ms | {rate:,.0f} tok/s | eta {left / 60:.1f}m"
+                       f"gnorm {row['grad_norm']:.2e} | {seconds * 1e3:,.0f} ms | {rate:,.0f} tok/s | mfu {f'{mfu:.1%}' if mfu else 'n/a'} | "
+                       f"eta {left / 60:.1f}m"
                        + (f" | selection loss {tried:.4f}{' (best)' if state.best_step == state.step else ''}" if tried is not None else ""))
         if rt.is_master:
             with open(log, "a") as file:
@@ -781,11 +786,20 @@ def tune(tuner: Tuner, out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- summary
 
 
-def prefill_flops(config: ModelConfig, routing: RouterConfig, gates: torch.Tensor | None, length: int) -> float:
+def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: int, distill: bool) -> float:
+    """FLOPs that a tuning step really needs: layers below the first routed one forward only; above it forward, backward without weight
+    gradients (as much again), and the teacher's forward; the head likewise, where loss is taken."""
+    head, passes = 2 * config.dim * config.vocab_size, 2 + distill
+    layers = sum(prefill_flops(config, None, None, length) - head for length in lengths)
+    return layers * (first + passes * (config.n_layers - first)) / config.n_layers + passes * head * n_targets
+
+
+def prefill_flops(config: ModelConfig, routing: RouterConfig | None, gates: torch.Tensor | None, length: int) -> float:
     """FLOPs of one prompt of `length` tokens up to its first new token's logits. gates (R,1) or (R,1,T), or None for dense.
 
     A multiply-add counts 2; a query counts the keys before it and itself; norms, rotations and routers are left out.
     """
+    routing = routing or RouterConfig()
     queries_out = 2 * 2 * config.dim * config.n_heads * config.head_dim  # wq and wo, per token
     keys_values = 2 * 2 * config.dim * config.n_kv_heads * config.head_dim  # per token
     mlp = 2 * 3 * config.dim * config.hidden_dim  # per token

@@ -47,7 +47,7 @@ def base(tmp_path_factory):
     model = Transformer(config)
     for layer, block in enumerate(model.layers):
         block.attention.wo.weight.data *= 2.0 + layer % 3
-    model.tok_embeddings.weight.data *= 0.5
+    model.tok_embeddings.weight.data.normal_(std=0.5)  # a new model holds no values yet
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
@@ -288,7 +288,7 @@ def test_prior_is_the_static_choice_and_meets_the_budget(base, granularity):
     assert ((z >= made.state.cut).float().mean() - 0.5).abs() < 0.02
     if granularity == "attn_sequence":  # the two dearest layers execute for everyone
         opened = (z >= made.state.cut).float().mean(1)
-        assert sorted(range(4), key=lambda i: made.state.layer_costs[i])[2:] == opened.nonzero().flatten().tolist()
+        assert set(sorted(range(4), key=lambda i: made.state.layer_costs[i])[2:]) == set(opened.nonzero().flatten().tolist())
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token"])
