@@ -40,6 +40,7 @@ from tokenizer import Tokenizer, encode_chat, load_tokenizer
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
 MIN_PREFIX = 16  # tokens that must be common to all items before computing them apart pays
 MIN_BATCH, MIN_BATCHES = 4096, 8  # small tasks are cut as well, to give every rank a batch, but not below this many tokens
+PERPLEXITY = ("perplexity", "perplexity_dense")  # names of their records; the dense one stands beside every routed one
 NEW_TOKENS = 256  # lm-eval's max_gen_toks for Hugging Face models
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-eval tasks/gsm8k/gsm8k.yaml
 STOP_TAIL = 16  # last tokens of an answer that are searched for a stop text
@@ -203,7 +204,7 @@ def tasks_named(names: Sequence[str], files: Sequence[str] = ()) -> list[Task]:
     chosen = [TASKS[part] for name in names for part in GROUPS.get(name, [name])]
     chosen += [Task(Path(f).stem, custom, (str(Path(f).resolve()),), (str(Path(f).resolve()),), 0, ("acc_norm", "acc"), "--custom", spare=True) for f in files]
     unique = {task.name: task for task in chosen}
-    if clash := next((f for f in files if Path(f).stem in {*known, "perplexity"}), None):
+    if clash := next((f for f in files if Path(f).stem in {*known, *PERPLEXITY}), None):
         raise ValueError(f"--custom={clash} would be the task {Path(clash).stem!r}, which exists already: rename the file")
     return list(unique.values())
 
@@ -322,10 +323,11 @@ class Branch:
 
 @dataclass
 class Query:
-    """A context that is computed once, and what follows it. Without branches: a prompt to continue."""
+    """A context that is computed once, and what follows it. Without branches: a prompt to continue. `owner`: task and index of its item."""
 
+    owner: tuple[str, int]
     context: array
-    branches: list[Branch]
+    branches: list[Branch] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -340,12 +342,18 @@ class Query:
 class Item:
     """One question in tokens: `sizes` are the choices' lengths in characters, `gold` the right choice or the right answer's text."""
 
-    task: str
-    index: int
     queries: list[Query]
     gold: int | str
     sizes: list[int]
     truncated: bool = False
+
+    @property
+    def task(self) -> str:
+        return self.queries[0].owner[0]
+
+    @property
+    def index(self) -> int:
+        return self.queries[0].owner[1]
 
     @property
     def rows(self) -> int:
@@ -354,6 +362,10 @@ class Item:
     @property
     def width(self) -> int:
         return max(query.width for query in self.queries)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(query.context) + sum(len(branch.tokens) for branch in query.branches) for query in self.queries)
 
 
 @dataclass
@@ -388,7 +400,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
-def queries_of(pairs: Sequence[tuple[list[int], list[int]]], limit: int, share: bool) -> tuple[list[Query], bool]:
+def queries_of(owner: tuple[str, int], pairs: Sequence[tuple[list[int], list[int]]], limit: int, share: bool) -> tuple[list[Query], bool]:
     """Queries of an item's (context, choice) pairs, and whether one was cut from the left to `limit` + 1 tokens, as lm-eval does.
 
     Choices with the same context share it. Where contexts differ (partial scoring) and `share` allows it, their common beginning is the
@@ -401,10 +413,11 @@ def queries_of(pairs: Sequence[tuple[list[int], list[int]]], limit: int, share: 
     common = common_prefix(list(groups)) if share else 0
     if len(groups) > 1 and common:
         groups = {tuple(cut[0][:common]): list(range(len(pairs)))}
-    queries = []
-    for context, choices in groups.items():
-        rest = {choice: cut[choice][len(context):] for choice in choices}
-        queries.append(Query(array("i", context), [Branch(c, array("i", rest[c] + pairs[c][1]), range(len(rest[c]), len(rest[c]) + len(pairs[c][1]))) for c in choices]))
+    queries = [Query(owner, array("i", context)) for context in groups]
+    for query, choices in zip(queries, groups.values()):
+        for choice in choices:
+            rest = cut[choice][len(query.context):]
+            query.branches.append(Branch(choice, array("i", rest + pairs[choice][1]), range(len(rest), len(rest) + len(pairs[choice][1]))))
     return queries, any(len(short) < len(context) for short, (context, _) in zip(cut, pairs))
 
 
@@ -418,23 +431,21 @@ def prepare_task(task: Task, paths: tuple[Path, Path | None], tok: Tokenizer, *,
         before = task.description + "".join(shot.solved() for shot in drawn)
         if task.read is gsm8k:
             ids = tok.encode(before + example.contexts[0], bos=tok.adds_bos, special=True)
-            short = ids[max(0, len(ids) - (limit - NEW_TOKENS)):]
-            item = Item(task.name, index, [Query(array("i", short), [])], example.choices[0], [], len(short) < len(ids))
-            pairs = [(ids, [])]
+            pairs, short = [(ids, [])], ids[max(0, len(ids) - (limit - NEW_TOKENS)):]
+            item = Item([Query((task.name, index), array("i", short))], example.choices[0], [], len(short) < len(ids))
         else:
             pairs = [encode_pair(tok, before + context, " " + choice) for context, choice in zip(example.contexts, example.choices)]
             for choice, (_, ids) in enumerate(pairs):
                 if not 1 <= len(ids) <= limit:
                     raise ValueError(f"{paths[0]}, item {index}: choice {choice} has {len(ids)} tokens after its context; expected 1 to {limit}, the context length")
-            queries, truncated = queries_of(pairs, limit, share)
-            sizes = [len(choice) for choice in example.choices]
-            item = Item(task.name, index, queries, example.gold, sizes, truncated)
+            queries, truncated = queries_of((task.name, index), pairs, limit, share)
+            item = Item(queries, example.gold, [len(choice) for choice in example.choices], truncated)
         digest.update(b"".join(array("i", [*context, -1, *choice, -2]).tobytes() for context, choice in pairs) + str(item.gold).encode())
         work.append(item)
     return Work(task, work, shots, str(paths[0]), digest.hexdigest()[:16], time.perf_counter() - start)
 
 
-def prepare_perplexity(path: Path, tok: Tokenizer, *, items: int | None, limit: int, split: str | None) -> Work:
+def prepare_perplexity(name: str, path: Path, tok: Tokenizer, *, items: int | None, limit: int, split: str | None) -> Work:
     """Answers of a messages file, to be scored after everything before the first of them."""
     start, work, digest = time.perf_counter(), [], hashlib.sha256()
     for place, row in runtime.read_records(path):
@@ -453,11 +464,11 @@ def prepare_perplexity(path: Path, tok: Tokenizer, *, items: int | None, limit: 
             raise ValueError(f"{place}: {len(ids)} tokens with {first} before the answer; expected at most {limit}, the context length, and at least one before: "
                              "shorten the row")
         branch = Branch(0, array("i", ids[first:]), [place - first for place, loss in enumerate(mask) if loss])
-        work.append(Item("perplexity", len(work), [Query(array("i", ids[:first]), [branch])], 0, [len(branch.scored)]))
+        work.append(Item([Query((name, len(work)), array("i", ids[:first]), [branch])], 0, [len(branch.scored)]))
         digest.update(repr((ids, first)).encode())
     if not work:
         raise ValueError(f"{path} holds no row{f' whose split is {split!r}' if split else ''}; expected at least one: check --perplexity and --perplexity_split")
-    task = Task("perplexity", custom, (), (), 0, ("nll",), "")
+    task = Task(name, custom, (), (), 0, ("nll",), "")
     return Work(task, work, 0, str(path), digest.hexdigest()[:16], time.perf_counter() - start)
 
 
@@ -488,7 +499,7 @@ class Run:
     model: Transformer
     tok: Tokenizer
     route: str = "off"
-    control: Callable[[tuple[str, int], int, int], torch.Tensor] | None = None  # forced gates of an item's tokens start .. stop - 1
+    control: "Control | None" = None
     max_batch_tokens: int = 16384
 
     @property
@@ -502,8 +513,8 @@ class Run:
 
     @property
     def shares(self) -> bool:
-        """What a token's computation is does not depend on what follows it, nor on the item: a prefix may serve several contexts."""
-        return self.route == "off" or (self.route == "gather" and not self.sequence and not getattr(self.control, "per_item", False))
+        """A token's computation depends on the tokens before it and nothing else: one prefix may serve several contexts."""
+        return self.route == "off" or (self.route == "gather" and not self.sequence and not (self.control and self.control.per_item))
 
     @property
     def caches(self) -> bool:
@@ -513,13 +524,28 @@ class Run:
 
 @dataclass
 class Score:
-    """Outcome of one query: log-probability by choice or new tokens; units that executed per routed layer; bytes of keys and values."""
+    """Outcome of one query: log-probability by choice, or new tokens; units that executed per routed layer; bytes of keys and values."""
 
-    logprobs: dict[int, float]
-    executed: list[int]
-    units: int
-    kv_bytes: int
+    logprobs: dict[int, float] = field(default_factory=dict)
+    executed: list[int] = field(default_factory=list)
+    units: int = 0
+    kv_bytes: int = 0
     tokens: list[int] = field(default_factory=list)
+
+    def ran(self, counts: list[int], units: int) -> None:
+        """Add the executed units of `units` more; counts is empty where nothing is routed."""
+        if counts:
+            self.executed = add(self.executed, counts) if self.executed else counts
+            self.units += units
+
+
+@dataclass
+class Prefix:
+    """A beginning that all contexts of a batch share, computed once."""
+
+    length: int = 0
+    cache: KVCache | None = None
+    score: Score = field(default_factory=Score)
 
 
 def pad(rows: Sequence[Sequence[int]], device) -> torch.Tensor:
@@ -546,11 +572,6 @@ def log_probs(model: Transformer, h: torch.Tensor, targets: Sequence[Sequence[in
     return values
 
 
-def forced(run: Run, owners: Sequence[tuple[str, int]], starts: Sequence[int], width: int) -> torch.Tensor | None:
-    """Gates of a control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`."""
-    return None if run.control is None else torch.stack([run.control(o, s, s + width) for o, s in zip(owners, starts)], 1).to(run.device)
-
-
 def cache_bytes(model: Transformer, routed: bool, length: int, executed: list[int]) -> int:
     """Bytes of keys and values that `length` tokens leave: skipped (layer, token) pairs leave none, but for target mlp and kv=all."""
     slots = length * model.config.n_layers
@@ -559,48 +580,33 @@ def cache_bytes(model: Transformer, routed: bool, length: int, executed: list[in
     return 2 * slots * model.config.n_kv_heads * model.config.head_dim * model.tok_embeddings.weight.element_size()
 
 
-@dataclass
-class Prefix:
-    """A beginning that all contexts of a batch share, computed once. `executed` is empty without routers."""
-
-    length: int
-    cache: KVCache | None = None
-    executed: list[int] = field(default_factory=list)
-
-
-def prefill(run: Run, contexts: Sequence[array], owners: Sequence[tuple[str, int]], prefix: Prefix) -> tuple[KVCache, torch.Tensor, list[list[int]]]:
-    """Compute contexts (beyond the prefix). Returns the cache, the last token's state (B,D) and the tally per row.
+def prefill(run: Run, queries: Sequence[Query], prefix: Prefix) -> tuple[KVCache, torch.Tensor, list[Score]]:
+    """Compute contexts (beyond the prefix). Returns the cache, the last tokens' states (B,D) and a score per query.
 
     A single context wider than the token budget goes in pieces, except where a sequence router must see it whole.
     """
     if prefix.cache is not None:
         cache = prefix.cache.clone()
-        cache.select([0] * len(contexts))
+        cache.select([0] * len(queries))
     else:
-        cache = KVCache(run.model, len(contexts))
-    rows = [context[prefix.length:] for context in contexts]
+        cache = KVCache(run.model, len(queries), max_len=max(query.width for query in queries))
+    scores = [Score({branch.choice: 0.0 for branch in query.branches}, prefix.score.executed, prefix.score.units) for query in queries]
+    rows = [query.context[prefix.length:] for query in queries]
     tokens, lengths = pad(rows, run.device), [len(row) for row in rows]
     step = tokens.shape[1] if run.sequence or len(rows) > 1 else run.max_batch_tokens
-    executed = None
     for a in range(0, tokens.shape[1], step):
-        piece = tokens[:, a:a + step]
-        gates = forced(run, owners, cache.lengths, piece.shape[1])
-        h, gates = run.model.hidden(piece, lengths=[min(n - a, step) for n in lengths], cache=cache, route=run.route, gates=gates)
-        counts = tally(gates, len(rows))
-        executed = counts if executed is None else [add(x, y) for x, y in zip(executed, counts)]
-    last = h[torch.arange(len(rows), device=run.device), torch.tensor(lengths, device=run.device) - 1 - a]  # (B,T,D) -> (B,D)
-    return cache, last, [add(prefix.executed, counts) if prefix.executed else counts for counts in executed]
+        piece, real = tokens[:, a:a + step], [min(n - a, step) for n in lengths]
+        h, gates = run.model.hidden(piece, lengths=real, cache=cache, route=run.route, gates=forced(run, queries, cache.lengths, piece.shape[1]))
+        for score, counts, n in zip(scores, tally(gates, len(rows)), real):
+            score.ran(counts, 1 if run.sequence else n)
+    for query, score in zip(queries, scores):
+        score.kv_bytes = cache_bytes(run.model, run.route != "off", len(query.context), score.executed)
+    return cache, h[torch.arange(len(rows), device=run.device), torch.tensor(lengths, device=run.device) - 1 - a], scores  # (B,T,D) -> (B,D)
 
 
-def score_cached(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str, int]], prefix: Prefix) -> list[Score]:
+def score_cached(run: Run, queries: Sequence[Query], prefix: Prefix) -> list[Score]:
     """Log-probabilities of all branches: contexts once, then the branches' tokens on copies of their rows of the cache."""
-    cache, last, executed = prefill(run, [query.context for query in queries], owners, prefix)
-    scores = []
-    for query, counts in zip(queries, executed):
-        length = len(query.context)
-        units = 0 if run.route == "off" else 1 if run.sequence else length
-        scores.append(Score({branch.choice: 0.0 for branch in query.branches}, counts, units, cache_bytes(run.model, run.route != "off", length, counts)))
-
+    cache, last, scores = prefill(run, queries, prefix)
     first = {b: found for b, query in enumerate(queries) if (found := [branch for branch in query.branches if branch.scored[0] == 0])}
     if first:  # the first token of a choice is predicted by the context's last
         states = last[torch.tensor(list(first), device=run.device)]  # (B,D) -> (n,D)
@@ -609,106 +615,95 @@ def score_cached(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str,
                 scores[b].logprobs[branch.choice] += value
 
     rest = sorted(((b, branch) for b, query in enumerate(queries) for branch in query.branches if len(branch.tokens) > 1), key=lambda pair: -len(pair[1].tokens))
-    if not rest:
-        return scores
-    width = max(cache.lengths) + len(rest[0][1].tokens)
-    size = max(1, run.max_batch_tokens // width) if len(queries) == 1 else len(rest)  # a batch of several queries was planned to fit
-    for a in range(0, len(rest), size):
+    size = len(rest)  # a batch of several queries was planned to fit
+    if rest and len(queries) == 1:
+        size = max(1, run.max_batch_tokens // queries[0].width)
+    for a in range(0, len(rest), size or 1):
         group = rest[a:a + size]
         branched = cache.clone() if a + size < len(rest) else cache
         branched.select([b for b, _ in group])
         tokens, lengths = pad([branch.tokens[:-1] for _, branch in group], run.device), [len(branch.tokens) - 1 for _, branch in group]
-        gates = None if run.sequence else forced(run, [owners[b] for b, _ in group], branched.lengths, tokens.shape[1])
+        gates = None if run.sequence else forced(run, [queries[b] for b, _ in group], branched.lengths, tokens.shape[1])
         h, gates = run.model.hidden(tokens, lengths=lengths, cache=branched, route=run.route, gates=gates)
         places = [(row, place - 1) for row, (_, branch) in enumerate(group) for place in branch.scored if place]
         row, column = torch.tensor(places, device=run.device).T
         values = iter(log_probs(run.model, h[row, column], [[group[r][1].tokens[c + 1]] for r, c in places]))  # (B,T,D) -> (n,D)
-        counts = tally(None if run.sequence else gates, len(group))
-        for (b, branch), n, count in zip(group, lengths, counts):
+        for (b, branch), n, counts in zip(group, lengths, tally(None if run.sequence else gates, len(group))):
             scores[b].logprobs[branch.choice] += sum(value for value, in islice(values, sum(place > 0 for place in branch.scored)))
-            if count:
-                scores[b].executed, scores[b].units = add(scores[b].executed, count), scores[b].units + n
+            scores[b].ran(counts, n)
     return scores
 
 
-def score_plain(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str, int]]) -> list[Score]:
-    """The same without a cache, each branch after a context of its own: for route mask and pool=all, and what score_cached must equal."""
-    scores = [Score({}, [], 0, 0) for _ in queries]
-    flat = [(b, branch) for b, query in enumerate(queries) for branch in query.branches]
+def score_plain(run: Run, queries: Sequence[Query]) -> list[Score]:
+    """The same without a cache, each branch after a context of its own: for route mask and pool=all, and what score_cached must equal.
+
+    A context's units count once, though they are computed for every choice (with pool=all every choice has a route of its own).
+    """
+    scores = [Score() for _ in queries]
+    flat = [(score, query, branch) for score, query in zip(scores, queries) for branch in query.branches]
     size = max(1, run.max_batch_tokens // max(query.width for query in queries))
     for a in range(0, len(flat), size):
         group = flat[a:a + size]
-        rows = [queries[b].context + branch.tokens[:-1] for b, branch in group]
-        tokens, prompts = pad(rows, run.device), [len(queries[b].context) for b, _ in group]
-        gates = forced(run, [owners[b] for b, _ in group], [0] * len(group), tokens.shape[1])
+        rows, prompts = [query.context + branch.tokens[:-1] for _, query, branch in group], [len(query.context) for _, query, _ in group]
+        tokens = pad(rows, run.device)
+        gates = forced(run, [query for _, query, _ in group], [0] * len(group), tokens.shape[1])
         h, gates = run.model.hidden(tokens, lengths=[len(row) for row in rows], prompt_lengths=prompts, route=run.route, gates=gates)
-        places = [(row, prompt + place - 1) for row, (prompt, (_, branch)) in enumerate(zip(prompts, group)) for place in branch.scored]
+        places = [(row, prompt + place - 1) for row, (prompt, (_, _, branch)) in enumerate(zip(prompts, group)) for place in branch.scored]
         row, column = torch.tensor(places, device=run.device).T
-        wanted = [[branch.tokens[place]] for _, branch in group for place in branch.scored]
-        values = iter(log_probs(run.model, h[row, column], wanted))
-        for r, (b, branch) in enumerate(group):
-            score, prompt = scores[b], prompts[r]
+        values = iter(log_probs(run.model, h[row, column], [[branch.tokens[place]] for _, _, branch in group for place in branch.scored]))
+        for r, (score, query, branch) in enumerate(group):
+            def counts(start: int, stop: int) -> list[int]:
+                return [] if gates is None else tally(gates[:, r:r + 1] if run.sequence else gates[:, r:r + 1, start:stop], 1)[0]
+
+            first, length = branch is query.branches[0], len(rows[r])
             score.logprobs[branch.choice] = sum(value for value, in islice(values, len(branch.scored)))
-            if gates is not None:
-                new = branch is queries[b].branches[0]  # the context's units count once, though they were computed for every choice
-                start = 0 if new or gates.dim() == 2 else prompt
-                count = tally(gates[:, r:r + 1] if gates.dim() == 2 else gates[:, r:r + 1, start:len(rows[r])], 1)[0]
-                if new or gates.dim() == 3 or run.model.routing.pool == "all":
-                    score.executed = add(score.executed, count) if score.executed else count
-                    score.units += 1 if gates.dim() == 2 else len(rows[r]) - start
-            if branch is queries[b].branches[0]:
-                counts = tally(None if gates is None else gates[:, r:r + 1] if gates.dim() == 2 else gates[:, r:r + 1, :prompt], 1)[0]
-                score.kv_bytes = cache_bytes(run.model, run.route != "off", prompt, counts)
+            if first:
+                score.ran(counts(0, length), 1 if run.sequence else length)
+                score.kv_bytes = cache_bytes(run.model, run.route != "off", prompts[r], counts(0, prompts[r]))
+            elif not run.sequence or run.model.routing.pool == "all":
+                score.ran(counts(prompts[r], length), 1 if run.sequence else length - prompts[r])
     return scores
 
 
-def generate_answers(run: Run, queries: Sequence[Query], owners: Sequence[tuple[str, int]], prefix: Prefix) -> list[Score]:
+def generate_answers(run: Run, queries: Sequence[Query], prefix: Prefix) -> list[Score]:
     """Greedy continuations up to a stop token or a stop text; a finished row leaves the batch."""
-    cache, last, executed = prefill(run, [query.context for query in queries], owners, prefix)
-    output: list[list[int]] = [[] for _ in queries]
+    cache, last, scores = prefill(run, queries, prefix)
     alive = list(range(len(queries)))
     while True:
         chosen, going = run.model.head(last).argmax(-1), []
         for place, (row, token) in enumerate(zip(alive, chosen.tolist())):  # the one host sync of a step
-            output[row].append(token)
-            tail = run.tok.decode(output[row][-STOP_TAIL:])
-            if token not in run.tok.stop_ids and len(output[row]) < NEW_TOKENS and not any(stop in tail for stop in STOPS):
+            output = scores[row].tokens
+            output.append(token)
+            tail = run.tok.decode(output[-STOP_TAIL:])
+            if token not in run.tok.stop_ids and len(output) < NEW_TOKENS and not any(stop in tail for stop in STOPS):
                 going.append(place)
         if not going:
             break
         if len(going) < len(alive):
             cache.select(going)
             alive, chosen = [alive[place] for place in going], chosen[torch.tensor(going, device=run.device)]
-        gates = None if run.sequence else forced(run, [owners[row] for row in alive], cache.lengths, 1)
+        gates = None if run.sequence else forced(run, [queries[row] for row in alive], cache.lengths, 1)
         h, gates = run.model.hidden(chosen[:, None], cache=cache, route=run.route, gates=gates)
         last = h[:, -1]  # (B,1,D) -> (B,D)
-        if gates is not None and not run.sequence:
-            for row, count in zip(alive, tally(gates, len(alive))):
-                executed[row] = add(executed[row], count)
-    scores = []
-    for query, tokens, counts in zip(queries, output, executed):
-        length = len(query.context) + len(tokens) - 1
-        units = 0 if run.route == "off" else 1 if run.sequence else length
-        scores.append(Score({}, counts, units, cache_bytes(run.model, run.route != "off", length, counts), tokens))
+        for row, counts in zip(alive, tally(None if run.sequence else gates, len(alive))):
+            scores[row].ran(counts, 1)
+    for query, score in zip(queries, scores):
+        score.kv_bytes = cache_bytes(run.model, run.route != "off", len(query.context) + len(score.tokens) - 1, score.executed)
     return scores
 
 
 def score_batch(run: Run, batch: Sequence[Item], prefix: Prefix) -> list[dict]:
     """Records of a batch's items, one sample line each."""
     queries = [query for item in batch for query in item.queries]
-    owners = [(item.task, item.index) for item in batch for _ in item.queries]
-    width = max(query.width for query in queries)
-
-    def score(queries: Sequence[Query], owners: Sequence[tuple[str, int]]) -> list[Score]:
-        if not queries[0].branches:
-            return generate_answers(run, queries, owners, prefix)
-        return score_cached(run, queries, owners, prefix) if run.caches else score_plain(run, queries, owners)
-
-    if len(queries) > 1 and sum(query.rows for query in queries) * width > run.max_batch_tokens:  # a lone item of several wide contexts
-        scores = iter([score([query], [owner])[0] for query, owner in zip(queries, owners)])
-    else:
-        scores = iter(score(queries, owners))
-    return [record(run, item, [next(scores) for _ in item.queries]) for item in batch]
+    fits = sum(query.rows for query in queries) * max(query.width for query in queries) <= run.max_batch_tokens
+    scores = []
+    for part in [queries] if fits else [[query] for query in queries]:  # a lone item of several wide contexts goes one by one
+        if not part[0].branches:
+            scores += generate_answers(run, part, prefix)
+        else:
+            scores += score_cached(run, part, prefix) if run.caches else score_plain(run, part)
+    found = iter(scores)
+    return [record(run, item, [next(found) for _ in item.queries]) for item in batch]
 
 
 def record(run: Run, item: Item, scores: Sequence[Score]) -> dict:
@@ -726,7 +721,7 @@ def record(run: Run, item: Item, scores: Sequence[Score]) -> dict:
         return {**base, "logprobs": [], "prediction": strict, "gold": normal(item.gold), "prediction_flexible": flexible, "text": text, **hits, **rest}
     by_choice = {choice: value for score in scores for choice, value in score.logprobs.items()}
     logprobs = [by_choice[choice] for choice in range(len(by_choice))]
-    if item.task == "perplexity":
+    if item.task in PERPLEXITY:
         return {**base, "logprobs": logprobs, "prediction": None, "gold": None, "tokens": item.sizes[0], **rest}
     best, best_norm = _argmax(logprobs), _argmax([value / size for value, size in zip(logprobs, item.sizes)])
     hits = {"acc": int(best == item.gold), "acc_norm": int(best_norm == item.gold)}
@@ -761,53 +756,61 @@ def normal(answer: str) -> str:
 # Controls: routes that no router chose, over the same routed layers
 
 
-def make_control(text: str, model: Transformer, budget: float | None) -> Callable | None:
-    """Forced gates from --control: none, static:LAYERS (these are dropped), random:SEED (at capacity --budget), mean:FILE.json (the routed
-    run's average routes: per task, as many layers as it executed on average, the most used ones)."""
+@dataclass(frozen=True)
+class Control:
+    """Gates of an item's tokens start .. stop - 1: (R,) for unit sequence, (R, stop - start) for unit token."""
+
+    gates: Callable[[tuple[str, int], int, int], torch.Tensor]
+    per_item: bool  # they differ between items of a task
+
+
+def forced(run: Run, queries: Sequence[Query], starts: Sequence[int], width: int) -> torch.Tensor | None:
+    """Gates of the control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`; None without a control."""
+    if run.control is None:
+        return None
+    return torch.stack([run.control.gates(query.owner, start, start + width) for query, start in zip(queries, starts)], 1).to(run.device)
+
+
+def make_control(text: str, model: Transformer, budget: float | None) -> Control | None:
+    """--control: none, static:LAYERS (these are dropped), random:SEED (at capacity --budget), mean:FILE.json (the average of a routed run's
+    routes, made constant: per task as many layers as it executed on average, the most used ones)."""
     kind, _, value = text.partition(":")
     if kind == "none":
         return None
-    layers = model.routing.layers
+    layers, sequence = model.routing.layers, model.routing.unit == "sequence"
 
-    def constant(kept: Sequence[bool], start: int, stop: int) -> torch.Tensor:
-        gate = torch.tensor(kept, dtype=torch.float32)  # (R,)
-        return gate if model.routing.unit == "sequence" else gate[:, None].expand(-1, stop - start)  # (R,) -> (R,T)
+    def draw(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{value}/{owner[0]}/{owner[1]}".encode()).digest()[:7]))
+        if not sequence:
+            return (torch.rand(stop, len(layers), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
+        count = int(budget * len(layers) + torch.rand((), generator=generator).item())  # the budget on average, where it falls between two counts
+        return torch.zeros(len(layers)).index_fill(0, torch.randperm(len(layers), generator=generator)[:count], 1.0)
 
-    if kind == "static":
-        named = parse_layers(value, model.config.n_layers)
-        if named[0] != "list" or not set(named[1]) <= set(layers):
-            raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(map(str, layers))}")
-        return lambda owner, start, stop: constant([layer not in named[1] for layer in layers], start, stop)
-    if kind == "random" and value.lstrip("-").isdigit():
+    def constant(kept: Callable[[str], Sequence[bool]]) -> Control:
+        def gates(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
+            gate = torch.tensor(kept(owner[0]), dtype=torch.float32)  # (R,)
+            return gate if sequence else gate[:, None].expand(-1, stop - start)  # (R,) -> (R,T)
+        return Control(gates, per_item=False)
+
+    if kind == "random" and value.isdigit():
         if budget is None:
             raise ValueError(f"--control={text} draws routes at the capacity --budget: give --budget=0..1")
-
-        def draw(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
-            seed = int.from_bytes(hashlib.sha256(f"{value}/{owner[0]}/{owner[1]}".encode()).digest()[:7])
-            generator = torch.Generator().manual_seed(seed)
-            if model.routing.unit == "token":
-                return (torch.rand(stop, len(layers), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
-            order = torch.randperm(len(layers), generator=generator)
-            count = int(budget * len(layers) + torch.rand((), generator=generator).item())  # budget on average, where it falls between two counts
-            return torch.zeros(len(layers)).index_fill(0, order[:count], 1.0)
-
-        draw.per_item = True
-        return draw
+        return Control(draw, per_item=True)
+    if kind == "static":
+        dropped = parse_layers(value, model.config.n_layers)[1]
+        if not isinstance(dropped, tuple) or not set(dropped) <= set(layers):
+            raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(map(str, layers))}")
+        return constant(lambda task: [layer not in dropped for layer in layers])
     if kind == "mean":
-        results = runtime.read_json(value)["results"]
-        tables = {name: entry["capacity_per_layer"] for name, entry in results.items() if entry.get("capacity_per_layer")}
-        if any(len(table) != len(layers) for table in tables.values()):
-            raise ValueError(f"--control={text}: that run had {len(next(iter(tables.values())))} routed layers, this router file has {len(layers)}: use the same --routers")
+        shares = {task: result["capacity_per_layer"] for task, result in runtime.read_json(value).get("results", {}).items() if "capacity_per_layer" in result}
 
-        def averaged(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
-            if owner[0] not in tables:
-                raise ValueError(f"--control={text}: that run has no routes for {owner[0]}; it has {', '.join(tables) or 'none'}: score the same tasks routed first")
-            table = tables[owner[0]]
-            best = sorted(range(len(layers)), key=lambda i: (-table[i], i))[:round(sum(table))]
-            return constant([i in best for i in range(len(layers))], start, stop)
+        def most_used(task: str) -> list[bool]:
+            if len(shares.get(task, ())) != len(layers):
+                raise ValueError(f"--control={text}: that file has no routes of {len(layers)} layers for {task}; score the same tasks with the same --routers first")
+            best = sorted(range(len(layers)), key=lambda i: (-shares[task][i], i))[:round(sum(shares[task]))]
+            return [i in best for i in range(len(layers))]
 
-        averaged.per_item = False
-        return averaged
+        return constant(most_used)
     raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED or mean:FILE.json")
 
 
@@ -859,12 +862,24 @@ def summarise_group(names: Sequence[str], results: dict, records: dict[str, list
                      "shots": results[names[0]]["shots"], "seconds": sum(results[name]["seconds"] for name in names)}
 
 
-def compare(items: dict, other: dict, path: str) -> dict:
+def read_other(path: str, works: Sequence[Work]) -> dict:
+    """Per-item outcomes in another run's --out, which must have scored the same items."""
+    other = runtime.read_json(path)
+    if not isinstance(other, dict) or "items" not in other:
+        raise ValueError(f"--against={path} has no field 'items'; expected a file that eval.py wrote with --out")
+    common = [work for work in works if work.task.name in other["items"]]
+    if not common:
+        raise ValueError(f"--against={path} has none of the tasks scored here; it has {', '.join(other['items'])}: score the same tasks")
+    if unlike := [work.task.name for work in common if work.sha != other["items"][work.task.name]["sha"]]:
+        raise ValueError(f"--against={path} scored other items or prompts of {', '.join(unlike)}; run both with the same --data, --limit, --fewshot, --fewshot_by "
+                         "and --seed")
+    return other["items"]
+
+
+def compare(items: dict, other: dict) -> dict:
     """This run minus another on the same items: difference, its standard error (paired) and how many items changed sides."""
     paired = {}
     for name in [name for name in items if name in other]:
-        if items[name]["sha"] != other[name]["sha"]:
-            raise ValueError(f"--against={path} scored other items or prompts of {name}; run both with the same --data, --limit, --fewshot, --fewshot_by and --seed")
         for metric in [metric for metric in items[name] if metric not in ("sha", "tokens")]:
             ours, theirs = items[name][metric], other[name][metric]
             if metric == "nll":
@@ -877,8 +892,6 @@ def compare(items: dict, other: dict, path: str) -> dict:
             mean, error = mean_stderr(change)
             paired.setdefault(name, {})[metric] = {"difference": mean, "stderr": error, "gained": change.count(1), "lost": change.count(-1),
                                                    "flips": sum(map(abs, change)), "n": len(change)}
-    if not paired:
-        raise ValueError(f"--against={path} has none of the tasks {', '.join(items)}; it has {', '.join(other)}: score the same tasks")
     return paired
 
 
@@ -891,7 +904,7 @@ def table(results: dict, metrics: dict[str, Sequence[str]], paired: dict) -> str
     lines = ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
     best = []
     for name, r in results.items():
-        if name in grouped or name == "perplexity":
+        if name in grouped or name in PERPLEXITY:
             continue
         first, cells = metrics[name][0], []
         for metric in (("exact_match_strict", "exact_match_flexible") if name == "gsm8k" else ("acc", "acc_norm")):
@@ -905,10 +918,10 @@ def table(results: dict, metrics: dict[str, Sequence[str]], paired: dict) -> str
         lines.append(f"| mean of the bold | | | {sum(best) / len(best):.4f} | | | | | | |")
     if "gsm8k" in results:
         lines.append("\ngsm8k: strict exact match under acc, flexible under acc_norm.")
-    if "perplexity" in results:
-        r = results["perplexity"]
-        lines.append(f"\nperplexity {r['perplexity']:.4f} | loss {r['loss']:.5f} | {r['tokens']:,} answer tokens of {r['n']:,} rows | capacity {r['capacity']:.3f} | "
-                     f"KV {r['kv_bytes'] / 1e6:.2f} MB/item | {r['seconds']:.1f} s")
+    for name in [name for name in PERPLEXITY if name in results]:
+        r = results[name]
+        lines.append(f"\n{name.replace('_', ' ')}: {r['perplexity']:.4f} | loss {r['loss']:.5f} | {r['tokens']:,} answer tokens of {r['n']:,} rows | "
+                     f"capacity {r['capacity']:.3f} | KV {r['kv_bytes'] / 1e6:.2f} MB/item | {r['seconds']:.1f} s")
     for name, entry in paired.items():
         for metric, c in entry.items():
             flips = f", {c['flips']} flips (+{c['gained']} -{c['lost']})" if "flips" in c else ""
@@ -980,13 +993,13 @@ class Progress:
     """One line on stderr: overwritten on a terminal, every 20 seconds elsewhere. Work is counted in tokens."""
 
     def __init__(self, works: Sequence[Work], is_master: bool):
-        self.total, self.items, self.is_master = sum(_cost(item) for work in works for item in work.items), sum(len(work.items) for work in works), is_master
+        self.total, self.items, self.is_master = sum(item.tokens for work in works for item in work.items), sum(len(work.items) for work in works), is_master
         self.spent = self.seen = self.skipped = 0
         self.start = self.last = time.perf_counter()
 
     def step(self, name: str, items: Sequence[Item], resumed: bool = False) -> None:
-        self.spent, self.seen = self.spent + sum(map(_cost, items)), self.seen + len(items)
-        self.skipped += sum(map(_cost, items)) if resumed else 0
+        self.spent, self.seen = self.spent + sum(item.tokens for item in items), self.seen + len(items)
+        self.skipped += sum(item.tokens for item in items) if resumed else 0
         now, terminal = time.perf_counter(), sys.stderr.isatty()
         if not self.is_master or resumed or (not terminal and now - self.last < 20 and self.seen < self.items):
             return
@@ -994,10 +1007,6 @@ class Progress:
         eta = elapsed / fresh * (self.total - self.spent)
         print(f"{name} | {self.seen:,}/{self.items:,} items | {fresh / elapsed:,.0f} tok/s | eta {eta / 60:.1f}m", file=sys.stderr, flush=True,
               end="\x1b[K\r" if terminal and self.seen < self.items else "\n")
-
-
-def _cost(item: Item) -> int:
-    return sum(len(query.context) + sum(len(branch.tokens) for branch in query.branches) for query in item.queries)
 
 
 def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, progress: Progress, rt: runtime.Runtime, stamp: str) -> list[dict]:
@@ -1010,16 +1019,15 @@ def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, prog
         length = min(common_prefix(contexts), min(map(len, contexts)) - 1)
         length = length if length >= MIN_PREFIX else 0
     shared = Prefix(length)
-    batches = [(batch, shared) for batch in plan(whole, run.max_batch_tokens)] + [(batch, Prefix(0)) for batch in plan(cut, run.max_batch_tokens)]
+    batches = [(batch, shared) for batch in plan(whole, run.max_batch_tokens)] + [(batch, Prefix()) for batch in plan(cut, run.max_batch_tokens)]
     todo = [(batch, prefix) for batch, prefix in batches if any(item.index not in done for item in batch)]
     for batch, _ in batches:
         if all(item.index in done for item in batch):
             progress.step(work.task.name, batch, resumed=True)
     for a in range(0, len(todo), rt.world_size):
-        batch, prefix = todo[a + rt.rank] if a + rt.rank < len(todo) else ([], Prefix(0))
+        batch, prefix = todo[a + rt.rank] if a + rt.rank < len(todo) else ([], Prefix())
         if prefix.length and prefix.cache is None:
-            prefix.cache, _, executed = prefill(run, [whole[0].queries[0].context[:length]], [(work.task.name, 0)], Prefix(0))
-            prefix.executed = executed[0]
+            prefix.cache, _, (prefix.score,) = prefill(run, [Query(whole[0].queries[0].owner, whole[0].queries[0].context[:length])], Prefix())
         records = [record | {"run": stamp} for record in score_batch(run, batch, prefix)] if batch else []
         if rt.world_size > 1:
             everyone: list = [None] * rt.world_size
@@ -1079,9 +1087,6 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     tasks = tasks_named(cfg.tasks, cfg.custom)
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
-    other = runtime.read_json(cfg.against) if cfg.against else None
-    if other is not None and "items" not in other:
-        raise ValueError(f"--against={cfg.against} has no field 'items'; expected a file that eval.py wrote with --out")
     random_control = cfg.control.startswith("random:")
     model = load_model(cfg.model, routers=cfg.routers, budget=None if random_control else cfg.budget, device=rt.device, dtype=rt.dtype)
     tok = load_tokenizer(cfg.model)
@@ -1099,11 +1104,12 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
 
     works = [prepare_task(task, paths[task.name], tok, shots=shots[task.name], by=cfg.fewshot_by, seed=cfg.seed, items=cfg.limit, limit=limit, share=run.shares)
              for task in tasks]
-    if cfg.perplexity:
-        works.append(prepare_perplexity(Path(cfg.perplexity), tok, items=cfg.limit, limit=limit, split=cfg.perplexity_split))
+    for name in PERPLEXITY[:1 + (route != "off")] if cfg.perplexity else ():
+        works.append(prepare_perplexity(name, Path(cfg.perplexity), tok, items=cfg.limit, limit=limit, split=cfg.perplexity_split))
     if cfg.control.startswith("mean:"):
         for work in works:
-            run.control((work.task.name, 0), 0, 1)  # a missing task shows now, not after hours
+            run.control.gates((work.task.name, 0), 0, 1)  # a missing task shows now, not after hours
+    other = read_other(cfg.against, works) if cfg.against else None
     router_sha = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
     decides = [model.fingerprint, router_sha, route, cfg.budget, cfg.control, str(rt.dtype), rt.device.type, cfg.max_batch_tokens, limit]
     stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
@@ -1113,7 +1119,9 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     records = {}
     with torch.inference_mode():
         for work in works:
-            records[work.task.name] = run_work(run, work, done[work.task.name], samples, progress, rt, stamps[work.task.name])
+            name = work.task.name
+            how = replace(run, route="off", control=None) if name == PERPLEXITY[1] else run
+            records[name] = run_work(how, work, done[name], samples, progress, rt, stamps[name])
     samples.finish([record for part in records.values() for record in part])
 
     results, items = {}, {}
@@ -1123,7 +1131,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
         items[name] = {"sha": work.sha}
         for metric in work.task.metrics:
             items[name][metric] = [-r["logprobs"][0] for r in mine] if metric == "nll" else "".join(str(r[metric]) for r in mine)
-        if name == "perplexity":
+        if name in PERPLEXITY:
             items[name]["tokens"] = [r["tokens"] for r in mine]
     for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
         results[group] = summarise_group(GROUPS[group], results, records)
@@ -1134,7 +1142,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     if len(routes) > 1:
         report["route_variance_between_tasks"] = sum(_variance(layer) for layer in zip(*routes)) / len(routes[0])
     if other is not None:
-        report["against"] = {"file": cfg.against, **compare(items, other["items"], cfg.against)}
+        report["against"] = {"file": cfg.against, **compare(items, other)}
     return report
 
 

@@ -1,0 +1,185 @@
+"""Compare eval.py with lm-evaluation-harness: the same weights, items and shots, item by item, with the time that each takes.
+
+    pip install lm_eval transformers accelerate        # the harness is no dependency of the project
+    python convert_hf.py checkpoints/smollm2-135m-instruct /tmp/hf --to_hf
+    python tests/compare_lm_eval.py --model=checkpoints/smollm2-135m-instruct --hf=/tmp/hf --data=data/eval --limit=100
+
+The harness runs its own task definitions through its Python API and hf backend, in float32; only the data come from local files, put into
+the columns of the hub's data sets by this script's own readers. Times are those of tokenising and scoring, taken in turn, one task after
+the other. Exit status 1 when a log-probability differs by more than 1e-3, a prediction other than at a tie, an accuracy, or an answer.
+"""
+
+import csv
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+
+import lm_eval.tasks  # noqa: E402
+import torch  # noqa: E402
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+import eval as ours  # noqa: E402
+import runtime  # noqa: E402
+
+CLOSE = 1e-3
+YAML = {"boolq": "super_glue/boolq/default", "rte": "glue/rte/default", "openbookqa": "openbookqa/openbookqa", "piqa": "piqa/piqa",
+        "winogrande": "winogrande/default", "gsm8k": "gsm8k/gsm8k", "hellaswag": "hellaswag/hellaswag", "arc_challenge": "arc/arc_challenge", "arc_easy": "arc/arc_easy"}
+SPLITS = {"openbookqa": "test", "gsm8k": "test", "arc_challenge": "test", "arc_easy": "test"}  # the others are scored on validation
+
+
+@dataclass
+class Config:
+    model: str = field(metadata={"help": "our checkpoint folder"})
+    hf: str = field(metadata={"help": "the same weights as a Hugging Face folder (convert_hf.py --to_hf)"})
+    data: str = field(default="data/eval", metadata={"help": "folder of the native files"})
+    tasks: tuple[str, ...] = field(default=("boolq", "rte", "openbookqa", "piqa", "winogrande", "hellaswag", "arc_challenge", "arc_easy", "mmlu_miscellaneous"),
+                                   metadata={"help": "tasks, MMLU by subject"})
+    limit: int = field(default=100, metadata={"help": "items of each task"})
+    fewshot: int | None = field(default=None, metadata={"help": "shots; none: the paper's"})
+    batch_size: int = field(default=1, metadata={"help": "the harness's (1 is its own default)"})
+    max_length: int | None = field(default=None, metadata={"help": "context length of both, to see truncation agree"})
+    max_batch_tokens: int = field(default=16384, metadata={"help": "ours"})
+    repeats: int = field(default=1, metadata={"help": "runs of each; the fastest counts"})
+    out: str | None = field(default=None, metadata={"help": "write the figures here as JSON"})
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def tsv(path: Path) -> list[dict]:
+    header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    return [dict(zip(header.split("\t"), line.split("\t"))) for line in lines]
+
+
+def hub_rows(task: str, path: Path) -> list[dict]:
+    """A native file in the columns that the harness's task expects from the hub."""
+    if task.startswith("mmlu_"):
+        with open(path, encoding="utf-8") as file:
+            return [{"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])} for row in csv.reader(file)]
+    rows = tsv(path) if path.suffix == ".tsv" else jsonl(path)
+    if task == "boolq":
+        return [{"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": int(r["answer"])} for r in rows]
+    if task == "rte":
+        return [{"sentence1": r["sentence1"], "sentence2": r["sentence2"], "label": ["entailment", "not_entailment"].index(r["label"])} for r in rows]
+    if task == "piqa":
+        labels = path.with_name(path.stem + "-labels.lst").read_text().split()
+        return [{"goal": r["goal"], "sol1": r["sol1"], "sol2": r["sol2"], "label": int(label)} for r, label in zip(rows, labels)]
+    if task == "winogrande":
+        return [{key: r[key] for key in ("sentence", "option1", "option2", "answer")} for r in rows]
+    if task == "hellaswag":
+        return [{**{key: r[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")}, "label": str(r["label"])} for r in rows]
+    if task == "gsm8k":
+        return rows
+    columns = [{"text": [c["text"] for c in r["question"]["choices"]], "label": [c["label"] for c in r["question"]["choices"]]} for r in rows]
+    stem = "question_stem" if task == "openbookqa" else "question"
+    return [{stem: r["question"]["stem"], "choices": choices, "answerKey": r["answerKey"]} for r, choices in zip(rows, columns)]
+
+
+def declare(task: str, cfg: Config, folder: Path) -> str:
+    """Write the task's data and a yaml that includes the harness's own definition. Returns the name under which it runs."""
+    paths = ours.locate([ours.TASKS[task]], Path(cfg.data), {task: 1})[task]
+    scored = "test" if task.startswith("mmlu_") else SPLITS.get(task, "validation")
+    files = {}
+    for split, path in ((scored, paths[0]), ("dev" if task.startswith("mmlu_") else "train", paths[1])):
+        files[split] = str(folder / f"{task}_{split}.jsonl")
+        rows = hub_rows(task, path)
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if task in ("openbookqa", "arc_challenge", "arc_easy"):
+        files["validation"] = files[scored]  # named by the yaml, not used
+    yaml = Path(lm_eval.tasks.__file__).parent / f"{YAML.get(task, f'mmlu/default/{task}')}.yaml"
+    shots = ours.TASKS[task].shots if cfg.fewshot is None else cfg.fewshot
+    name = f"local_{task}"
+    (folder / f"{name}.yaml").write_text(f"include: {yaml}\ntask: {name}\ndataset_path: json\ndataset_name: null\nnum_fewshot: {shots}\n"
+                                         f"dataset_kwargs:\n  data_files: {json.dumps(files)}\n", encoding="utf-8")
+    return name
+
+
+class Timed(HFLM):
+    """The harness's hf backend with a clock on tokenising and scoring."""
+
+    seconds = 0.0
+
+    def loglikelihood(self, requests, **kwargs):
+        return self._clock(super().loglikelihood, requests, **kwargs)
+
+    def generate_until(self, requests, **kwargs):
+        return self._clock(super().generate_until, requests, **kwargs)
+
+    def _clock(self, work, requests, **kwargs):
+        start = time.perf_counter()
+        try:
+            return work(requests, disable_tqdm=True, **{k: v for k, v in kwargs.items() if k != "disable_tqdm"})
+        finally:
+            self.seconds = time.perf_counter() - start
+
+
+def theirs(name: str, task: str, cfg: Config, lm: Timed, manager: TaskManager) -> tuple[list[dict], dict]:
+    report = simple_evaluate(model=lm, tasks=[name], limit=cfg.limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity="ERROR")
+    return report["samples"][name], report["results"][name]
+
+
+def compare(task: str, mine: list[dict], mine_results: dict, samples: list[dict], results: dict) -> dict:
+    if task == "gsm8k":
+        by = {kind: {s["doc_id"]: s for s in samples if s["filter"] == kind} for kind in ("strict-match", "flexible-extract")}
+        same = sum(m["prediction"] == by["strict-match"][m["index"]]["filtered_resps"][0]
+                   and m["prediction_flexible"] == by["flexible-extract"][m["index"]]["filtered_resps"][0] for m in mine)
+        texts = sum(m["text"] == by["strict-match"][m["index"]]["resps"][0][0] for m in mine)
+        equal = (mine_results["exact_match_strict"], mine_results["exact_match_flexible"]) == (results["exact_match,strict-match"], results["exact_match,flexible-extract"])
+        return {"n": len(mine), "same_answers": same, "same_texts": texts, "equal_accuracies": equal, "ok": same == len(mine) and equal,
+                "acc": [mine_results["exact_match_strict"], results["exact_match,strict-match"]]}
+    worst, differ = 0.0, 0
+    theirs_by_id = {s["doc_id"]: s for s in samples}
+    for m in mine:
+        other = [float(resp[0]) for resp in theirs_by_id[m["index"]]["filtered_resps"]]
+        worst = max(worst, *(abs(a - b) for a, b in zip(m["logprobs"], other, strict=True)))
+        best = max(range(len(other)), key=other.__getitem__)
+        differ += best != m["prediction"] and abs(other[best] - other[m["prediction"]]) > 2 * CLOSE
+    metrics = [metric for metric in ("acc", "acc_norm") if f"{metric},none" in results and metric in mine_results]
+    equal = all(abs(mine_results[metric] - results[f"{metric},none"]) < 1e-9 for metric in metrics)
+    return {"n": len(mine), "max_difference": worst, "predictions_differ": differ, "equal_accuracies": equal, "ok": worst <= CLOSE and not differ and equal,
+            **{metric: [mine_results[metric], results[f"{metric},none"]] for metric in metrics}}
+
+
+def main() -> None:
+    cfg = runtime.cli(Config)
+    rt = runtime.setup("cpu", "float32")
+    figures = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        names = {task: declare(task, cfg, folder) for task in cfg.tasks}
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        manager = TaskManager(include_path=str(folder), verbosity="ERROR")
+        lm = Timed(pretrained=cfg.hf, device="cpu", dtype="float32", batch_size=cfg.batch_size, max_length=cfg.max_length)
+        for task, name in names.items():
+            mine_seconds, their_seconds = [], []
+            for _ in range(cfg.repeats):
+                samples_file = folder / f"{task}.jsonl"
+                samples_file.unlink(missing_ok=True)
+                report = ours.evaluate(ours.EvalConfig(model=cfg.model, tasks=(task,), data=cfg.data, fewshot=cfg.fewshot, fewshot_by="harness", limit=cfg.limit,
+                                                       max_length=cfg.max_length, max_batch_tokens=cfg.max_batch_tokens, samples=str(samples_file)), rt)
+                mine_seconds.append(report["results"][task]["seconds"])
+                with torch.inference_mode():
+                    samples, results = theirs(name, task, cfg, lm, manager)
+                their_seconds.append(lm.seconds)
+            mine = jsonl(samples_file)
+            f = figures[task] = compare(task, mine, report["results"][task], samples, results) | {"seconds": [min(mine_seconds), min(their_seconds)]}
+            f["ratio"] = f["seconds"][1] / f["seconds"][0]
+            print(f"{task:<24} {'ok  ' if f['ok'] else 'FAIL'} " + " ".join(f"{k}={v:.2e}" if k == "max_difference" else f"{k}={v:.2f}" if k == "ratio" else f"{k}={v}"
+                                                                          for k, v in f.items() if k != "ok"), flush=True)
+    if cfg.out:
+        runtime.write_json(cfg.out, {"settings": vars(cfg), "lm_eval": lm_eval.__version__, "torch": torch.__version__, "figures": figures})
+    sys.exit(0 if all(f["ok"] for f in figures.values()) else 1)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
