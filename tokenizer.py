@@ -45,57 +45,40 @@ MAX_SPACES = 400_000  # a longer run of whitespace overflows the stack of tiktok
 # Byte-level BPE writes each byte as one printable character: itself where it is printable Latin-1, else 256 and up.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 CHAR_TO_BYTE = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+SPACE = "\u2581"  # sentencepiece's way to write one
 
 
 # --------------------------------------------------------------------------------------------------------- merge lists
 
 
 def merge_order(vocab: dict[str, int], merges: list[tuple[str, str]], *, whole_words: bool) -> list[str]:
-    """The tokens of length > 1 in the order in which merging makes them; ValueError if ranks cannot say what the merge list says.
+    """The tokens of length > 1 in the order of their ranks, such that merging by rank gives what merging by the list gives.
 
-    tiktoken and sentencepiece join any two neighbours whose concatenation is a token, lowest rank first; Hugging Face joins listed pairs,
-    first listed first. Both make the same steps if each token has one live split. The pair (a, b) is live if, when its turn comes, nothing
-    has joined across the boundary yet: undo the later of the two neighbours at the boundary again and again, and look whether the pair then
-    facing each other would have been joined before. At most one split of a token can be live, so the first live one decides its rank, and a
-    token without one is never made by merging. whole_words: a word that is a token is taken before any merge (ignore_merges).
+    Hugging Face joins neighbours that are a listed pair, first listed first; tiktoken and sentencepiece join any neighbours whose
+    concatenation has a rank, lowest first. What happens inside a stretch that no merge crosses is what happens to that stretch alone. So a
+    token can only ever be made by the pair that makes it when it is merged alone: the place of that pair is its rank, and a token that
+    merging alone does not make has none. whole_words (ignore_merges): a word that is a token needs no merges, so each token needs a rank;
+    ValueError if a token without a pair would then be joined inside of words too.
     """
     turn = {pair: i for i, pair in enumerate(merges)}  # of a pair listed twice the last place counts
-    rank: dict[str, int] = {}
-    split: dict[str, tuple[str, str]] = {}
-    order = []
-
-    def live(a: str, b: str, limit: int) -> bool:
-        while True:
-            if turn.get((a, b), limit) < limit:
-                return False
-            rank_a, rank_b = rank.get(a, -1), rank.get(b, -1)
-            if rank_a > rank_b:
-                limit, a = rank_a, split[a][1]
-            elif rank_b >= 0:
-                limit, b = rank_b + 1, split[b][0]  # + 1: of two equal pairs the left one is joined first
-            else:
-                return True
-
-    waiting = set()  # parts that no merge has made yet
-    for i, (a, b) in enumerate(merges):
-        token = a + b
-        if a not in vocab or b not in vocab or token not in vocab:
+    for (a, b), i in turn.items():
+        if not (a in vocab and b in vocab and a + b in vocab):
             raise ValueError(f"merge {i + 1} ({a!r} {b!r}) uses a token that the vocabulary lacks")
-        unmade = {part for part in (a, b) if len(part) > 1 and part not in rank}
-        waiting |= unmade
-        if not unmade and token not in rank and turn[a, b] == i and live(a, b, i):
-            if token in waiting:
-                raise ValueError(f"token {token!r} is used by a merge listed before merge {i + 1}, which makes it: ranks cannot express this order")
-            rank[token], split[token] = i, (a, b)
-            order.append(token)
-    if whole_words:
-        for token in vocab:
-            if len(token) > 1 and token not in rank:
-                for a, b in ((token[:k], token[k:]) for k in range(1, len(token))):
-                    if all(len(part) == 1 or part in rank for part in (a, b)) and live(a, b, len(merges)):
-                        raise ValueError(f"token {token!r} stands for a whole word only, but ranks would also join {a!r} and {b!r} inside of words")
-                order.append(token)
-    return order
+    never, rank = len(merges), {}
+    for token in vocab:
+        parts, first = list(token), never
+        turns = [turn.get(pair, never) for pair in itertools.pairwise(parts)]
+        while turns and (first := min(turns)) < never:
+            i = turns.index(first)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            del turns[i]
+            for k in range(max(i - 1, 0), min(i + 1, len(turns))):
+                turns[k] = turn.get((parts[k], parts[k + 1]), never)
+        if len(token) > 1 and (len(parts) == 1 or whole_words):
+            if len(parts) == 2:
+                raise ValueError(f"token {token!r} is for whole words only, but ranks would join {parts[0]!r} and {parts[1]!r} inside of words too")
+            rank[token] = first
+    return sorted(rank, key=rank.get)
 
 
 # ---------------------------------------------------------------------------------------------------------- the two cores
@@ -153,15 +136,17 @@ def python_pattern(pattern: str) -> re.Pattern:
 
 
 class SentencePiece:
-    """A sentencepiece model. every: a space goes in front of every segment between special tokens, not only of the first."""
+    """A sentencepiece model. If it puts a space in front of a text: every: also of a text that goes on after a special token; metaspace: only
+    of a text that does not begin with one, as Hugging Face's pre-tokenizer of that name does."""
 
-    def __init__(self, proto: bytes, *, every: bool):
+    def __init__(self, proto: bytes, *, every: bool, metaspace: bool = False):
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.bare = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")  # normalizer_spec { add_dummy_prefix: false }
-        self.every = every
+        self.every, self.metaspace = every, metaspace
 
     def encode(self, text: str, continued: bool) -> list[int]:
-        return (self.bare if continued and not self.every else self.model).encode(text)
+        bare = (continued and not self.every) or (self.metaspace and text.startswith((" ", SPACE)))
+        return (self.bare if bare else self.model).encode(text)
 
 
 def sentencepiece_proto(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str, *, prefix: bool) -> bytes:
@@ -504,7 +489,7 @@ def _load_model(path: Path, config: dict, added: dict[int, Added]) -> Tokenizer:
     if data[0] != 0x0A:
         return _load_tiktoken(data, config, added)
     try:
-        core = SentencePiece(data, every=config.get("legacy", True))
+        core = SentencePiece(data, every=config.get("legacy", False))
     except RuntimeError as e:
         raise ValueError(f"not a sentencepiece model ({e}): it may be cut off, copy it again from the model's source") from None
     return _sentencepiece_tokenizer(core, config, added)
@@ -513,7 +498,7 @@ def _load_model(path: Path, config: dict, added: dict[int, Added]) -> Tokenizer:
 def _sentencepiece_tokenizer(core: SentencePiece, config: dict, added: dict[int, Added]) -> Tokenizer:
     model = core.model
     names = model.id_to_piece(list(range(model.get_piece_size())))
-    pieces = {i: bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace("\u2581", " ").encode() for i, name in enumerate(names)}
+    pieces = {i: bytes([int(name[3:5], 16)]) if model.is_byte(i) else name.replace(SPACE, " ").encode() for i, name in enumerate(names)}
     added = {i: Added(i, name) for i, name in enumerate(names) if model.is_control(i) or model.is_unknown(i)} | added
     ends = {f"{end}_token": names[id_] for end, id_ in (("bos", model.bos_id()), ("eos", model.eos_id())) if id_ >= 0}
     return Tokenizer(core, pieces, added, {"add_bos_token": True} | ends | config)
@@ -567,10 +552,9 @@ def _load_json(path: Path, config: dict, added: dict[int, Added]) -> Tokenizer:
     before = _steps(fast.get("normalizer"), "normalizers")
     steps = _steps(fast.get("pre_tokenizer"), "pretokenizers")
     if model.get("byte_fallback"):
-        every = _sentencepiece_prefix(before, steps)
-        merges = [_pair(m) for m in model["merges"]]
-        proto = sentencepiece_proto(model["vocab"], merges, model.get("unk_token"), prefix=every is not None)
-        return _sentencepiece_tokenizer(SentencePiece(proto, every=bool(every)), {"add_bos_token": False} | config, added)
+        prefix, every, metaspace = _spaces(before, steps)
+        proto = sentencepiece_proto(model["vocab"], [_pair(m) for m in model["merges"]], model.get("unk_token"), prefix=prefix)
+        return _sentencepiece_tokenizer(SentencePiece(proto, every=every, metaspace=metaspace), {"add_bos_token": False} | config, added)
     if any(step["type"] not in ("NFC", "NFD", "NFKC", "NFKD") for step in before) or len(before) > 1:
         raise ValueError(f"the normalizer is {_named(before)}, expected none or one of NFC, NFD, NFKC, NFKD: this tokenizer is not supported")
     return _bpe_tokenizer(_pattern(steps), model["vocab"], model["merges"], model, config, added, before[0]["type"] if before else None)
@@ -608,13 +592,13 @@ def _pattern(steps: list[dict]) -> str:
     raise ValueError(f"the pre-tokenizer is {_named(steps)}, expected ByteLevel, Digits + ByteLevel or Split (a regex, isolated) + ByteLevel, no prefix space: this tokenizer is not supported")
 
 
-def _sentencepiece_prefix(before: list[dict], steps: list[dict]) -> bool | None:
-    """None: no space goes in front of the text; False: of the first segment; True: of every segment. ValueError for other normalisation."""
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    if not steps and before in ([{"type": "Prepend", "prepend": "\u2581"}, space], [space]):
-        return True if len(before) == 2 else None
-    if not before and len(steps) == 1 and steps[0]["type"] == "Metaspace" and not steps[0].get("split", True) and steps[0]["replacement"] == "\u2581":
-        return {"never": None, "first": False, "always": True}[steps[0]["prepend_scheme"]]
+def _spaces(before: list[dict], steps: list[dict]) -> tuple[bool, bool, bool]:
+    """Whether a space goes in front of a text, of every text between special tokens, only of a text without one. ValueError for other steps."""
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if not steps and before in ([{"type": "Prepend", "prepend": SPACE}, escape], [escape]):
+        return len(before) == 2, True, False
+    if not before and len(steps) == 1 and steps[0]["type"] == "Metaspace" and not steps[0].get("split", True) and steps[0]["replacement"] == SPACE:
+        return steps[0]["prepend_scheme"] != "never", steps[0]["prepend_scheme"] == "always", True
     raise ValueError(f"normalizer {_named(before)} and pre-tokenizer {_named(steps)} are not those of Llama 2 or Mistral: add the model's tokenizer.model")
 
 
