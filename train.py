@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, load_config, load_model
+from model import KVCache, ModelConfig, Transformer, load_config, load_model, prefill_flops
 from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, read_router_file, save_routers,
                     set_thresholds, thresholds_for)
 from tokenizer import encode_chat, load_tokenizer
@@ -52,7 +52,7 @@ EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
 LOGITS_AT_ONCE = 2**25  # logits held at a time, 128 MiB in fp32: the head and its loss run over blocks of rows
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
-CUT_MEMORY = 0.8  # share of the running cut that a step keeps
+CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
@@ -632,8 +632,8 @@ class Tuner:
             last = micro is micros[-1]
             with contextlib.nullcontext() if last or rt.world_size == 1 else self.student.no_sync():
                 batch = collate([whole[i] for i in micro], rt.device, 64 if self.compiled() else 1)
-                x = model.trunk(batch.tokens)
-                h, gates, z = self.student(batch, x, self.noise(batch, micro))
+                x, noise = model.trunk(batch.tokens), self.noise(batch, micro)
+                h, gates, z = self.student(batch, x, noise)
                 teacher = None
                 if cfg.objective == "distill":
                     with torch.no_grad():
@@ -649,7 +649,7 @@ class Tuner:
                 torch.autograd.backward(roots, gradients)
             loss += part
             opened += gates.detach().sum()
-            logits.append((micro[0], real_logits(z, batch.lengths)))
+            logits.append((micro[0], real_logits(z if noise is None else z + noise, batch.lengths)))
         norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip)
         loss, opened = sum_over_ranks(torch.stack([loss, opened]), rt).tolist()
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
@@ -790,33 +790,8 @@ def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: i
     """FLOPs that a tuning step really needs: layers below the first routed one forward only; above it forward, backward without weight
     gradients (as much again), and the teacher's forward; the head likewise, where loss is taken."""
     head, passes = 2 * config.dim * config.vocab_size, 2 + distill
-    layers = sum(prefill_flops(config, None, None, length) - head for length in lengths)
+    layers = sum(prefill_flops(config, length, logits=0) for length in lengths)
     return layers * (first + passes * (config.n_layers - first)) / config.n_layers + passes * head * n_targets
-
-
-def prefill_flops(config: ModelConfig, routing: RouterConfig | None, gates: torch.Tensor | None, length: int) -> float:
-    """FLOPs of one prompt of `length` tokens up to its first new token's logits. gates (R,1) or (R,1,T), or None for dense.
-
-    A multiply-add counts 2; a query counts the keys before it and itself; norms, rotations and routers are left out.
-    """
-    routing = routing or RouterConfig()
-    queries_out = 2 * 2 * config.dim * config.n_heads * config.head_dim  # wq and wo, per token
-    keys_values = 2 * 2 * config.dim * config.n_kv_heads * config.head_dim  # per token
-    mlp = 2 * 3 * config.dim * config.hidden_dim  # per token
-    pair = 2 * 2 * config.n_heads * config.head_dim  # one query with one key: score and weighted value
-    total = 2.0 * config.dim * config.vocab_size
-    for layer in range(config.n_layers):
-        opened = torch.ones(length)
-        if gates is not None and layer in routing.layers:
-            opened = gates[routing.layers.index(layer), 0].cpu().expand(length)  # () or (T,) -> (T,)
-        at = torch.arange(1, length + 1)
-        share_attn = opened if routing.target != "mlp" else torch.ones(length)
-        share_mlp = opened if routing.target != "attn" else torch.ones(length)
-        every_key = routing.kv == "all"
-        seen = at if every_key else share_attn.cumsum(0)
-        total += (share_attn.sum() * queries_out + (length if every_key else share_attn.sum()) * keys_values
-                  + (share_attn * seen).sum() * pair + share_mlp.sum() * mlp).item()
-    return total
 
 
 @torch.no_grad()
@@ -835,7 +810,12 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
             runtime.synchronize(rt.device)
             if trial:  # the first one warms up
                 times.append(time.perf_counter() - started)
-    ceiling = prefill_flops(model.config, model.routing, None, length) / prefill_flops(model.config, model.routing, gates, length)
+    shares, routing = [1.0] * model.config.n_layers, model.routing
+    for layer, share in zip(routing.layers, gates.flatten(1).mean(1).tolist()):  # (R,1) or (R,1,T) -> (R,)
+        shares[layer] = share
+    routed = prefill_flops(model.config, length, attn=None if routing.target == "mlp" else shares, mlp=None if routing.target == "attn" else shares,
+                           kv=routing.kv, unit=routing.unit)
+    ceiling = prefill_flops(model.config, length) / routed
     return {"prefill_speedup": statistics.median(seconds["off"]) / statistics.median(seconds["gather"]), "prefill_ceiling": ceiling,
             "prefill_context": length, "prefill_capacity": gates.mean().item()}
 
@@ -959,7 +939,8 @@ def main() -> None:
     summary = train(cfg)
     if "prefill_speedup" in summary:  # the master's
         print(show(summary))
-        print(f"next               python eval.py --model={cfg.model} --routers={summary['routers']} --route=gather --perplexity={cfg.data[0]}")
+        held = cfg.heldout if isinstance(cfg.heldout, str) else f"{cfg.data[0]} --perplexity_split=heldout"
+        print(f"next               python eval.py --model={cfg.model} --routers={summary['routers']} --perplexity={held}")
     runtime.cleanup()
 
 
