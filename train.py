@@ -102,10 +102,11 @@ class TrainConfig:
         if not 0.0 < self.budget < 1.0:
             raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. --budget=0.5, and the router file "
                              "then serves every budget from 0 to 1")
-        RouterConfig(self.granularity, pool=self.pool)  # raises for an unknown granularity
-        for name in ("batch_size", "micro_batch", "cost_samples", "select_samples", "heldout_samples", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more: change --{name}")
+        least = {"batch_size": 1, "micro_batch": 1, "cost_samples": 1, "select_samples": 1, "heldout_samples": 1, "save_every": 1, "evaluations": 0, "steps": 0,
+                 "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "max_samples": 2, "max_length": 2}
+        for name, bound in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < bound:
+                raise ValueError(f"{name.rstrip('_')} is {getattr(self, name)}, expected {bound} or more: change --{name.rstrip('_')}")
         if isinstance(self.heldout, float) and not 0.0 < self.heldout < 1.0:
             raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: change --heldout")
         for name, value in RECIPES[self.recipe].items():
@@ -113,6 +114,7 @@ class TrainConfig:
                 setattr(self, name, value)
         if self.kv is None:
             self.kv = "all" if self.granularity == "attn_token" else "routed"
+        RouterConfig(self.granularity, (), self.pool, self.kv)  # raises for an unknown granularity and for kv that it cannot have
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -338,6 +340,11 @@ def sum_over_ranks(values: torch.Tensor, rt: runtime.Runtime) -> torch.Tensor:
     if rt.world_size > 1:
         dist.all_reduce(values)
     return values
+
+
+def wait_for_all(rt: runtime.Runtime) -> None:
+    if rt.world_size > 1:
+        dist.barrier()
 
 
 def collect(parts: list, rt: runtime.Runtime) -> list:
@@ -751,7 +758,9 @@ def tune(tuner: Tuner, out: Path) -> None:
     cfg, rt, state = tuner.cfg, tuner.rt, tuner.state
     checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
     tries = {round(tuner.steps * i / cfg.evaluations) for i in range(cfg.evaluations + 1)} if cfg.recipe == "default" and cfg.evaluations else set()
-    if rt.is_master:  # lines after the checkpoint were written by a run that was killed; those steps are done again
+    if rt.is_master:  # what a killed run left: half-written files, and lines after the checkpoint, whose steps are done again
+        for path in out.glob(".*.tmp"):
+            path.unlink()
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= state.step] if log.exists() else []
         runtime.write_atomic(log, lambda p: p.write_text("".join(line + "\n" for line in lines)))
     if state.step == 0 and 0 in tries and state.best_loss == math.inf:
@@ -890,11 +899,10 @@ def train(cfg: TrainConfig) -> dict:
     """Run or continue what `cfg` says; returns the summary."""
     rt, out = runtime.setup(cfg.device, cfg.dtype, cfg.seed), Path(cfg.out)
     if cfg.model == DEMO_MODEL and not (Path(DEMO_MODEL) / "config.json").exists():
-        if rt.local_rank == 0:
+        if rt.is_master:
             from data.demo.prepare import prepare
             prepare(DEMO_MODEL)
-        if rt.world_size > 1:
-            dist.barrier()
+        wait_for_all(rt)
     config = load_config(cfg.model)
     if not cfg.import_official:
         parse_layers(cfg.layers, config.n_layers)  # a wrong setting is told before anything is loaded
@@ -907,12 +915,13 @@ def train(cfg: TrainConfig) -> dict:
     if cfg.overwrite and rt.is_master:
         for name in ("checkpoint.safetensors", "routers.safetensors", "summary.json", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
-    if rt.world_size > 1:
-        dist.barrier()
-    if summary := finished(out, tuner.identity()):
+    wait_for_all(rt)
+    summary, begun = finished(out, tuner.identity()), checkpoint.exists()
+    wait_for_all(rt)  # from here on the master writes
+    if summary:
         runtime.print0(f"{out} holds this run, finished: nothing to do (--overwrite begins anew)")
         return summary
-    if checkpoint.exists():
+    if begun:
         tuner.restore(checkpoint)
         runtime.print0(f"going on from step {tuner.state.step} of {tuner.steps} in {checkpoint}")
     else:

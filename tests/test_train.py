@@ -430,6 +430,7 @@ def test_killed_and_continued_equals_uninterrupted(base, tmp_path):
     continued = run_cli(flags(base, tmp_path / "killed"))
     assert continued.returncode == 0 and "going on from step" in continued.stdout, continued.stderr
     assert (tmp_path / "whole/routers.safetensors").read_bytes() == (tmp_path / "killed/routers.safetensors").read_bytes()
+    assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json"]
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
     timeless = [[{k: v for k, v in row.items() if k not in ("milliseconds", "tokens_per_second")} for row in log] for log in logs]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 8
@@ -463,14 +464,15 @@ def good_line() -> str:
     ({"layers": "some"}, "'some'"),
     ({"granularity": "attention"}, "granularity is 'attention'"),
     ({"granularity": "mlp_token", "kv": "all"}, "kv is 'all'"),
-    ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+    ({"lambda_": -1.0}, "lambda is -1.0, expected 0 or more: change --lambda"),
     ({"heldout": 1.0}, "heldout is 1.0"),
     ({"max_length": 1000}, "max_length is 1,000, expected at most the model's context of 128"),
     ({"max_length": 12}, "data.jsonl, line .*tokens, expected at most 12"),
     ({"model": "nowhere"}, "nowhere"),
     ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl was not found"),
     ({"heldout": "nowhere.jsonl", "max_samples": 4}, "nowhere.jsonl was not found"),
-    ({"max_samples": 1}, "1 training and"),
+    ({"max_samples": 1}, "max_samples is 1"),
     ({"import_official": "nowhere.safetensors"}, "nowhere.safetensors"),
 ])
 def test_wrong_settings_are_told_and_nothing_is_written(base, tmp_path, changes, part):
