@@ -48,15 +48,19 @@ STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]
 IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")  # the same file: deleted before answers are compared
 
 MMLU = {
-    "stem": "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics "
-            "computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology high_school_chemistry "
-            "high_school_computer_science high_school_mathematics high_school_physics high_school_statistics machine_learning",
-    "humanities": "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law jurisprudence "
-                  "logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions",
-    "social_sciences": "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics "
-                       "high_school_psychology human_sexuality professional_psychology public_relations security_studies sociology us_foreign_policy",
-    "other": "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics miscellaneous "
-             "nutrition professional_accounting professional_medicine virology",
+    "stem":
+        "abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics "
+        "computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology high_school_chemistry "
+        "high_school_computer_science high_school_mathematics high_school_physics high_school_statistics machine_learning",
+    "humanities":
+        "formal_logic high_school_european_history high_school_us_history high_school_world_history international_law jurisprudence "
+        "logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions",
+    "social_sciences":
+        "econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics "
+        "high_school_psychology human_sexuality professional_psychology public_relations security_studies sociology us_foreign_policy",
+    "other":
+        "business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing medical_genetics miscellaneous "
+        "nutrition professional_accounting professional_medicine virology",
 }
 
 
@@ -83,8 +87,8 @@ class Task:
 
     name: str
     read: Callable[[dict | list], Example]  # one row of the published file; KeyError, TypeError, ValueError mean a bad row
-    files: tuple[str, ...]
-    pool: tuple[str, ...]  # where the few-shot examples come from
+    files: Sequence[str]
+    pool: Sequence[str]  # where the few-shot examples come from
     shots: int  # the paper's
     metrics: tuple[str, ...]  # the paper's first
     home: str  # where people get the data
@@ -112,13 +116,15 @@ def boolq(row: dict) -> Example:
 
 def rte(row: dict) -> Example:
     first, second = (row["sentence1"], row["sentence2"]) if "sentence1" in row else (row["premise"], row["hypothesis"])
-    return ask(f"{first}\nQuestion: {second} True or False?\nAnswer:", ("True", "False"), pick(row["label"], ("entailment", "not_entailment")))
+    gold = pick(row["label"], ("entailment", "not_entailment"))
+    return ask(f"{first}\nQuestion: {second} True or False?\nAnswer:", ("True", "False"), gold)
 
 
 def lettered(row: dict, form: str) -> Example:
-    """ARC and OpenBookQA: {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}; labels are letters or digits, 3 to 5 of them."""
+    """ARC and OpenBookQA: {"question": {"stem", "choices": [{"text", "label"}]}, "answerKey"}; 3 to 5 labels, letters or digits."""
     choices = row["question"]["choices"]
-    return ask(form.format(row["question"]["stem"]), [c["text"] for c in choices], pick(row["answerKey"].strip(), [c["label"] for c in choices]))
+    gold = pick(row["answerKey"].strip(), [choice["label"] for choice in choices])
+    return ask(form.format(row["question"]["stem"]), [choice["text"] for choice in choices], gold)
 
 
 def piqa(row: dict) -> Example:
@@ -161,32 +167,41 @@ def custom(row: dict) -> Example:
     return ask(f"Question: {row['question']}\nAnswer:", choices, gold)
 
 
-def _arc(name: str, folder: str) -> Task:
-    return Task(name, lambda row: lettered(row, "Question: {}\nAnswer:"), (f"arc/{folder}/{folder}-Test.jsonl",), (f"arc/{folder}/{folder}-Train.jsonl",),
-                25 if folder == "ARC-Challenge" else 0, ("acc_norm", "acc"), "https://allenai.org/data/arc")
+def _arc(name: str, folder: str, shots: int) -> Task:
+    files = [f"arc/{folder}/{folder}-{split}.jsonl" for split in ("Test", "Train")]
+    read = lambda row: lettered(row, "Question: {}\nAnswer:")  # noqa: E731
+    return Task(name, read, files[:1], files[1:], shots, ("acc_norm", "acc"), "https://allenai.org/data/arc")
 
 
 def _mmlu(subject: str) -> Task:
-    return Task(f"mmlu_{subject}", mmlu, (f"mmlu/data/test/{subject}_test.csv", f"mmlu/data/val/{subject}_val.csv"), (f"mmlu/data/dev/{subject}_dev.csv",), 5,
-                ("acc",), "https://github.com/hendrycks/test", in_order=True,
-                description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n")
+    test, val, dev = (f"mmlu/data/{split}/{subject}_{split}.csv" for split in ("test", "val", "dev"))
+    description = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+    return Task(f"mmlu_{subject}", mmlu, [test, val], [dev], 5, ("acc",), "https://github.com/hendrycks/test", description, in_order=True)
+
+
+def _custom(path: str) -> Task:
+    file = [str(Path(path).resolve())]
+    return Task(Path(path).stem, custom, file, file, 0, ("acc_norm", "acc"), "--custom", spare=True)
 
 
 TASKS = {task.name: task for task in (
-    Task("boolq", boolq, ("boolq/dev.jsonl", "boolq/superglue/val.jsonl"), ("boolq/train.jsonl", "boolq/train_first.jsonl", "boolq/superglue/train.jsonl"), 0,
-         ("acc",), "https://github.com/google-research-datasets/boolean-questions", spare=True),
-    Task("rte", rte, ("rte/glue/RTE/dev.tsv", "rte/superglue/val.jsonl"), ("rte/glue/RTE/train.tsv", "rte/superglue/train.jsonl"), 0,
+    Task("boolq", boolq, ["boolq/dev.jsonl", "boolq/superglue/val.jsonl"],
+         ["boolq/train.jsonl", "boolq/train_first.jsonl", "boolq/superglue/train.jsonl"], 0, ("acc",),
+         "https://github.com/google-research-datasets/boolean-questions", spare=True),
+    Task("rte", rte, ["rte/glue/RTE/dev.tsv", "rte/superglue/val.jsonl"], ["rte/glue/RTE/train.tsv", "rte/superglue/train.jsonl"], 0,
          ("acc",), "https://gluebenchmark.com/tasks", spare=True),
-    Task("openbookqa", lambda row: lettered(row, "{}"), ("openbookqa/Main/test.jsonl",), ("openbookqa/Main/train.jsonl",), 0,
+    Task("openbookqa", lambda row: lettered(row, "{}"), ["openbookqa/Main/test.jsonl"], ["openbookqa/Main/train.jsonl"], 0,
          ("acc_norm", "acc"), "https://allenai.org/data/open-book-qa"),
-    Task("piqa", piqa, ("piqa/valid.jsonl",), ("piqa/train.jsonl", "piqa/train_first.jsonl"), 0, ("acc_norm", "acc"), "https://yonatanbisk.com/piqa", spare=True),
-    Task("winogrande", winogrande, ("winogrande/dev.jsonl",), ("winogrande/train_*.jsonl",), 5, ("acc",), "https://winogrande.allenai.org", spare=True),
-    Task("gsm8k", gsm8k, ("gsm8k/test.jsonl",), ("gsm8k/train.jsonl",), 5, ("exact_match_strict", "exact_match_flexible"),
+    Task("piqa", piqa, ["piqa/valid.jsonl"], ["piqa/train.jsonl", "piqa/train_first.jsonl"], 0, ("acc_norm", "acc"),
+         "https://yonatanbisk.com/piqa", spare=True),
+    Task("winogrande", winogrande, ["winogrande/dev.jsonl"], ["winogrande/train_*.jsonl"], 5, ("acc",),
+         "https://winogrande.allenai.org", spare=True),
+    Task("gsm8k", gsm8k, ["gsm8k/test.jsonl"], ["gsm8k/train.jsonl"], 5, ("exact_match_strict", "exact_match_flexible"),
          "https://github.com/openai/grade-school-math"),
-    Task("hellaswag", hellaswag, ("hellaswag/hellaswag_val.jsonl",), ("hellaswag/hellaswag_train.jsonl",), 10, ("acc_norm", "acc"),
+    Task("hellaswag", hellaswag, ["hellaswag/hellaswag_val.jsonl"], ["hellaswag/hellaswag_train.jsonl"], 10, ("acc_norm", "acc"),
          "https://rowanzellers.com/hellaswag", spare=True),
-    _arc("arc_challenge", "ARC-Challenge"),
-    _arc("arc_easy", "ARC-Easy"),
+    _arc("arc_challenge", "ARC-Challenge", 25),
+    _arc("arc_easy", "ARC-Easy", 0),
     *(_mmlu(subject) for subjects in MMLU.values() for subject in subjects.split()),
 )}
 GROUPS = {f"mmlu_{category}": [f"mmlu_{subject}" for subject in subjects.split()] for category, subjects in MMLU.items()}
@@ -199,14 +214,12 @@ def tasks_named(names: Sequence[str], files: Sequence[str] = ()) -> list[Task]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            short = [task for task in TASKS if not task.startswith("mmlu_")]
-            raise ValueError(f"--tasks names {name!r}, the nearest task is {near!r}; expected of {', '.join(short)}, mmlu, mmlu_{', mmlu_'.join(MMLU)}, mmlu_SUBJECT")
-    chosen = [TASKS[part] for name in names for part in GROUPS.get(name, [name])]
-    chosen += [Task(Path(f).stem, custom, (str(Path(f).resolve()),), (str(Path(f).resolve()),), 0, ("acc_norm", "acc"), "--custom", spare=True) for f in files]
-    unique = {task.name: task for task in chosen}
-    if clash := next((f for f in files if Path(f).stem in {*known, *PERPLEXITY}), None):
+            short = ", ".join([task for task in TASKS if not task.startswith("mmlu_")] + list(GROUPS))
+            raise ValueError(f"--tasks names {name!r}, the nearest task is {near!r}; expected of {short}, mmlu_SUBJECT")
+    if clash := next((file for file in files if Path(file).stem in {*known, *PERPLEXITY}), None):
         raise ValueError(f"--custom={clash} would be the task {Path(clash).stem!r}, which exists already: rename the file")
-    return list(unique.values())
+    chosen = [TASKS[part] for name in names for part in GROUPS.get(name, [name])] + [_custom(file) for file in files]
+    return list({task.name: task for task in chosen}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def read_rows(path: Path) -> list[tuple[str, dict | list]]:
         if labels.is_file():
             values = labels.read_text(encoding="utf-8").split()
             if len(values) != len(rows):
-                raise ValueError(f"{labels} holds {len(values)} labels for {len(rows)} rows of {path.name}; expected one each: fetch both files again")
+                raise ValueError(f"{labels} holds {len(values)} labels, {path.name} {len(rows)} rows; expected as many: fetch both again")
             rows = [(place, {"label": value, **row}) for (place, row), value in zip(rows, values)]
         return rows
     try:
@@ -244,7 +257,7 @@ def read_rows(path: Path) -> list[tuple[str, dict | list]]:
     rows, names = [], header.split("\t")
     for number, line in enumerate(lines, 2):
         if len(values := line.split("\t")) != len(names):
-            raise ValueError(f"{path}, line {number} has {len(values)} fields, expected {len(names)} ({', '.join(names)}): mend or delete the line")
+            raise ValueError(f"{path}, line {number} has {len(values)} fields, expected {', '.join(names)}: mend or delete the line")
         rows.append((f"{path}, line {number}", dict(zip(names, values))))
     return rows
 
@@ -257,7 +270,7 @@ def read_examples(path: Path, read: Callable) -> list[Example]:
             example = read(row)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"there is no field {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{place}: {reason}; expected a row as in the published file: mend or delete it, or fetch the file again") from None
+            raise ValueError(f"{place}: {reason}; expected a row as it was published: mend or delete it, or fetch the file again") from None
         for text in (*example.contexts, *example.choices):
             if not isinstance(text, str) or not text.strip():
                 what = "question" if text in example.contexts else "choice"
@@ -271,30 +284,29 @@ def read_examples(path: Path, read: Callable) -> list[Example]:
 
 
 def locate(tasks: Sequence[Task], data: Path, shots: dict[str, int]) -> dict[str, tuple[Path, Path | None]]:
-    """File to score and file of the few-shot examples per task. Raises FileNotFoundError that lists all that is missing and where it is had."""
-    found, missing = {}, {}
+    """File to score and file of the shots, per task. Raises FileNotFoundError that lists all that is missing and where it is had."""
+    found, missing = {}, []
     for task in tasks:
-        wanted = [task.files, task.pool if shots[task.name] else None]
-        paths = [None if patterns is None else find(data, patterns) for patterns in wanted]
-        absent = [patterns[0] for patterns, path in zip(wanted, paths) if patterns and path is None]
-        if absent:
-            missing[task] = absent
-        found[task.name] = tuple(paths)
+        wanted = [task.files, task.pool if shots[task.name] else ()]
+        found[task.name] = tuple(find(data, patterns) for patterns in wanted)
+        absent = [patterns[0] for patterns, path in zip(wanted, found[task.name]) if patterns and path is None]
+        missing += [(task, ", ".join(absent))] if absent else []
     if missing:
-        lines = [f"  {task.name}: {', '.join(files)}  ({task.home})" for task, files in islice(missing.items(), 12)]
-        more = f"\n  and {len(missing) - 12} tasks more" if len(missing) > 12 else ""
-        get = f"python data/fetch.py --tasks={','.join(dict.fromkeys(task.name.split('_')[0] if task.name.startswith('mmlu') else task.name for task in missing))}"
-        raise FileNotFoundError(f"under {data} these files are missing:\n" + "\n".join(lines) + f"{more}\ncheck --data, or get them: {get}")
+        lines = [f"  {task.name}: {files}  ({task.home})" for task, files in missing[:12]]
+        lines += [f"  and {len(missing) - 12} tasks more"] if len(missing) > 12 else []
+        names = dict.fromkeys("mmlu" if task.read is mmlu else task.name for task, _ in missing)
+        raise FileNotFoundError(f"under {data} these files are missing:\n" + "\n".join(lines)
+                                + f"\ncheck --data, or get them: python data/fetch.py --tasks={','.join(names)}")
     return found
 
 
 def draw_shots(task: Task, items: Sequence[Example], pool: Sequence[Example], n: int, *, by: str, seed: int) -> list[list[Example]]:
-    """n solved examples per item: `index` by a generator of seed and index, `first` in file order, `harness` as lm-eval draws them (seed 1234)."""
+    """n solved examples per item: `index` by a generator of seed and index, `first` in file order, `harness` as lm-eval draws."""
     if n == 0:
         return [[] for _ in items]
     need = n if task.in_order or (by != "index" and not task.spare) else n + 1
     if len(pool) < need:
-        raise ValueError(f"{task.name}: {n} few-shot examples need a pool of {need} and it holds {len(pool)}; lower --fewshot or fetch the whole file")
+        raise ValueError(f"{task.name}: {n} shots need a pool of {need} and it holds {len(pool)}; lower --fewshot or fetch the whole file")
     if by == "first" or task.in_order:
         return [[shot for shot in pool[:n + 1] if shot != item][:n] for item in items]
 
@@ -381,8 +393,10 @@ class Work:
 
 
 def encode_pair(tok: Tokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of the choice after it, split as lm-eval does (api/model.py, _encode_pair): trailing spaces go to the choice,
-    and the choice is what the whole text has beyond as many tokens as the context alone. Special tokens in the text count as such, as there.
+    """Tokens of a context and of the choice after it, split as lm-eval does (api/model.py, _encode_pair).
+
+    Trailing spaces go to the choice, and the choice is what the whole text has beyond as many tokens as the context alone. Special tokens
+    in the text count as such, as there.
     """
     bare = context.rstrip()
     ids = _encode(tok, bare)
@@ -421,27 +435,27 @@ def queries_of(owner: tuple[str, int], pairs: Sequence[tuple[list[int], list[int
     return queries, any(len(short) < len(context) for short, (context, _) in zip(cut, pairs))
 
 
-def prepare_task(task: Task, paths: tuple[Path, Path | None], tok: Tokenizer, *, shots: int, by: str, seed: int, items: int | None, limit: int, share: bool) -> Work:
-    """Read a task and turn its first `items` items into tokens."""
-    start = time.perf_counter()
+def prepare_task(task: Task, paths: tuple[Path, Path | None], tok: Tokenizer, *, shots: int, by: str, seed: int, items: int | None,
+                 limit: int, share: bool) -> Work:
+    """Read a task and turn its first `items` items into tokens. limit: context length; share: as in queries_of."""
+    start, work, digest = time.perf_counter(), [], hashlib.sha256()
     examples = read_examples(paths[0], task.read)[:items]
     pool = read_examples(paths[1], task.read) if shots else []
-    work, digest = [], hashlib.sha256()
     for index, (example, drawn) in enumerate(zip(examples, draw_shots(task, examples, pool, shots, by=by, seed=seed))):
-        before = task.description + "".join(shot.solved() for shot in drawn)
+        owner, before = (task.name, index), task.description + "".join(shot.solved() for shot in drawn)
         if task.read is gsm8k:
             ids = tok.encode(before + example.contexts[0], bos=tok.adds_bos, special=True)
             pairs, short = [(ids, [])], ids[max(0, len(ids) - (limit - NEW_TOKENS)):]
-            item = Item([Query((task.name, index), array("i", short))], example.choices[0], [], len(short) < len(ids))
+            item = Item([Query(owner, array("i", short))], example.choices[0], [], len(short) < len(ids))
         else:
             pairs = [encode_pair(tok, before + context, " " + choice) for context, choice in zip(example.contexts, example.choices)]
             for choice, (_, ids) in enumerate(pairs):
                 if not 1 <= len(ids) <= limit:
-                    raise ValueError(f"{paths[0]}, item {index}: choice {choice} has {len(ids)} tokens after its context; expected 1 to {limit}, the context length")
-            queries, truncated = queries_of((task.name, index), pairs, limit, share)
+                    raise ValueError(f"{paths[0]}, item {index}: choice {choice} has {len(ids)} tokens; expected 1 to {limit}, the context")
+            queries, truncated = queries_of(owner, pairs, limit, share)
             item = Item(queries, example.gold, [len(choice) for choice in example.choices], truncated)
-        digest.update(b"".join(array("i", [*context, -1, *choice, -2]).tobytes() for context, choice in pairs) + str(item.gold).encode())
         work.append(item)
+        digest.update(b"".join(array("i", [*context, -1, *choice, -2]).tobytes() for context, choice in pairs) + str(item.gold).encode())
     return Work(task, work, shots, str(paths[0]), digest.hexdigest()[:16], time.perf_counter() - start)
 
 
@@ -454,26 +468,26 @@ def prepare_perplexity(name: str, path: Path, tok: Tokenizer, *, items: int | No
         if len(work) == items:
             break
         if "messages" not in row:
-            raise ValueError(f"{place}: there is no field 'messages'; expected {{\"messages\": [{{\"role\": ..., \"content\": ...}}, ...]}}: mend or delete the row")
+            raise ValueError(f"{place}: there is no field 'messages'; expected a list of {{\"role\", \"content\"}}: mend or delete the row")
         try:
             ids, mask = encode_chat(tok, row["messages"])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         first = mask.index(True)
-        if not 0 < first or len(ids) > limit:
-            raise ValueError(f"{place}: {len(ids)} tokens with {first} before the answer; expected at most {limit}, the context length, and at least one before: "
-                             "shorten the row")
-        branch = Branch(0, array("i", ids[first:]), [place - first for place, loss in enumerate(mask) if loss])
+        if first == 0 or len(ids) > limit:
+            raise ValueError(f"{place}: {len(ids)} tokens, {first} before the answer; expected at most {limit}, the context length, "
+                             "and one or more before: shorten the row")
+        branch = Branch(0, array("i", ids[first:]), [at - first for at, loss in enumerate(mask) if loss])
         work.append(Item([Query((name, len(work)), array("i", ids[:first]), [branch])], 0, [len(branch.scored)]))
-        digest.update(repr((ids, first)).encode())
+        digest.update(array("i", [*ids, -first]).tobytes())
     if not work:
-        raise ValueError(f"{path} holds no row{f' whose split is {split!r}' if split else ''}; expected at least one: check --perplexity and --perplexity_split")
-    task = Task(name, custom, (), (), 0, ("nll",), "")
-    return Work(task, work, 0, str(path), digest.hexdigest()[:16], time.perf_counter() - start)
+        which = f" whose split is {split!r}" if split else ""
+        raise ValueError(f"{path} holds no row{which}; expected at least one: check --perplexity and --perplexity_split")
+    return Work(Task(name, custom, (), (), 0, ("nll",), ""), work, 0, str(path), digest.hexdigest()[:16], time.perf_counter() - start)
 
 
 def plan(items: Sequence[Item], budget: int) -> list[list[Item]]:
-    """Batches of items of like width, each with rows x width <= budget (an item wider than that alone). Independent of ranks and of resuming."""
+    """Batches of items of like width, rows x width <= budget (a wider item alone). They depend neither on ranks nor on what is done."""
     if items and items[0].queries[0].branches:  # generation gains from every row, so its batches stay whole
         budget = min(budget, max(MIN_BATCH, sum(item.rows * item.width for item in items) // MIN_BATCHES))
     batches: list[list[Item]] = []
@@ -596,12 +610,14 @@ def prefill(run: Run, queries: Sequence[Query], prefix: Prefix) -> tuple[KVCache
     step = tokens.shape[1] if run.sequence or len(rows) > 1 else run.max_batch_tokens
     for a in range(0, tokens.shape[1], step):
         piece, real = tokens[:, a:a + step], [min(n - a, step) for n in lengths]
-        h, gates = run.model.hidden(piece, lengths=real, cache=cache, route=run.route, gates=forced(run, queries, cache.lengths, piece.shape[1]))
+        gates = forced(run, queries, cache.lengths, piece.shape[1])
+        h, gates = run.model.hidden(piece, lengths=real, cache=cache, route=run.route, gates=gates)
         for score, counts, n in zip(scores, tally(gates, len(rows)), real):
             score.ran(counts, 1 if run.sequence else n)
     for query, score in zip(queries, scores):
         score.kv_bytes = cache_bytes(run.model, run.route != "off", len(query.context), score.executed)
-    return cache, h[torch.arange(len(rows), device=run.device), torch.tensor(lengths, device=run.device) - 1 - a], scores  # (B,T,D) -> (B,D)
+    last = h[torch.arange(len(rows), device=run.device), torch.tensor(lengths, device=run.device) - 1 - a]  # (B,T,D) -> (B,D)
+    return cache, last, scores
 
 
 def score_cached(run: Run, queries: Sequence[Query], prefix: Prefix) -> list[Score]:
@@ -610,11 +626,13 @@ def score_cached(run: Run, queries: Sequence[Query], prefix: Prefix) -> list[Sco
     first = {b: found for b, query in enumerate(queries) if (found := [branch for branch in query.branches if branch.scored[0] == 0])}
     if first:  # the first token of a choice is predicted by the context's last
         states = last[torch.tensor(list(first), device=run.device)]  # (B,D) -> (n,D)
-        for (b, found), values in zip(first.items(), log_probs(run.model, states, [[branch.tokens[0] for branch in found] for found in first.values()])):
+        wanted = [[branch.tokens[0] for branch in found] for found in first.values()]
+        for (b, found), values in zip(first.items(), log_probs(run.model, states, wanted)):
             for branch, value in zip(found, values):
                 scores[b].logprobs[branch.choice] += value
 
-    rest = sorted(((b, branch) for b, query in enumerate(queries) for branch in query.branches if len(branch.tokens) > 1), key=lambda pair: -len(pair[1].tokens))
+    rest = [(b, branch) for b, query in enumerate(queries) for branch in query.branches if len(branch.tokens) > 1]
+    rest.sort(key=lambda pair: -len(pair[1].tokens))
     size = len(rest)  # a batch of several queries was planned to fit
     if rest and len(queries) == 1:
         size = max(1, run.max_batch_tokens // queries[0].width)
@@ -708,24 +726,25 @@ def score_batch(run: Run, batch: Sequence[Item], prefix: Prefix) -> list[dict]:
 
 def record(run: Run, item: Item, scores: Sequence[Score]) -> dict:
     """Sample line of one item. The first five fields are what everybody reads; the rest is what the results are summed from."""
-    executed = scores[0].executed
-    for score in scores[1:]:
-        executed = add(executed, score.executed)
-    rest = {"executed": executed, "units": sum(score.units for score in scores), "kv_bytes": sum(score.kv_bytes for score in scores) // len(scores),
+    total = Score()
+    for score in scores:
+        total.ran(score.executed, score.units)
+        total.logprobs |= score.logprobs
+    logprobs = [total.logprobs[choice] for choice in range(len(total.logprobs))]
+    rest = {"executed": total.executed, "units": total.units, "kv_bytes": sum(score.kv_bytes for score in scores) // len(scores),
             "truncated": item.truncated}
-    base = {"task": item.task, "index": item.index}
-    if not item.queries[0].branches:
-        text = cut_at_stop(run.tok.decode(scores[0].tokens, skip_special=True), (*STOPS, run.tok.decode([run.tok.eos_id]) if run.tok.eos_id is not None else ""))
-        strict, flexible = extract(text, STRICT, 0), extract(text, FLEXIBLE, -1)
-        hits = {"exact_match_strict": int(normal(strict) == normal(item.gold)), "exact_match_flexible": int(normal(flexible) == normal(item.gold))}
-        return {**base, "logprobs": [], "prediction": strict, "gold": normal(item.gold), "prediction_flexible": flexible, "text": text, **hits, **rest}
-    by_choice = {choice: value for score in scores for choice, value in score.logprobs.items()}
-    logprobs = [by_choice[choice] for choice in range(len(by_choice))]
+    line = {"task": item.task, "index": item.index, "logprobs": logprobs}
+    if not logprobs:
+        stops = (*STOPS, "" if run.tok.eos_id is None else run.tok.decode([run.tok.eos_id]))
+        text = cut_at_stop(run.tok.decode(scores[0].tokens, skip_special=True), stops)
+        gold, strict, flexible = normal(item.gold), extract(text, STRICT, 0), extract(text, FLEXIBLE, -1)
+        return line | {"prediction": strict, "gold": gold, "prediction_flexible": flexible, "text": text,
+                       "exact_match_strict": int(normal(strict) == gold), "exact_match_flexible": int(normal(flexible) == gold)} | rest
     if item.task in PERPLEXITY:
-        return {**base, "logprobs": logprobs, "prediction": None, "gold": None, "tokens": item.sizes[0], **rest}
+        return line | {"prediction": None, "gold": None, "tokens": item.sizes[0]} | rest
     best, best_norm = _argmax(logprobs), _argmax([value / size for value, size in zip(logprobs, item.sizes)])
-    hits = {"acc": int(best == item.gold), "acc_norm": int(best_norm == item.gold)}
-    return {**base, "logprobs": logprobs, "prediction": best, "gold": item.gold, "prediction_norm": best_norm, **hits, **rest}
+    return line | {"prediction": best, "gold": item.gold, "prediction_norm": best_norm, "acc": int(best == item.gold),
+                   "acc_norm": int(best_norm == item.gold)} | rest
 
 
 def _argmax(values: Sequence[float]) -> int:
@@ -783,7 +802,7 @@ def make_control(text: str, model: Transformer, budget: float | None) -> Control
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{value}/{owner[0]}/{owner[1]}".encode()).digest()[:7]))
         if not sequence:
             return (torch.rand(stop, len(layers), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
-        count = int(budget * len(layers) + torch.rand((), generator=generator).item())  # the budget on average, where it falls between two counts
+        count = int(budget * len(layers) + torch.rand((), generator=generator).item())  # between two counts, the budget on average
         return torch.zeros(len(layers)).index_fill(0, torch.randperm(len(layers), generator=generator)[:count], 1.0)
 
     def constant(kept: Callable[[str], Sequence[bool]]) -> Control:
@@ -802,11 +821,12 @@ def make_control(text: str, model: Transformer, budget: float | None) -> Control
             raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(map(str, layers))}")
         return constant(lambda task: [layer not in dropped for layer in layers])
     if kind == "mean":
-        shares = {task: result["capacity_per_layer"] for task, result in runtime.read_json(value).get("results", {}).items() if "capacity_per_layer" in result}
+        results = runtime.read_json(value).get("results", {})
+        shares = {task: result.get("capacity_per_layer", ()) for task, result in results.items()}
 
         def most_used(task: str) -> list[bool]:
             if len(shares.get(task, ())) != len(layers):
-                raise ValueError(f"--control={text}: that file has no routes of {len(layers)} layers for {task}; score the same tasks with the same --routers first")
+                raise ValueError(f"--control={text}: that file has no {len(layers)} routed layers for {task}; write it with the same --routers")
             best = sorted(range(len(layers)), key=lambda i: (-shares[task][i], i))[:round(sum(shares[task]))]
             return [i in best for i in range(len(layers))]
 
@@ -837,7 +857,8 @@ def summarise(records: Sequence[dict], metrics: Sequence[str]) -> dict:
             result[metric], result[f"{metric}_stderr"] = mean_stderr([r[metric] for r in records])
     if "exact_match_strict" in metrics:
         result |= {"acc": result["exact_match_strict"], "acc_stderr": result["exact_match_strict_stderr"]}
-    result |= {"n": n, "capacity": 1.0, "kv_bytes": sum(r["kv_bytes"] for r in records) / n, "truncated": sum(r["truncated"] for r in records)}
+    result |= {"n": n, "truncated": sum(r["truncated"] for r in records)}
+    result |= {"capacity": 1.0, "kv_bytes": sum(r["kv_bytes"] for r in records) / n}
     if layers:
         shares = [[r["executed"][i] / r["units"] for r in records] for i in range(layers)]
         result["capacity"] = sum(sum(r["executed"]) for r in records) / (units * layers)
@@ -852,7 +873,7 @@ def _variance(values: Sequence[float]) -> float:
 
 
 def summarise_group(names: Sequence[str], results: dict, records: dict[str, list[dict]]) -> dict:
-    """MMLU and its categories: acc over all items, standard error pooled over subjects as lm-eval, acc_subjects the plain mean of subjects."""
+    """MMLU and its categories: acc over all items, its standard error pooled as in lm-eval; acc_subjects is the plain mean of subjects."""
     result = summarise([r for name in names for r in records[name]], ("acc",))
     sizes, errors = [results[name]["n"] for name in names], [results[name]["acc_stderr"] for name in names]
     if None not in errors:
@@ -871,8 +892,8 @@ def read_other(path: str, works: Sequence[Work]) -> dict:
     if not common:
         raise ValueError(f"--against={path} has none of the tasks scored here; it has {', '.join(other['items'])}: score the same tasks")
     if unlike := [work.task.name for work in common if work.sha != other["items"][work.task.name]["sha"]]:
-        raise ValueError(f"--against={path} scored other items or prompts of {', '.join(unlike)}; run both with the same --data, --limit, --fewshot, --fewshot_by "
-                         "and --seed")
+        raise ValueError(f"--against={path} scored other items or prompts of {', '.join(unlike)}; give both runs the same --data, --limit, "
+                         "--fewshot, --fewshot_by and --seed")
     return other["items"]
 
 
@@ -895,24 +916,24 @@ def compare(items: dict, other: dict) -> dict:
     return paired
 
 
-def table(results: dict, metrics: dict[str, Sequence[str]], paired: dict) -> str:
+def table(results: dict, bold: dict[str, str], paired: dict) -> str:
     """Markdown; the paper's metric is bold. Subjects of MMLU stand in --out only, where their group is shown."""
     def number(value: float | None, form: str = "{:.4f}") -> str:
         return "" if value is None else form.format(value)
 
     grouped = {name for group, names in GROUPS.items() if group in results for name in names}
-    lines = ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    best = []
+    lines, best = ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|" + "---:|" * 9], []
     for name, r in results.items():
         if name in grouped or name in PERPLEXITY:
             continue
-        first, cells = metrics[name][0], []
+        first, cells = bold.get(name, "acc"), []
         for metric in (("exact_match_strict", "exact_match_flexible") if name == "gsm8k" else ("acc", "acc_norm")):
             value = number(r.get(metric))
             cells += [f"**{value}**" if metric == first else value, number(r.get(f"{metric}_stderr"))]
         if name not in GROUPS or name == "mmlu":
             best.append(r[first])
-        lines.append(f"| {name} | {r['shots']} | {r['n']:,} | {' | '.join(cells)} | {r['capacity']:.3f} | {r['kv_bytes'] / 1e6:.2f} | {r['seconds']:.1f} |")
+        cells += [number(r["capacity"], "{:.3f}"), number(r["kv_bytes"] / 1e6, "{:.2f}"), number(r["seconds"], "{:.1f}")]
+        lines.append(f"| {name} | {r['shots']} | {r['n']:,} | {' | '.join(cells)} |")
     lines = lines if best else []
     if len(best) > 1:
         lines.append(f"| mean of the bold | | | {sum(best) / len(best):.4f} | | | | | | |")
@@ -920,12 +941,13 @@ def table(results: dict, metrics: dict[str, Sequence[str]], paired: dict) -> str
         lines.append("\ngsm8k: strict exact match under acc, flexible under acc_norm.")
     for name in [name for name in PERPLEXITY if name in results]:
         r = results[name]
-        lines.append(f"\n{name.replace('_', ' ')}: {r['perplexity']:.4f} | loss {r['loss']:.5f} | {r['tokens']:,} answer tokens of {r['n']:,} rows | "
+        lines.append(f"\n{name.replace('_', ' ')} {r['perplexity']:.4f} | loss {r['loss']:.5f} | {r['tokens']:,} answer tokens | "
                      f"capacity {r['capacity']:.3f} | KV {r['kv_bytes'] / 1e6:.2f} MB/item | {r['seconds']:.1f} s")
     for name, entry in paired.items():
         for metric, c in entry.items():
             flips = f", {c['flips']} flips (+{c['gained']} -{c['lost']})" if "flips" in c else ""
-            lines.append(f"\nagainst: {name} {metric} {c['difference']:+.5f} ± {number(c['stderr'], '{:.5f}') or 'n/a'}{flips}, n {c['n']:,}")
+            error = "n/a" if c["stderr"] is None else f"{c['stderr']:.5f}"
+            lines.append(f"\nagainst: {name} {metric} {c['difference']:+.5f} ± {error}{flips}, n {c['n']:,}")
     return "\n".join(lines)
 
 
@@ -965,10 +987,10 @@ class Samples:
                 same = runs.get(record["task"]) == record["run"]
                 done.get(record["task"], {})[record["index"]] = record
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path}, line {number} is not a sample line; expected what an earlier run with --samples left: delete the file or name another") from None
+                raise ValueError(f"{self.path}, line {number} is not a sample line; expected what --samples writes: name another") from None
             if not same:
-                raise ValueError(f"{self.path}, line {number} ({record['task']}) comes from a run with another model, route, data, prompt, limit, dtype or batch size; "
-                                 "repeat that command to go on, or give another --samples")
+                raise ValueError(f"{self.path}, line {number} ({record['task']}) comes from a run with another model, route, data, prompt, "
+                                 "limit, dtype or batch size; repeat that command to go on, or give another --samples")
         if whole != data:
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
@@ -993,7 +1015,8 @@ class Progress:
     """One line on stderr: overwritten on a terminal, every 20 seconds elsewhere. Work is counted in tokens."""
 
     def __init__(self, works: Sequence[Work], is_master: bool):
-        self.total, self.items, self.is_master = sum(item.tokens for work in works for item in work.items), sum(len(work.items) for work in works), is_master
+        items = [item for work in works for item in work.items]
+        self.total, self.items, self.is_master = sum(item.tokens for item in items), len(items), is_master
         self.spent = self.seen = self.skipped = 0
         self.start = self.last = time.perf_counter()
 
@@ -1004,12 +1027,13 @@ class Progress:
         if not self.is_master or resumed or (not terminal and now - self.last < 20 and self.seen < self.items):
             return
         self.last, elapsed, fresh = now, now - self.start, self.spent - self.skipped
-        eta = elapsed / fresh * (self.total - self.spent)
-        print(f"{name} | {self.seen:,}/{self.items:,} items | {fresh / elapsed:,.0f} tok/s | eta {eta / 60:.1f}m", file=sys.stderr, flush=True,
-              end="\x1b[K\r" if terminal and self.seen < self.items else "\n")
+        eta, end = elapsed / fresh * (self.total - self.spent), "\x1b[K\r" if terminal and self.seen < self.items else "\n"
+        line = f"{name} | {self.seen:,}/{self.items:,} items | {fresh / elapsed:,.0f} tok/s | eta {eta / 60:.1f}m"
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
-def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, progress: Progress, rt: runtime.Runtime, stamp: str) -> list[dict]:
+def run_work(run: Run, work: Work, done: dict[int, dict], stamp: str, samples: Samples, progress: Progress, rt: runtime.Runtime,
+             ) -> list[dict]:
     """Score what is not done yet; ranks take whole batches in turn, so that a record does not depend on how many there are."""
     start = time.perf_counter()
     whole, cut = [item for item in work.items if not item.truncated], [item for item in work.items if item.truncated]
@@ -1019,7 +1043,7 @@ def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, prog
         length = min(common_prefix(contexts), min(map(len, contexts)) - 1)
         length = length if length >= MIN_PREFIX else 0
     shared = Prefix(length)
-    batches = [(batch, shared) for batch in plan(whole, run.max_batch_tokens)] + [(batch, Prefix()) for batch in plan(cut, run.max_batch_tokens)]
+    batches = [(batch, prefix) for items, prefix in ((whole, shared), (cut, Prefix())) for batch in plan(items, run.max_batch_tokens)]
     todo = [(batch, prefix) for batch, prefix in batches if any(item.index not in done for item in batch)]
     for batch, _ in batches:
         if all(item.index in done for item in batch):
@@ -1027,7 +1051,8 @@ def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, prog
     for a in range(0, len(todo), rt.world_size):
         batch, prefix = todo[a + rt.rank] if a + rt.rank < len(todo) else ([], Prefix())
         if prefix.length and prefix.cache is None:
-            prefix.cache, _, (prefix.score,) = prefill(run, [Query(whole[0].queries[0].owner, whole[0].queries[0].context[:length])], Prefix())
+            query = whole[0].queries[0]
+            prefix.cache, _, (prefix.score,) = prefill(run, [Query(query.owner, query.context[:length])], Prefix())
         records = [record | {"run": stamp} for record in score_batch(run, batch, prefix)] if batch else []
         if rt.world_size > 1:
             everyone: list = [None] * rt.world_size
@@ -1041,31 +1066,35 @@ def run_work(run: Run, work: Work, done: dict[int, dict], samples: Samples, prog
     return [done[item.index] for item in work.items]
 
 
+def setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class EvalConfig:
     """Settings of eval.py."""
 
     model: str = field(metadata={"help": "checkpoint folder"})
-    tasks: tuple[str, ...] = field(default=(), metadata={"help": "boolq rte openbookqa piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy"})
-    data: str = field(default="data/eval", metadata={"help": "folder of the data sets, as data/fetch.py fills it"})
-    custom: tuple[str, ...] = field(default=(), metadata={"help": "more tasks: .jsonl files of {question, choices, answer}, answer a 0-based number or the choice's text"})
-    perplexity: str | None = field(default=None, metadata={"help": "messages file whose answers are scored"})
-    perplexity_split: str | None = field(default=None, metadata={"help": "of that file only the rows with this `split`"})
-    routers: str | None = field(default=None, metadata={"help": "router file"})
-    route: Literal["auto", "off", "mask", "gather"] = field(default="auto", metadata={"help": "auto: gather with --routers, else off"})
-    budget: float | None = field(default=None, metadata={"help": "capacity from 0 to 1; none: the router file's own"})
-    control: str = field(default="none", metadata={"help": "forced routes over the routed layers: static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run"})
-    fewshot: int | None = field(default=None, metadata={"help": "examples before each item; none: the paper's number per task"})
-    fewshot_by: Literal["index", "first", "harness"] = field(default="index", metadata={"help": "index: drawn by seed and item; first: in file order; harness: lm-eval's draw"})
-    seed: int = field(default=1234, metadata={"help": "of the few-shot draw; 1234 is lm-eval's"})
-    limit: int | None = field(default=None, metadata={"help": "first N items of each task only"})
-    max_length: int | None = field(default=None, metadata={"help": "context length; longer items lose their beginning; none: the model's"})
-    max_batch_tokens: int = field(default=16384, metadata={"help": "tokens in a batch, and in its cache"})
-    samples: str | None = field(default=None, metadata={"help": "write a line per item here, and go on from it after a kill"})
-    out: str | None = field(default=None, metadata={"help": "write all results here as JSON"})
-    against: str | None = field(default=None, metadata={"help": "--out of another run on the same items, to compare with"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N"})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16"})
+    tasks: tuple[str, ...] = setting((), "names as above, by comma")
+    data: str = setting("data/eval", "folder of the data sets, as data/fetch.py fills it")
+    custom: tuple[str, ...] = setting((), "more tasks: .jsonl files of {question, choices, answer}; answer is a 0-based number or a choice")
+    perplexity: str | None = setting(None, "messages file whose answers are scored")
+    perplexity_split: str | None = setting(None, "of that file only the rows with this `split`")
+    routers: str | None = setting(None, "router file")
+    route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
+    budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
+    control: str = setting("none", "forced routes: static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run")
+    fewshot: int | None = setting(None, "examples before each item; none: the paper's number per task")
+    fewshot_by: Literal["index", "first", "harness"] = setting("index", "by seed and item, in file order, or as lm-eval draws them")
+    seed: int = setting(1234, "of the few-shot draw; 1234 is lm-eval's")
+    limit: int | None = setting(None, "first N items of each task only")
+    max_length: int | None = setting(None, "context length; longer items lose their beginning; none: the model's")
+    max_batch_tokens: int = setting(16384, "tokens in a batch, and in its cache")
+    samples: str | None = setting(None, "write a line per item here, and go on from it after a kill")
+    out: str | None = setting(None, "write all results here as JSON")
+    against: str | None = setting(None, "--out of another run on the same items, to compare with")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N")
+    dtype: str = setting("auto", "auto, float32, bfloat16, float16")
 
 
 def check(cfg: EvalConfig) -> None:
@@ -1073,7 +1102,7 @@ def check(cfg: EvalConfig) -> None:
     if not cfg.tasks and not cfg.custom and cfg.perplexity is None:
         raise ValueError("there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or --perplexity=FILE.jsonl")
     if cfg.routers is None and (cfg.route in ("mask", "gather") or cfg.control != "none"):
-        raise ValueError(f"--route={cfg.route} --control={cfg.control} needs routed layers and there is no router file; give --routers=FILE")
+        raise ValueError(f"--route={cfg.route} --control={cfg.control} needs routed layers, and no router file was given: give --routers")
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
     for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1)):
@@ -1081,68 +1110,66 @@ def check(cfg: EvalConfig) -> None:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
 
 
+def prepare(cfg: EvalConfig, run: Run) -> list[Work]:
+    """All tasks in tokens, so that whatever is wrong with any of them shows before anything is computed."""
+    limit, longest = cfg.max_length or run.model.config.max_seq_len, run.model.config.max_seq_len
+    tasks = tasks_named(cfg.tasks, cfg.custom)
+    shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
+    if limit > longest:
+        raise ValueError(f"--max_length is {limit}; this model's context is {longest}")
+    if "gsm8k" in shots and (limit <= NEW_TOKENS or run.route == "mask"):
+        raise ValueError(f"gsm8k generates {NEW_TOKENS} tokens; it needs a context beyond {limit} and a cache: --route=off or gather")
+    paths = locate(tasks, Path(cfg.data), shots)
+    works = [prepare_task(task, paths[task.name], run.tok, shots=shots[task.name], by=cfg.fewshot_by, seed=cfg.seed, items=cfg.limit,
+                          limit=limit, share=run.shares) for task in tasks]
+    for name in PERPLEXITY[:1 + (run.route != "off")] if cfg.perplexity else ():
+        works.append(prepare_perplexity(name, Path(cfg.perplexity), run.tok, items=cfg.limit, limit=limit, split=cfg.perplexity_split))
+    if cfg.control.startswith("mean:"):
+        for work in works:
+            run.control.gates((work.task.name, 0), 0, 1)  # a task that the file lacks shows now
+    return works
+
+
 def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     """Everything that --out holds."""
     check(cfg)
-    tasks = tasks_named(cfg.tasks, cfg.custom)
-    shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
-    paths = locate(tasks, Path(cfg.data), shots)
-    random_control = cfg.control.startswith("random:")
-    model = load_model(cfg.model, routers=cfg.routers, budget=None if random_control else cfg.budget, device=rt.device, dtype=rt.dtype)
-    tok = load_tokenizer(cfg.model)
+    budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
+    model, tok = load_model(cfg.model, routers=cfg.routers, budget=budget, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
     route = cfg.route if cfg.route != "auto" else "gather" if cfg.routers else "off"
     run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget), cfg.max_batch_tokens)
-    limit = cfg.max_length or model.config.max_seq_len
-    if limit > model.config.max_seq_len:
-        raise ValueError(f"--max_length is {limit}; this model's context is {model.config.max_seq_len}")
-    if limit <= NEW_TOKENS and "gsm8k" in shots:
-        raise ValueError(f"gsm8k generates {NEW_TOKENS} tokens and the context length is {limit}; give a larger --max_length")
-    if route == "mask" and "gsm8k" in shots:
-        raise ValueError("gsm8k generates, and route mask keeps no cache to generate with; use --route=gather")
-    if (val := [name for name, (path, _) in paths.items() if path.parent.name == "val"]) and rt.is_master:
-        print(f"note: {len(val)} MMLU subjects have no test file under {cfg.data}; their val files are scored, which no published number is about", file=sys.stderr)
-
-    works = [prepare_task(task, paths[task.name], tok, shots=shots[task.name], by=cfg.fewshot_by, seed=cfg.seed, items=cfg.limit, limit=limit, share=run.shares)
-             for task in tasks]
-    for name in PERPLEXITY[:1 + (route != "off")] if cfg.perplexity else ():
-        works.append(prepare_perplexity(name, Path(cfg.perplexity), tok, items=cfg.limit, limit=limit, split=cfg.perplexity_split))
-    if cfg.control.startswith("mean:"):
-        for work in works:
-            run.control.gates((work.task.name, 0), 0, 1)  # a missing task shows now, not after hours
+    works = prepare(cfg, run)
     other = read_other(cfg.against, works) if cfg.against else None
-    router_sha = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
-    decides = [model.fingerprint, router_sha, route, cfg.budget, cfg.control, str(rt.dtype), rt.device.type, cfg.max_batch_tokens, limit]
-    stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
-    samples, progress = Samples(cfg.samples, rt), Progress(works, rt.is_master)
-    done = samples.resume(stamps)
-    resumed = {name: len(records) for name, records in done.items()}
-    records = {}
-    with torch.inference_mode():
-        for work in works:
-            name = work.task.name
-            how = replace(run, route="off", control=None) if name == PERPLEXITY[1] else run
-            records[name] = run_work(how, work, done[name], samples, progress, rt, stamps[name])
-    samples.finish([record for part in records.values() for record in part])
+    if rt.is_master and (val := [work for work in works if Path(work.source).parent.name == "val" and work.task.read is mmlu]):
+        print(f"note: {len(val)} MMLU subjects have no test file in {cfg.data}, so their val files are scored: no published number is about these",
+              file=sys.stderr)
 
-    results, items = {}, {}
+    routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
+    decides = [model.fingerprint, routers, route, cfg.budget, cfg.control, str(rt.dtype), rt.device.type, cfg.max_batch_tokens]
+    stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
+    samples, progress, records, results, items = Samples(cfg.samples, rt), Progress(works, rt.is_master), {}, {}, {}
+    done = samples.resume(stamps)
     for work in works:
-        name, mine = work.task.name, records[work.task.name]
-        results[name] = summarise(mine, work.task.metrics) | {"shots": work.shots, "seconds": work.seconds, "file": work.source, "resumed": resumed[name]}
-        items[name] = {"sha": work.sha}
-        for metric in work.task.metrics:
-            items[name][metric] = [-r["logprobs"][0] for r in mine] if metric == "nll" else "".join(str(r[metric]) for r in mine)
+        name, resumed = work.task.name, len(done[work.task.name])
+        how = replace(run, route="off", control=None) if name == PERPLEXITY[1] else run
+        with torch.inference_mode():
+            records[name] = mine = run_work(how, work, done[name], stamps[name], samples, progress, rt)
+        results[name] = summarise(mine, work.task.metrics)
+        results[name] |= {"shots": work.shots, "seconds": work.seconds, "file": work.source, "resumed": resumed}
+        items[name] = {"sha": work.sha} | {metric: "".join(str(r[metric]) for r in mine) for metric in work.task.metrics if metric != "nll"}
         if name in PERPLEXITY:
-            items[name]["tokens"] = [r["tokens"] for r in mine]
+            items[name] |= {"nll": [-r["logprobs"][0] for r in mine], "tokens": [r["tokens"] for r in mine]}
+    samples.finish([record for part in records.values() for record in part])
     for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
         results[group] = summarise_group(GROUPS[group], results, records)
-    routes = [r["capacity_per_layer"] for r in results.values() if "capacity_per_layer" in r and r["n"]]
-    report = {"model": cfg.model, "fingerprint": model.fingerprint, "route": route, "results": results, "items": items, "settings": asdict(cfg),
-              "torch": torch.__version__, "device": runtime.device_name(rt.device), "dtype": str(rt.dtype).removeprefix("torch."),
-              "peak_memory_bytes": runtime.peak_memory_bytes(rt.device)}
+
+    report = {"model": cfg.model, "fingerprint": model.fingerprint, "route": route, "results": results, "items": items,
+              "settings": asdict(cfg), "torch": torch.__version__, "device": runtime.device_name(rt.device),
+              "dtype": str(rt.dtype).removeprefix("torch."), "peak_memory_bytes": runtime.peak_memory_bytes(rt.device)}
+    routes = [result["capacity_per_layer"] for name, result in results.items() if "capacity_per_layer" in result and name not in GROUPS]
     if len(routes) > 1:
-        report["route_variance_between_tasks"] = sum(_variance(layer) for layer in zip(*routes)) / len(routes[0])
+        report["route_variance_between_tasks"] = sum(map(_variance, zip(*routes))) / len(routes[0])
     if other is not None:
-        report["against"] = {"file": cfg.against, **compare(items, other)}
+        report["against"] = {"file": cfg.against, "tasks": compare(items, other)}
     return report
 
 
@@ -1153,8 +1180,8 @@ def main() -> None:
     if rt.is_master:
         if cfg.out:
             runtime.write_json(cfg.out, report)
-        metrics = {name: task.metrics for name, task in TASKS.items()} | {group: ("acc",) for group in GROUPS} | {Path(f).stem: ("acc_norm", "acc") for f in cfg.custom}
-        print(table(report["results"], metrics, {k: v for k, v in report.get("against", {}).items() if k != "file"}))
+        bold = {task.name: task.metrics[0] for task in tasks_named(cfg.tasks, cfg.custom)}
+        print(table(report["results"], bold, report.get("against", {}).get("tasks", {})))
     runtime.cleanup()
 
 

@@ -151,7 +151,7 @@ def score(run: Run, items: list[Item], share_prefix=True) -> list[dict]:
     work = scoring.Work(scoring.TASKS["piqa"], items, 0, "", "")
     if not share_prefix:
         return [line for item in items for line in scoring.score_batch(run, [item], Prefix())]
-    return scoring.run_work(run, work, {}, scoring.Samples(None, CPU), scoring.Progress([work], False), CPU, "")
+    return scoring.run_work(run, work, {}, "", scoring.Samples(None, CPU), scoring.Progress([work], False), CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -433,7 +433,7 @@ def test_perplexity_is_the_mean_loss_of_the_answers(base, tok, tmp_path, granula
     model = load_model(base / "base") if granularity is None else routed(base, granularity)
     route, losses = "off" if granularity is None else "gather", []
     work = scoring.prepare_perplexity("perplexity", messages(tmp_path / "m.jsonl"), tok, items=None, limit=1024, split=None)
-    lines = scoring.run_work(Run(model, tok, route), work, {}, scoring.Samples(None, CPU), scoring.Progress([work], False), CPU, "")
+    lines = scoring.run_work(Run(model, tok, route), work, {}, "", scoring.Samples(None, CPU), scoring.Progress([work], False), CPU)
     for i in range(5):
         ids, mask = scoring.encode_chat(tok, [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "yes " * (1 + i % 3)}])
         logits = model(torch.tensor([ids]), prompt_lengths=[mask.index(True)], route=route)[0][0].log_softmax(-1)
@@ -557,9 +557,9 @@ ERRORS = {
     "no choices": ("openbookqa", "openbookqa/Main/test.jsonl", json.dumps(stem("q", ["a"], "A", "A")), "line 2: the row has 1 choices"),
     "not text": ("piqa", "piqa/valid.jsonl", '{"goal": "x", "sol1": "y", "sol2": 7}', "line 2: a choice is 7"),
     "csv fields": ("mmlu_anatomy", "mmlu/data/test/anatomy_test.csv", 'then",one,two', "line 2: the row has 3 fields"),
-    "tsv fields": ("rte", "rte/glue/RTE/dev.tsv", "0\ta\tb", "line 2 has 3 fields, expected 4"),
+    "tsv fields": ("rte", "rte/glue/RTE/dev.tsv", "0\ta\tb", "line 2 has 3 fields, expected index, sentence1"),
     "bool label": ("boolq", "boolq/dev.jsonl", '{"question": "q", "title": "t", "passage": "p", "answer": "maybe"}', "line 2: the label is 'maybe'"),
-    "labels file": ("piqa", "piqa/valid-labels.lst", "1\n1", "holds 3 labels for 2 rows"),
+    "labels file": ("piqa", "piqa/valid-labels.lst", "1\n1", "holds 3 labels, valid.jsonl 2 rows"),
 }
 
 
