@@ -166,7 +166,9 @@ DATASETS = {
                 "3619ab104d8be2977b25c90ff420cb42d491707dcc75362a1e5d22bc082b7318",
                 tuple(
                     (f"winogrande_1.1/{split}{end}", f"winogrande/{split}{end}", rows)
-                    for split, rows in (("train_xs", 160), ("train_s", 640), ("train_m", 2558), ("train_l", 10234), ("train_xl", 40398), ("dev", 1267))
+                    for split, rows in zip(
+                        ("train_xs", "train_s", "train_m", "train_l", "train_xl", "dev"), (160, 640, 2558, 10234, 40398, 1267), strict=True
+                    )
                     for end in (".jsonl", "-labels.lst")
                 ),
             ),

@@ -94,7 +94,8 @@ def test_zip_and_tar_members(server, tmp_path):
     assert (tmp_path / "a/dev.jsonl").read_bytes() == b"top/Main/dev.jsonl\nsecond"
 
     buffer = io.BytesIO()
-    members = {"data/dev/s_dev.csv": b'"two\nlines",A\nb,B\n', "data/dev/t_dev.csv": b"c,C\r\n", "data/dev/README": b"no", "data/test/s_test.csv": b"d,D\n"}
+    members = {"data/dev/s_dev.csv": b'"two\nlines",A\nb,B\n', "data/dev/t_dev.csv": b"c,C\r\n"}
+    members |= {"data/dev/README": b"no", "data/test/s_test.csv": b"d,D\n"}
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)

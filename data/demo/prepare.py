@@ -72,8 +72,9 @@ PRE_TOKENIZERS = {
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 
 LAYER_NAMES = {
-    "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
-    "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
+    "attn_norm": "attention_norm", "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv",
+    "attn_output": "attention.wo", "ffn_norm": "ffn_norm", "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2",
 }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def read_gguf(data: bytes) -> tuple[dict, dict[str, Tensor]]:
     def take(count: int, what: str) -> memoryview:
         nonlocal at
         if at + count > len(view):
-            raise ValueError(f"the GGUF ends at byte {len(view):,} inside {what}, expected bytes up to {at + count:,}: fetch the file again")
+            raise ValueError(f"the GGUF ends at byte {len(view):,} inside {what}, expected {at + count:,} or more: fetch the file again")
         at += count
         return view[at - count : at]
 
@@ -228,10 +229,10 @@ def weight_plan(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, tu
         plan["output.weight"], expected["output.weight"] = ("output.weight", 0), (c.vocab_size, c.dim)
     if set(expected) != set(tensors):
         missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-        raise ValueError(f"the GGUF lacks {missing[:3]} and has {extra[:3]} besides, expected the tensors of a Llama model: use convert_hf.py")
+        raise ValueError(f"the GGUF lacks {missing[:3]} and has {extra[:3]} besides, expected a Llama model's tensors: use convert_hf.py")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
-            raise ValueError(f"tensor {name} has the shape {tensors[name].shape}, expected {shape} by the GGUF's own metadata: fetch it again")
+            raise ValueError(f"tensor {name} has the shape {tensors[name].shape}, expected {shape} by the metadata: fetch the GGUF again")
     return plan
 
 
@@ -239,10 +240,11 @@ def tokenizer_files(metadata: dict, max_seq_len: int) -> dict[str, bytes]:
     """tokenizer.json (Hugging Face's fast format), tokenizer_config.json and generation_config.json from the GGUF's metadata."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(f"the GGUF's tokenizer is {model} with pre-tokenizer {pre}, expected gpt2 with {', '.join(PRE_TOKENIZERS)}: use convert_hf.py")
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"the GGUF's tokenizer is {model} with pre-tokenizer {pre}, expected gpt2 with {known}: use convert_hf.py")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     if unknown := sorted(set(types) - {NORMAL, CONTROL, USER_DEFINED}):
-        raise ValueError(f"the GGUF has tokens of the types {unknown}, expected 1 (normal), 3 (control), 4 (user defined): use convert_hf.py")
+        raise ValueError(f"the GGUF has tokens of types {unknown}, expected 1 (normal), 3 (control), 4 (user defined): use convert_hf.py")
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": i, "content": tokens[i]} | plain | {"special": kind == CONTROL} for i, kind in enumerate(types) if kind != NORMAL]
     fast = {
@@ -267,7 +269,8 @@ def tokenizer_files(metadata: dict, max_seq_len: int) -> dict[str, bytes]:
             "merges": metadata["tokenizer.ggml.merges"],
         },
     }
-    ids = {k: metadata.get(f"tokenizer.ggml.{v}_token_id") for k, v in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {k: metadata.get(f"tokenizer.ggml.{name}_token_id") for k, name in names.items()}
     about = {f"{k}_token": None if i is None else tokens[i] for k, i in ids.items()} | {
         "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", False),
         "add_prefix_space": metadata.get("tokenizer.ggml.add_space_prefix", False),
@@ -353,7 +356,8 @@ def require_space(folder: Path, needed: int) -> None:
     """Raise ValueError when the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{folder} has {free / 1e6:,.0f} MB free, expected at least {needed / 1e6:,.0f} MB: free some space or choose another --out")
+        found, wanted = f"{free / 1e6:,.0f} MB", f"{needed / 1e6:,.0f} MB"
+        raise ValueError(f"{folder} has {found} free, expected at least {wanted}: free some space or choose another --out")
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -363,7 +367,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(f"the disk is full while writing {path}, expected room for it: free some space and run the same command again") from None
+        raise ValueError(f"the disk is full while writing {path}, expected room for it: free some space and run this again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- the wheel
