@@ -40,6 +40,7 @@ from tokenizer import Tokenizer, encode_chat, load_tokenizer
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
 MIN_PREFIX = 16  # tokens that must be common to all items before computing them apart pays
 MIN_BATCH, MIN_BATCHES = 4096, 8  # small tasks are cut as well, to give every rank a batch, but not below this many tokens
+MIN_TOKENS, FULL = 512, 0.8  # from so many tokens on, a batch rather ends than takes an item that would be pads by more than a fifth
 PERPLEXITY = ("perplexity", "perplexity_dense")  # names of their records; the dense one stands beside every routed one
 NEW_TOKENS = 256  # lm-eval's max_gen_toks for Hugging Face models
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-eval tasks/gsm8k/gsm8k.yaml
@@ -488,17 +489,19 @@ def prepare_perplexity(name: str, path: Path, tok: Tokenizer, *, items: int | No
 
 def plan(items: Sequence[Item], budget: int) -> list[list[Item]]:
     """Batches of items of like width, rows x width <= budget (a wider item alone). They depend neither on ranks nor on what is done."""
-    if items and items[0].queries[0].branches:  # generation gains from every row, so its batches stay whole
+    scored = bool(items and items[0].queries[0].branches)
+    if scored:
         budget = min(budget, max(MIN_BATCH, sum(item.rows * item.width for item in items) // MIN_BATCHES))
     batches: list[list[Item]] = []
-    rows = 0
+    rows = width = 0
     for item in sorted(items, key=lambda item: (-item.width, item.index)):
-        if batches and (rows + item.rows) * batches[-1][0].width <= budget:
+        padding = scored and item.width < FULL * width and rows * width >= MIN_TOKENS  # generation gains from every row more than pads cost
+        if batches and not padding and (rows + item.rows) * width <= budget:
             batches[-1].append(item)
             rows += item.rows
         else:
             batches.append([item])
-            rows = item.rows
+            rows, width = item.rows, item.width
     return batches
 
 
@@ -826,7 +829,7 @@ def make_control(text: str, model: Transformer, budget: float | None) -> Control
 
         def most_used(task: str) -> list[bool]:
             if len(shares.get(task, ())) != len(layers):
-                raise ValueError(f"--control={text}: that file has no {len(layers)} routed layers for {task}; write it with the same --routers")
+                raise ValueError(f"--control={text}: that file lacks {len(layers)} routed layers for {task}; write it with the same --routers")
             best = sorted(range(len(layers)), key=lambda i: (-shares[task][i], i))[:round(sum(shares[task]))]
             return [i in best for i in range(len(layers))]
 
@@ -1140,7 +1143,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     works = prepare(cfg, run)
     other = read_other(cfg.against, works) if cfg.against else None
     if rt.is_master and (val := [work for work in works if Path(work.source).parent.name == "val" and work.task.read is mmlu]):
-        print(f"note: {len(val)} MMLU subjects have no test file in {cfg.data}, so their val files are scored: no published number is about these",
+        print(f"note: {len(val)} MMLU subjects have no test file in {cfg.data}, so their val files are scored: these are no published numbers",
               file=sys.stderr)
 
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None

@@ -315,10 +315,12 @@ def test_shared_contexts_score_as_rows_alone(base, tok, granularity, kv, pool):
     """Contexts once for all choices, shared few-shot prefixes and batches, against one row at a time without a cache; and gates counted alike."""
     model = load_model(base / "base") if granularity is None else routed(base, granularity, kv, pool)
     run = Run(model, tok, "off" if granularity is None else "gather")
+    routes = set()
     for work in works(base, tok, "mmlu_anatomy", "winogrande", "arc_challenge", "piqa", share=run.shares, by="first"):
         shared = score(run, work.items)
         alone = score(run, work.items, share_prefix=False)
         queries = works(base, tok, work.task.name, share=False, by="first")[0]
+        routes |= {tuple(line["executed"]) for line in shared}
         for item, a, b in zip(queries.items, shared, alone):
             plain = [scoring.score_plain(replace(run, max_batch_tokens=1), [query])[0] for query in item.queries]
             logprobs = {choice: value for part in plain for choice, value in part.logprobs.items()}
@@ -330,6 +332,7 @@ def test_shared_contexts_score_as_rows_alone(base, tok, granularity, kv, pool):
                     assert found["units"] == sum(part.units for part in plain)
         if run.shares and work.task.name == "mmlu_anatomy":
             assert scoring.common_prefix([item.queries[0].context for item in work.items]) > 100
+    assert granularity is None or len(routes) > 1
 
 
 def test_mask_scores_as_gather(base, tok):
@@ -354,7 +357,8 @@ def test_pool_all_sees_each_choice(base, tok):
 
 
 @pytest.mark.parametrize("granularity", [None, "attn_token", "block_sequence"])
-def test_batch_size_does_not_matter(base, tok, granularity):
+def test_batch_size_does_not_matter(base, tok, granularity, monkeypatch):
+    monkeypatch.setattr(scoring, "NEW_TOKENS", 24)
     model = load_model(base / "base") if granularity is None else routed(base, granularity)
     route = "off" if granularity is None else "gather"
     for name in ("arc_challenge", "gsm8k", "mmlu_anatomy"):
@@ -400,7 +404,8 @@ def test_cache_bytes_are_those_of_the_cache(base):
 # ------------------------------------------------------------------------------------------------------------ generation
 
 
-def test_greedy_answers_equal_generate(base, tok):
+def test_greedy_answers_equal_generate(base, tok, monkeypatch):
+    monkeypatch.setattr(scoring, "NEW_TOKENS", 48)
     model = routed(base, "attn_sequence")
     items = works(base, tok, "gsm8k", shots=2)[0].items
     lines = score(Run(model, tok, "gather"), items)
@@ -604,4 +609,5 @@ def test_misuse_is_refused_with_a_reason(base, data, tmp_path):
 def test_user_errors_end_in_one_line_and_status_2(base):
     done = command(base, "--tasks=nonsense")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nearest" in done.stderr and done.stdout == ""
-    assert command(base, "--task=piqa").returncode == 2
+    with pytest.raises(ValueError, match="nearest one is --tasks"):
+        runtime.cli(EvalConfig, ["--model=x", "--task=piqa"])
