@@ -777,7 +777,8 @@ def tune(tuner: Tuner, out: Path) -> None:
         state.step_seconds += seconds
         tried = tuner.try_out() if state.step in tries else None
         state.seconds = time.perf_counter() - tuner.begun
-        rate, mfu = row.pop("tokens") / seconds, row.pop("flops") / seconds / peak if peak else None
+        rate, flops = row.pop("tokens") / seconds, row.pop("flops") / seconds
+        mfu = flops / peak if peak else None
         left = (time.perf_counter() - loop_started) / (state.step - first_step) * (tuner.steps - state.step)
         row = {"step": state.step, **row, "budget": cfg.budget, "cut": state.cut, "select_loss": tried, "milliseconds": seconds * 1e3, "tokens_per_second": rate,
                "mfu": mfu}
