@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, decode_bytes, load_model, load_routers, prefill_flops
+from model import KVCache, ModelConfig, Transformer, compile_model, decode_bytes, load_model, load_routers, prefill_flops
 from router import RouterConfig, deep_layers, parse_layers, set_thresholds, thresholds_for
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -304,6 +304,8 @@ def bench(config: BenchConfig) -> dict:
         if kind == "auto":
             raise ValueError(f"layers is {config.layers!r}; a forced route has no measurements to choose by: give deep:N, all, or numbers")
         model.add_routers(RouterConfig(config.granularity, deep_layers(which, model.config.n_layers) if kind == "deep" else which, kv=config.kv))
+    if config.compile:
+        compile_model(model)
     budgets = config.budget or (BUDGETS if config.routers is None else (None,))
     print(f"{runtime.device_name(rt.device)} | {str(rt.dtype).removeprefix('torch.')} | {torch.get_num_threads()} CPU threads | "
           f"{'compiled' if config.compile else 'eager'} | {model.routing.granularity} on layers {','.join(map(str, model.routing.layers))} | "

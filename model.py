@@ -414,14 +414,27 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear, but of a lone token in compiled CPU code a sum of products: one pass at the memory's speed, where a library's matrix product is slow."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
+        y = (weight * x.view(-1)).sum(dim=-1)  # (O, I) -> (O,)
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim, self.window = config.n_heads, config.n_kv_heads, config.head_dim, config.window(layer)
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.wq = Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
+        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.wo = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -521,9 +534,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
+        self.w1 = Linear(config.dim, config.hidden_dim, bias=False)  # gate
+        self.w3 = Linear(config.dim, config.hidden_dim, bias=False)  # up
+        self.w2 = Linear(config.hidden_dim, config.dim, bias=False)  # down
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -688,7 +701,7 @@ class Transformer(nn.Module):
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
-        return F.linear(h, self.tok_embeddings.weight if self.output is None else self.output.weight).float()
+        return linear(h, self.tok_embeddings.weight if self.output is None else self.output.weight).float()
 
     def forward(self, tokens: torch.Tensor, lengths=None, prompt_lengths=None, cache: KVCache | None = None, route: str = "off", **more):
         """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); every argument and error as in `hidden`."""
@@ -771,6 +784,23 @@ class Transformer(nn.Module):
         for layer in range(self.routing.layers[0]):
             x = self.layers[layer](x, cos, sin)[0]
         return x
+
+
+def compile_model(model: Transformer, **options) -> Transformer:
+    """Compile in place, lazily, with torch.compile(**options): each block's `forward` as one graph, for routes mask and off without a cache, the
+    static parts of a block, for gather and for every cached call, and the head. Returns the model.
+
+    Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token (decoding at batch 1) has its own. Names and
+    weights stay as they are. The first calls take minutes.
+    """
+    parts = [(model, ("head",))]
+    for block in model.layers:
+        block.compile(fullgraph=True, dynamic=True, **options)
+        parts += [(block, ("enter", "close", "feed", "leave")), (block.attention, ("project",))]
+    for owner, names in parts:
+        for name in names:
+            setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True, dynamic=True, **options))
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
