@@ -676,8 +676,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, routing: RouterConfig | None = None):
         super().__init__()
         self.config, self.routing, self.fingerprint = config, None, None
-        # an empty weight: nn.Embedding's own normal_ imports half of torch's compiler on the meta device, 1 s and 75 MB a load
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim))
+        weight = torch.empty(config.vocab_size, config.dim)
+        if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s and 75 MB a load
+            nn.init.normal_(weight)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)

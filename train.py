@@ -6,8 +6,8 @@
 
 Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same command goes on where
 the last checkpoint stands and ends in the same router file, bit for bit (on a GPU as far as its kernels are deterministic).
-recipe=default: price every layer by its Fisher cost, start at the best static choice, tune by self-distillation, hold the budget with a
-running quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
+recipe=default: price every layer and unit by its Fisher cost, start from routers fitted to it in closed form, tune by steps of ridge
+regression in the space of logits, hold the budget with a running quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
 
 Legend: B batch rows, T tokens, D width, V vocabulary, R routed layers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
 """
@@ -43,7 +43,7 @@ DEMO_DATA = os.path.relpath(ROOT / "data" / "demo" / "instructions.jsonl")
 
 # What a setting left at `none` means under each recipe.
 RECIPES = {
-    "default": {"layers": "auto:16", "objective": "distill", "lr": 0.02, "lambda_": 0.0, "noise": 0.5},
+    "default": {"layers": "auto:16", "objective": "ce", "lr": 0.1, "lambda_": 0.0, "noise": 0.5},
     "paper": {"layers": "deep:16", "objective": "ce", "lr": 2e-4, "lambda_": 0.1, "noise": 0.0},
 }
 FREE = ("out", "save_every", "overwrite")  # settings that may differ between a run and its continuation, and do not change the result
@@ -52,6 +52,9 @@ EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
 LOGITS_AT_ONCE = 2**25  # logits held at a time, 128 MiB in fp32: the head and its loss run over blocks of rows
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
+RIDGE_STRENGTH = 1.0  # of the default recipe's steps, in mean eigenvalues of the inputs' covariance
+MOMENTUM = 0.9  # of the same
+INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
@@ -64,7 +67,7 @@ class TrainConfig:
     model: str = field(default=DEMO_MODEL, metadata={"help": "checkpoint folder written by convert_hf.py"})
     data: tuple[str, ...] = field(default=(DEMO_DATA,), metadata={"help": ".jsonl or .json files: messages, alpaca, prompt/response, query/response, conversations, text"})
     out: str = field(default="out/demo", metadata={"help": "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors"})
-    recipe: Literal["default", "paper"] = field(default="default", metadata={"help": "default: measured prior, distillation, quantile cut; paper: zero routers, penalty"})
+    recipe: Literal["default", "paper"] = field(default="default", metadata={"help": "default: measured prior, ridge steps, quantile cut; paper: zero routers, AdamW, penalty"})
     granularity: str = field(default="attn_sequence", metadata={"help": "what a gate turns off, and for what: " + ", ".join(GRANULARITIES)})
     layers: str | None = field(default=None, metadata={"help": "routed layers: auto:N (N cheapest), deep:N (paper), all, or numbers like 3,5,8-12"})
     budget: float = field(default=0.5, metadata={"help": "share of routed (layer, unit) pairs that execute, between 0 and 1"})
@@ -81,15 +84,15 @@ class TrainConfig:
     micro_batch: int = field(default=4, metadata={"help": "examples per forward pass and rank; does not change the result"})
     epochs: float = field(default=1.0, metadata={"help": "passes over the training examples"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; none: from epochs"})
-    lr: float | None = field(default=None, metadata={"help": "learning rate; default recipe: greatest change of a logit per step"})
+    lr: float | None = field(default=None, metadata={"help": "learning rate; default recipe: root mean square of what a step changes in the logits"})
     lambda_: float | None = field(default=None, metadata={"help": "weight of the capacity penalty ReLU(capacity - budget)"})
     noise: float | None = field(default=None, metadata={"help": "scale of the logistic noise on logits, annealed to zero"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
-    cost_samples: int = field(default=48, metadata={"help": "training examples on which costs are measured"})
-    select_samples: int = field(default=48, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
-    evaluations: int = field(default=5, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
+    cost_samples: int = field(default=32, metadata={"help": "training examples on which costs are measured"})
+    select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
+    evaluations: int = field(default=4, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
     save_every: int = field(default=5, metadata={"help": "steps between checkpoints"})
     overwrite: bool = field(default=False, metadata={"help": "begin anew in an --out that holds another run"})
     import_official: str | None = field(default=None, metadata={"help": "router file of the official code: calibrate and write it as ours, without tuning"})
@@ -435,11 +438,16 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime) 
     set_cut(model, -math.inf)
     z, cuts, cut = route_logits(model, examples, rt), {}, -math.inf
     for twentieth in range(19, 0, -1):
-        for _ in range(4):  # mostly once: until the budget is realised under its own route
-            set_cut(model, trial := quantile_cut(z, twentieth / 20))
+        trial, best = quantile_cut(z, twentieth / 20), (math.inf, z)
+        for _ in range(5):  # mostly once: until the budget is realised under its own route
+            set_cut(model, trial)
             z = route_logits(model, examples, rt)
-            if ((z >= trial).double().mean() - twentieth / 20).abs() <= 0.005 + 1 / z.numel():
+            miss = ((z >= trial).double().mean() - twentieth / 20).abs().item()
+            best = min(best, (miss, z), key=lambda found: found[0])
+            if miss <= 0.005 + 1 / z.numel():
                 break
+            trial = 0.5 * (trial + quantile_cut(z, twentieth / 20))  # half way, so that two routes do not take turns
+        z = best[1]
         for entry in (b for b in reversed(BUDGETS[1:-1]) if min(max(round(20 * b), 1), 19) == twentieth):
             cut = max(cut, quantile_cut(z, entry))  # a smaller budget never has a lower cut
             cuts[entry] = cut
@@ -511,8 +519,41 @@ def prior_weights(costs: torch.Tensor, inputs: torch.Tensor, unit: str, budget: 
     else:  # a cost estimated from few labels is often near zero by chance: a twentieth of the layer's mean keeps its log in bounds
         target, strength = (costs + 0.1 * mean).log(), 1e-1
     weights = torch.stack([ridge(x, y, strength) for x, y in zip(inputs, target)])  # (R, D)
-    cut = quantile_cut(torch.einsum("rnd,rd->rn", inputs, weights), budget)
-    return weights - cut * torch.stack([ridge(x, torch.ones(len(x)), 1e-3) for x in inputs])  # a direction that gives every input the logit 1
+    z = torch.einsum("rnd,rd->rn", inputs, weights)
+    weights = weights - quantile_cut(z, budget) * torch.stack([ridge(x, torch.ones(len(x)), 1e-3) for x in inputs])  # a direction that gives every input the logit 1
+    return weights / z.std()
+
+
+class RidgeDescent(torch.optim.Optimizer):
+    """Steps in the space of logits: each router moves by the ridge regression of its units' prices on their inputs, not along the raw gradient.
+
+    With prices p = -d loss / d logit of units with inputs X, the gradient is -X^T p and ridge regression gives (X^T X + e I)^-1 X^T p. So the
+    gradient (with momentum) is multiplied by (C + e I)^-1, C = X^T X / N of a fixed sample of inputs and e = STRENGTH times its mean
+    eigenvalue: a few massive dimensions of the residual stream no longer decide alone. A step is scaled so that the logits of that sample
+    move by `lr` (root mean square, over all routers together); the scale of the loss does not matter. inputs (R,N,D); weights R x (1,D).
+    """
+
+    def __init__(self, weights: list[torch.Tensor], inputs: torch.Tensor, lr: float):
+        super().__init__(weights, {"lr": lr})
+        self.inputs = inputs.to(weights[0].device)
+        kernel = self.inputs @ self.inputs.transpose(1, 2)  # (R, N, N)
+        self.ridge = RIDGE_STRENGTH * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]  # (R,) N e: the trace of X^T X is that of X X^T
+        self.factor = torch.linalg.cholesky(kernel + torch.diag_embed(self.ridge[:, None].expand(-1, inputs.shape[1])))
+        for w in weights:
+            self.state[w] = {"exp_avg": torch.zeros_like(w)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        weights = self.param_groups[0]["params"]
+        for w in weights:
+            self.state[w]["exp_avg"].lerp_(w.grad, 1 - MOMENTUM)
+        mean = torch.cat([self.state[w]["exp_avg"] for w in weights])[..., None]  # (R, D, 1)
+        inner = torch.cholesky_solve(self.inputs @ mean, self.factor)  # (R, N, 1)
+        move = (mean - self.inputs.transpose(1, 2) @ inner) / self.ridge[:, None, None]  # (R, D, 1), by Woodbury's identity
+        size = (self.inputs @ move).square().mean().sqrt()
+        for w, m in zip(weights, move):
+            w -= self.param_groups[0]["lr"] * m.T / size.clamp(min=1e-20)
+
 
 
 # ----------------------------------------------------------------------------------------------------------------- tuning
@@ -542,7 +583,6 @@ class State:
     step_seconds: float = 0.0  # of its optimizer steps
     layers: list[int] = field(default_factory=list)
     layer_costs: list[float] | None = None  # mean Fisher cost by routed layer
-    lr_scale: list[float] = field(default_factory=list)
 
 
 class Tuner:
@@ -552,6 +592,7 @@ class Tuner:
         self.cfg, self.rt, self.model, self.train, self.select = cfg, rt, model, train, select
         self.steps = 0 if cfg.import_official else cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
         self.state, self.begun = State(), time.perf_counter()
+        self.inputs: torch.Tensor | None = None  # (R,N,D) router inputs that RidgeDescent measures its steps on
 
     # ------------------------------------------------------------------------------------------------------- beginnings
 
@@ -562,12 +603,11 @@ class Tuner:
             weights = read_router_file(cfg.import_official, official=True)[0]
             self.route(list(weights))
             load_router_weights(cfg.import_official, model, weights, model.routing)
-            self.ready([1.0] * len(weights))
+            self.ready()
             return
         kind, chosen = parse_layers(cfg.layers, model.config.n_layers)
         layers = list(range(model.config.n_layers)) if kind == "auto" else list(deep_layers(chosen, model.config.n_layers) if kind == "deep" else chosen)
         self.route(layers)
-        scale = [1.0] * len(layers)
         if kind == "auto" or cfg.recipe == "default":
             costs, inputs = measure_costs(model, self.train[:cfg.cost_samples], self.rt, cfg.seed)
             mean = costs.mean(dim=1)  # (R,)
@@ -577,12 +617,11 @@ class Tuner:
                 costs, inputs, mean, layers = costs[kept], inputs[kept], mean[kept], [layers[i] for i in kept]
                 self.route(layers)
             state.layer_costs = mean.tolist()
-            scale = [1.0] * len(layers)
             if cfg.recipe == "default":
-                scale = (1.0 / inputs.abs().sum(-1).mean(1)).tolist()  # one Adam step of rate lr then moves a logit by at most about lr
+                self.inputs = inputs[:, permutation(inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
                 for router, weight in zip(model.routers(), prior_weights(costs, inputs, model.routing.unit, cfg.budget)):
                     router.weight.data.copy_(weight[None])
-        self.ready(scale)
+        self.ready()
         if cfg.recipe == "default":
             state.cut = settle(model, self.select, self.rt, cfg.budget)
 
@@ -593,14 +632,16 @@ class Tuner:
         freeze_all_but_routers(self.model)
         self.state.layers = list(layers)
 
-    def ready(self, lr_scale: list[float]) -> None:
+    def ready(self) -> None:
         """Build what stands on the routers: optimizer, distributed wrapper, compiled blocks."""
-        self.state.lr_scale = lr_scale
         self.weights = [router.weight for router in self.model.routers()]
         self.best = self.stacked()
-        self.optimizer = torch.optim.AdamW([{"params": [w], "scale": s} for w, s in zip(self.weights, lr_scale)], weight_decay=self.cfg.weight_decay)
-        for w in self.weights:  # as AdamW makes them at its first step; a resumed run overwrites them
-            self.optimizer.state[w] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+        if self.inputs is not None:
+            self.optimizer = RidgeDescent(self.weights, self.inputs, self.cfg.lr)
+        else:
+            self.optimizer = torch.optim.AdamW(self.weights, weight_decay=self.cfg.weight_decay)
+            for w in self.weights:  # as AdamW makes them at its first step; a resumed run overwrites them
+                self.optimizer.state[w] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
         self.student = Student(self.model)
         if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
             self.student = DistributedDataParallel(self.student, broadcast_buffers=False, init_sync=False)
@@ -629,7 +670,7 @@ class Tuner:
         n_targets = sum(len(e.targets) for e in whole)
         units = len(self.weights) * n_units(model.routing, [len(e.tokens) for e in whole])
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(state.step, self.steps, cfg.lr, cfg.warmup) * group["scale"]
+            group["lr"] = lr_at(state.step, self.steps, cfg.lr, cfg.warmup)
 
         # The penalty's gradient is lambda * d capacity where the capacity of the whole global batch exceeds the budget, else nothing. One
         # forward pass knows that capacity before its backward pass; several need a pass of their own that only counts.
@@ -717,10 +758,11 @@ class Tuner:
         return json.loads(json.dumps({**settings, "base fingerprint": self.model.fingerprint, "data digest": digest}))
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint atomically: routers, best routers, AdamW's moments, and State as JSON."""
+        """Write the checkpoint atomically: routers, best routers, the optimizer's moments, and State as JSON."""
         moments = [self.optimizer.state[w] for w in self.weights]
-        tensors = {"weights": self.stacked(), "best": self.best, "step": torch.stack([m["step"] for m in moments]),
-                   **{name: torch.cat([m[name] for m in moments]) for name in ("exp_avg", "exp_avg_sq")}}
+        tensors = {"weights": self.stacked(), "best": self.best, **{name: torch.stack([m[name] for m in moments]) for name in moments[0]}}
+        if self.inputs is not None:
+            tensors["inputs"] = self.inputs
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
                     metadata={"state": json.dumps(asdict(self.state)), "identity": json.dumps(self.identity())})
         runtime.write_atomic(path, lambda p: p.write_bytes(data))
@@ -737,11 +779,13 @@ class Tuner:
         self.state = State(**saved["state"])
         self.begun = time.perf_counter() - self.state.seconds
         self.route(self.state.layers)
-        self.ready(self.state.lr_scale)
+        self.inputs = tensors.get("inputs")
+        self.ready()
         self.put(tensors["weights"])
         self.best = tensors["best"]
         for i, w in enumerate(self.weights):
-            self.optimizer.state[w] = {"step": tensors["step"][i].cpu(), **{name: tensors[name][i][None].clone() for name in ("exp_avg", "exp_avg_sq")}}
+            for name, moment in self.optimizer.state[w].items():
+                moment.copy_(tensors[name][i])
         set_cut(self.model, self.state.cut)
 
 

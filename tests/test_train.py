@@ -132,6 +132,24 @@ def test_ridge_fits_and_shrinks():
     torch.testing.assert_close(wide @ train.ridge(wide, torch.full((5,), 2.0), 1e-9), torch.full((5,), 2.0), rtol=1e-3, atol=1e-3)
 
 
+def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
+    """Woodbury's form equals the explicit inverse, and the sample's logits move by exactly the learning rate (root mean square)."""
+    torch.manual_seed(0)
+    inputs, weights = torch.randn(3, 7, 12), [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(3)]
+    before = torch.cat([w.detach().clone() for w in weights])
+    gradient = torch.randn(3, 12)
+    for w, g in zip(weights, gradient):
+        w.grad = g[None].clone()
+    train.RidgeDescent(weights, inputs, lr=0.3).step()
+    moved = torch.cat([w.detach() for w in weights]) - before
+    covariance = inputs.transpose(1, 2) @ inputs / 7
+    ridge = train.RIDGE_STRENGTH * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
+    logits = torch.einsum("rnd,rd->rn", inputs, moved)
+    assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
+    torch.testing.assert_close(moved / moved.norm(), wanted / wanted.norm(), atol=1e-4, rtol=1e-3)
+
+
 def test_noise_is_logistic_and_depends_on_its_key_alone():
     noise = train.logistic_noise((20000,), 2.0, 1, "noise", 3)
     assert torch.equal(noise, train.logistic_noise((20000,), 2.0, 1, "noise", 3)) and not torch.equal(noise, train.logistic_noise((20000,), 2.0, 1, "noise", 4))
@@ -300,7 +318,7 @@ def test_one_table_serves_every_budget(base, granularity):
     table = train.calibrate(made.model, made.select, CPU)
     assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(train.BUDGETS)
     n = train.route_logits(made.model, made.select, CPU).shape[1] * 4
-    for budget in (0.0, 0.1, 0.33, 0.5, 0.77, 1.0):
+    for budget in (0.0, 0.1, 0.35, 0.5, 0.75, 1.0):
         router.set_thresholds(made.model, router.thresholds_for(budget, table))
         kept = train.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
         if "token" in granularity:  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
@@ -362,7 +380,7 @@ def test_finished_run_is_recognised_and_another_refused(base, tmp_path, capsys):
     first = train.train(cfg)
     written = (tmp_path / "routers.safetensors").read_bytes()
     assert train.train(cfg) == first and "finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"lr \(0.02 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
+    with pytest.raises(ValueError, match=r"lr \(0.1 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
         train.train(settings(base, tmp_path, steps=1, lr=0.5, seed=3))
     (tmp_path / "summary.json").unlink()  # an unfinished one is refused by its checkpoint
     with pytest.raises(ValueError, match=r"budget \(0.5 there, 0.4 now\)"):
