@@ -54,7 +54,8 @@ def strings(special: list[str], count: int = 1000) -> list[str]:
     rng = random.Random(1)
     words = "the of router layer tokens Don't they'll WE'RE it's naïve Straße résumé don’t a I x_1 camelCase snake_case e.g. U.S.A.".split()
     code = ("for i in range(10):\n\tprint(f'{i:>3}')\n", "if (a&&b||!c) { return x->y[0]; }", "SELECT * FROM t WHERE id=42;",
-            '{"k": [1, 2.5e-3, null]}', "<div class=\"a\">&nbsp;</div>", "#include <stdio.h>\r\n", "λ x → x² + 1", "$ grep -rn 'foo' . | wc -l\n")  # fmt: skip
+            '{"k": [1, 2.5e-3, null]}', "<div class=\"a\">&nbsp;</div>", "#include <stdio.h>\r\n",
+            "λ x → x² + 1", "$ grep -rn 'foo' . | wc -l\n")  # fmt: skip
     ranges = ((0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF),
               (0x2000, 0x206F), (0x2150, 0x218F), (0x2460, 0x24FF), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFF10, 0xFF5E),
               (0x10000, 0x1FFFF), (0x0, 0x1F))  # fmt: skip
