@@ -543,16 +543,19 @@ class RidgeDescent(torch.optim.Optimizer):
             self.state[w] = {"exp_avg": torch.zeros_like(w)}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> float:
+        """Move the weights; returns by how much the sample's logits rose on average, which a cut should follow."""
         weights = self.param_groups[0]["params"]
         for w in weights:
             self.state[w]["exp_avg"].lerp_(w.grad, 1 - MOMENTUM)
         mean = torch.cat([self.state[w]["exp_avg"] for w in weights])[..., None]  # (R, D, 1)
         inner = torch.cholesky_solve(self.inputs @ mean, self.factor)  # (R, N, 1)
         move = (mean - self.inputs.transpose(1, 2) @ inner) / self.ridge[:, None, None]  # (R, D, 1), by Woodbury's identity
-        size = (self.inputs @ move).square().mean().sqrt()
+        change = self.inputs @ move  # (R, N, 1)
+        scale = self.param_groups[0]["lr"] / change.square().mean().sqrt().clamp(min=1e-20)
         for w, m in zip(weights, move):
-            w -= self.param_groups[0]["lr"] * m.T / size.clamp(min=1e-20)
+            w -= scale * m.T
+        return -(scale * change.mean()).item()
 
 
 
@@ -702,11 +705,11 @@ class Tuner:
         loss, opened = sum_over_ranks(torch.stack([loss, opened]), rt).tolist()
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
             raise ValueError(f"step {state.step}: loss {loss}, gradient norm {norm.item()}; expected finite numbers: lower --lr, or use --dtype=float32")
-        self.optimizer.step()
+        rise = self.optimizer.step()
         self.optimizer.zero_grad()
         if cfg.recipe == "default":
             cut = quantile_cut(torch.cat(collect(logits, rt), dim=1), cfg.budget)
-            state.cut = CUT_MEMORY * state.cut + (1 - CUT_MEMORY) * cut if math.isfinite(cut) else state.cut
+            state.cut = (CUT_MEMORY * state.cut + (1 - CUT_MEMORY) * cut if math.isfinite(cut) else state.cut) + rise
             set_cut(model, state.cut)
         state.step += 1
         state.tokens += sum(len(e.tokens) for e in whole)

@@ -140,13 +140,14 @@ def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
     gradient = torch.randn(3, 12)
     for w, g in zip(weights, gradient):
         w.grad = g[None].clone()
-    train.RidgeDescent(weights, inputs, lr=0.3).step()
+    rise = train.RidgeDescent(weights, inputs, lr=0.3).step()
     moved = torch.cat([w.detach() for w in weights]) - before
     covariance = inputs.transpose(1, 2) @ inputs / 7
     ridge = train.RIDGE_STRENGTH * covariance.diagonal(dim1=1, dim2=2).mean(1)
     wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
     logits = torch.einsum("rnd,rd->rn", inputs, moved)
     assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
+    assert logits.mean().item() == pytest.approx(rise, abs=1e-5)
     torch.testing.assert_close(moved / moved.norm(), wanted / wanted.norm(), atol=1e-4, rtol=1e-3)
 
 
