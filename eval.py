@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -581,11 +582,11 @@ def add(a: list[int], b: list[int]) -> list[int]:
 
 
 def log_probs(model: Transformer, h: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probabilities of the wanted tokens of each position, fp32, a few positions at a time. h (n,D)."""
+    """Log-probabilities of the C wanted tokens of each position, fp32, a few positions at a time. h (n,D) -> n lists of C."""
     values = []
     for part, wanted in zip(h.split(HEAD_ROWS), pad(targets, h.device).split(HEAD_ROWS)):
-        logits = model.head(part)  # (n,D) -> (n,V)
-        values += (logits.gather(1, wanted) - logits.logsumexp(1, keepdim=True)).tolist()
+        # log_softmax as lm-eval: on a CPU its fp32 sums are off by about 1e-5 a token, which logsumexp would not share
+        values += model.head(part).log_softmax(-1).gather(1, wanted).tolist()  # (n,D) -> (n,V) -> (n,C)
     return values
 
 
@@ -829,7 +830,7 @@ def make_control(text: str, model: Transformer, budget: float | None) -> Control
 
         def most_used(task: str) -> list[bool]:
             if len(shares.get(task, ())) != len(layers):
-                raise ValueError(f"--control={text}: that file lacks {len(layers)} routed layers for {task}; write it with the same --routers")
+                raise ValueError(f"--control={text}: {task} has no {len(layers)} routed layers there; write it with the same --routers")
             best = sorted(range(len(layers)), key=lambda i: (-shares[task][i], i))[:round(sum(shares[task]))]
             return [i in best for i in range(len(layers))]
 
@@ -1098,6 +1099,7 @@ class EvalConfig:
     against: str | None = setting(None, "--out of another run on the same items, to compare with")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = setting("auto", "auto, float32, bfloat16, float16")
+    threads: int | None = setting(None, "of a process on the CPU; none: all cores, also under torchrun: their number moves last bits")
 
 
 def check(cfg: EvalConfig) -> None:
@@ -1108,7 +1110,7 @@ def check(cfg: EvalConfig) -> None:
         raise ValueError(f"--route={cfg.route} --control={cfg.control} needs routed layers, and no router file was given: give --routers")
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
-    for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1)):
+    for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1), ("threads", 1)):
         if getattr(cfg, name) is not None and getattr(cfg, name) < low:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
 
@@ -1143,7 +1145,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     works = prepare(cfg, run)
     other = read_other(cfg.against, works) if cfg.against else None
     if rt.is_master and (val := [work for work in works if Path(work.source).parent.name == "val" and work.task.read is mmlu]):
-        print(f"note: {len(val)} MMLU subjects have no test file in {cfg.data}, so their val files are scored: these are no published numbers",
+        print(f"note: {len(val)} MMLU subjects have no test file in {cfg.data}, so their val files are scored, unlike published numbers",
               file=sys.stderr)
 
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
@@ -1179,6 +1181,8 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
 def main() -> None:
     cfg = runtime.cli(EvalConfig)
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
+    if rt.device.type == "cpu":
+        torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
     report = evaluate(cfg, rt)
     if rt.is_master:
         if cfg.out:

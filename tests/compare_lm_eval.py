@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,6 +49,7 @@ class Config:
     batch_size: int = field(default=1, metadata={"help": "the harness's (1 is its own default)"})
     max_length: int | None = field(default=None, metadata={"help": "context length of both, to see truncation agree"})
     max_batch_tokens: int = field(default=16384, metadata={"help": "ours"})
+    threads: int | None = field(default=None, metadata={"help": "of both; none: torch's choice"})
     out: str | None = field(default=None, metadata={"help": "write the figures here as JSON"})
 
 
@@ -154,6 +156,7 @@ def show(value) -> str:
 def main() -> None:
     cfg = runtime.cli(Config)
     rt = runtime.setup("cpu", "float32")
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
     figures = {}
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -163,7 +166,8 @@ def main() -> None:
         lm = HFLM(pretrained=cfg.hf, device="cpu", dtype="float32", batch_size=cfg.batch_size, max_length=cfg.max_length)
         watches = Stopwatch(), Stopwatch()
         ours.prepare_task, ours.run_work = watches[0].around(ours.prepare_task), watches[0].around(ours.run_work)
-        lm.loglikelihood, lm.generate_until = watches[1].around(lm.loglikelihood), watches[1].around(lm.generate_until)
+        lm.loglikelihood = watches[1].around(partial(lm.loglikelihood, disable_tqdm=True))
+        lm.generate_until = watches[1].around(partial(lm.generate_until, disable_tqdm=True))
         for task, name in names.items():
             for watch in watches:
                 watch.wall = watch.cpu = 0.0

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -521,8 +520,8 @@ def test_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
 
 def command(base, *extra: str, ranks: int = 0) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
-    return subprocess.run([*start, str(ROOT / "eval.py"), f"--model={base / 'base'}", f"--data={base / 'data'}", "--device=cpu", *extra], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    return subprocess.run([*start, str(ROOT / "eval.py"), f"--model={base / 'base'}", f"--data={base / 'data'}", "--device=cpu", "--threads=1", *extra],
+                          capture_output=True, text=True, timeout=120)
 
 
 def test_two_ranks_are_one_process_bit_for_bit(base, tmp_path):
