@@ -43,7 +43,7 @@ DEMO_DATA = os.path.relpath(ROOT / "data" / "demo" / "instructions.jsonl")
 
 # What a setting left at `none` means under each recipe.
 RECIPES = {
-    "default": {"layers": "auto:16", "objective": "ce", "lr": 0.1, "lambda_": 0.0, "noise": 0.5},
+    "default": {"layers": "auto:16", "objective": "ce", "lr": None, "lambda_": 0.0, "noise": 0.25},
     "paper": {"layers": "deep:16", "objective": "ce", "lr": 2e-4, "lambda_": 0.1, "noise": 0.0},
 }
 FREE = ("out", "save_every", "overwrite")  # settings that may differ between a run and its continuation, and do not change the result
@@ -82,7 +82,7 @@ class TrainConfig:
     chat: Literal["plain", "chatml", "llama3", "mistral"] | None = field(default=None, metadata={"help": "chat form; none: the model's own"})
     batch_size: int = field(default=16, metadata={"help": "examples per step, over all ranks"})
     micro_batch: int = field(default=4, metadata={"help": "examples per forward pass and rank; does not change the result"})
-    epochs: float = field(default=1.0, metadata={"help": "passes over the training examples"})
+    epochs: float = field(default=0.5, metadata={"help": "passes over the training examples"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; none: from epochs"})
     lr: float | None = field(default=None, metadata={"help": "learning rate; default recipe: root mean square of what a step changes in the logits"})
     lambda_: float | None = field(default=None, metadata={"help": "weight of the capacity penalty ReLU(capacity - budget)"})
@@ -115,6 +115,8 @@ class TrainConfig:
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.lr is None:  # many tokens vote on a token router's step, few sequences on a sequence router's
+            self.lr = 0.1 if self.granularity.endswith("token") else 0.03
         if self.kv is None:
             self.kv = "all" if self.granularity == "attn_token" else "routed"
         RouterConfig(self.granularity, (), self.pool, self.kv)  # raises for an unknown granularity and for kv that it cannot have

@@ -381,7 +381,7 @@ def test_finished_run_is_recognised_and_another_refused(base, tmp_path, capsys):
     first = train.train(cfg)
     written = (tmp_path / "routers.safetensors").read_bytes()
     assert train.train(cfg) == first and "finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"lr \(0.1 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
+    with pytest.raises(ValueError, match=r"lr \(0.03 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
         train.train(settings(base, tmp_path, steps=1, lr=0.5, seed=3))
     (tmp_path / "summary.json").unlink()  # an unfinished one is refused by its checkpoint
     with pytest.raises(ValueError, match=r"budget \(0.5 there, 0.4 now\)"):
