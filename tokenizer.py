@@ -74,7 +74,7 @@ def merge_order(vocab: dict[str, int], merges: list[tuple[str, str]], *, whole_w
             if i > 0:
                 turns[i - 1] = turn.get((parts[i - 1], parts[i]), never)
         if len(parts) == 2 and whole_words:
-            raise ValueError(f"token {token!r} is for whole words only, but ranks make it of {parts[0]!r} + {parts[1]!r} too: not supported")
+            raise ValueError(f"token {token!r} is for whole words only, but ranks make it of {parts[0]!r} {parts[1]!r} too: not supported")
         if len(token) > 1 and (len(parts) == 1 or whole_words):
             rank[token] = first
     return sorted(rank, key=rank.get)
@@ -185,7 +185,7 @@ class Tokenizer:
         self.strips = isinstance(core, SentencePiece) and core.model.normalize("a") != "a"  # decode takes off the space put in front
         # [special][0: what is looked for in the text as given, 1: in the normalised text]
         ordinary = {i: t for i, t in added.items() if not t.get("special")}
-        self.matchers = [[_matcher(tokens, normalized) for normalized in (False, True)] for tokens in (ordinary, added)]
+        self.matchers = [[_matcher(tokens, late, normalize) for late in (False, True)] for tokens in (ordinary, added)]
         self.bos_id, self.eos_id = (self.added.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
         self.adds_bos = bool(config.get("add_bos_token")) and self.bos_id is not None
         template = config.get("chat_template") or ""
@@ -235,9 +235,10 @@ def _content(token: str | dict | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _matcher(added: dict[int, dict], normalized: bool) -> tuple[re.Pattern, dict[str, dict]] | None:
-    """For _split: the longest token at the leftmost place."""
-    tokens = {t["content"]: t | {"id": i} for i, t in added.items() if bool(t.get("normalized")) == normalized}
+def _matcher(added: dict[int, dict], late: bool, normalize: str | None) -> tuple[re.Pattern, dict[str, dict]] | None:
+    """For _split: the longest token at the leftmost place, of those to be found before or late, that is after, normalisation."""
+    tokens = {t["content"]: t | {"id": i} for i, t in added.items() if bool(t.get("normalized")) == late}
+    tokens = {unicodedata.normalize(normalize, content): t for content, t in tokens.items()} if late and normalize else tokens
     return (re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))), tokens) if tokens else None
 
 
@@ -411,19 +412,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing" if folder.is_dir() else "no such folder"
         expected = "tokenizer.model (or *.model.v3), tokenizer.json, vocab.json with merges.txt, or *.tiktoken"
         raise FileNotFoundError(f"no tokenizer in {folder} (found: {found}), expected {expected}: copy it from the model's source")
+    try:
+        config, added = _settings(folder)
+        return load(path, config, added)
+    except ValueError as e:
+        raise ValueError(f"tokenizer in {folder} ({path.name}): {e}") from None
+
+
+def _settings(folder: Path) -> tuple[dict, dict[int, dict]]:
+    """The small files beside the vocabulary as one dict, and the added tokens that they name."""
     config = {}
     for name in ("special_tokens_map.json", "generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             config |= {k: v for k, v in _json(folder / name).items() if v is not None}
     if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        config["chat_template"] = _bytes(folder / "chat_template.jinja").decode("utf-8", "replace")
     added = _json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
     added = {i: {"content": content, "special": content in _names(config)} for content, i in added.items()}
-    added |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    try:
-        return load(path, config, added)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+    return config, added | {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
 
 
 def _names(config: dict) -> set[str]:
@@ -453,9 +459,12 @@ def _load_model(path: Path, config: dict, added: dict[int, dict]) -> Tokenizer:
     data = _bytes(path)
     if data[0] == 0x0A:
         try:
-            return _sentencepiece_tokenizer(SentencePiece(data, every=config.get("legacy", False)), {"add_bos_token": True} | config, added)
-        except RuntimeError as e:
-            raise ValueError(f"not a sentencepiece model ({e}), expected a whole one: {COPY}") from None
+            core = SentencePiece(data, every=config.get("legacy", False)) if _is_whole(data) else None
+        except RuntimeError:
+            core = None
+        if core is None:
+            raise ValueError(f"not a whole sentencepiece model of pieces, trainer_spec and normalizer_spec, as expected: {COPY}")
+        return _sentencepiece_tokenizer(core, {"add_bos_token": True} | config, added)
     tokens = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -472,6 +481,20 @@ def _load_model(path: Path, config: dict, added: dict[int, dict]) -> Tokenizer:
     special = {size + i: {"content": content, "special": True} for i, content in enumerate(names)}
     core, pieces = ByteBPE(LLAMA3 if llama else QWEN, tokens), {i: token for token, i in tokens.items()}
     return Tokenizer(core, pieces, special | added, defaults | config, None if llama else "NFC")
+
+
+def _is_whole(proto: bytes) -> bool:
+    """Whether the fields of a ModelProto fit the file and the settings after the pieces are there: a cut between two pieces would parse."""
+    at, tags = 0, set()
+    while at < len(proto):
+        tags.add(proto[at])
+        size = shift = 0
+        while (at := at + 1) < len(proto):
+            size, shift = size | (proto[at] & 127) << shift, shift + 7
+            if proto[at] < 128:
+                break
+        at += 1 + size
+    return at == len(proto) and {0x12, 0x1A} <= tags
 
 
 def _sentencepiece_tokenizer(core: SentencePiece, config: dict, added: dict[int, dict]) -> Tokenizer:
