@@ -11,6 +11,7 @@ What cannot be reproduced exactly is refused when loading. Depends on tiktoken, 
 
 import base64
 import codecs
+import functools
 import itertools
 import json
 import re
@@ -112,19 +113,25 @@ def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
+@functools.cache
+def _ranges(name: str) -> str:
+    """The characters of a class such as \\p{L}, as tiktoken's engine sees it, written as ranges for a set of Python's re."""
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    found = bytes(_encoding(name, {bytes([b]): b for b in range(256)}).encode_ordinary(every)).decode()
+    runs = (list(run) for _, run in itertools.groupby(enumerate(found), lambda pair: ord(pair[1]) - pair[0]))
+    return "".join(rf"\U{ord(run[0][1]):08x}-\U{ord(run[-1][1]):08x}" for run in runs)
+
+
 def python_pattern(pattern: str) -> re.Pattern:
-    """The same pattern for Python's re, which has no \\p{..} and another \\s: each class is spelled out as tiktoken's engine sees it."""
-    every, depth = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000)))), 0
+    """The same pattern for Python's re, which has no \\p{..} and another \\s."""
+    depth = 0
 
     def spell(match: re.Match) -> str:
         nonlocal depth
         depth += {"[": 1, "]": -1}.get(match[0], 0)
         if match[0][1:2] not in tuple("pPsSdDwW"):
             return match[0]
-        found = bytes(_encoding(match[0], {bytes([b]): b for b in range(256)}).encode_ordinary(every)).decode()
-        runs = (list(run) for _, run in itertools.groupby(enumerate(found), lambda pair: ord(pair[1]) - pair[0]))
-        ranges = "".join(rf"\U{ord(run[0][1]):08x}-\U{ord(run[-1][1]):08x}" for run in runs)
-        return ranges if depth else f"[{ranges}]"
+        return _ranges(match[0]) if depth else f"[{_ranges(match[0])}]"
 
     return re.compile(re.sub(r"\\[pP]\{.*?\}|\\.|\[|\]", spell, pattern))
 
@@ -371,7 +378,7 @@ def _llama3(tok: Tokenizer, messages: list[dict], generate: bool) -> Iterator[tu
 
 def _mistral(tok: Tokenizer, messages: list[dict], generate: bool) -> Iterator[tuple[str | int, bool]]:
     """Mistral Instruct. v0.1 has no token [INST]: it is text, with spaces inside, and the system message goes before the first question;
-    later versions have one, without spaces, and the system message goes before the last question."""
+    later versions have one, without spaces, the system message goes before the last question, and answers lose spaces at their end."""
     system, turns = (messages[0]["content"], messages[1:]) if messages[0]["role"] == "system" else ("", messages)
     if any(m["role"] != ("user", "assistant")[i % 2] for i, m in enumerate(turns)):
         found = ", ".join(m["role"] for m in turns)
@@ -383,7 +390,7 @@ def _mistral(tok: Tokenizer, messages: list[dict], generate: bool) -> Iterator[t
     for i, m in enumerate(turns):
         text = f"{system}\n\n{m['content']}" if system and i == (last if inst else 0) else m["content"]
         if m["role"] == "assistant":
-            yield from ((text, True), (eos, True))
+            yield from ((text.rstrip(" ") if inst else text, True), (eos, True))
         elif inst:
             yield from ((inst[0], False), (text, False), (inst[1], False))
         else:
