@@ -479,7 +479,8 @@ def prepare_perplexity(name: str, path: Path, tok: Tokenizer, *, items: int | No
         if first == 0 or len(ids) > limit:
             raise ValueError(f"{place}: {len(ids)} tokens, {first} before the answer; expected at most {limit}, the context length, "
                              "and one or more before: shorten the row")
-        branch = Branch(0, array("i", ids[first:]), [at - first for at, loss in enumerate(mask) if loss])
+        scored = [at - first for at, loss in enumerate(mask) if loss]
+        branch = Branch(0, array("i", ids[first:first + scored[-1] + 1]), scored)
         work.append(Item([Query((name, len(work)), array("i", ids[:first]), [branch])], 0, [len(branch.scored)]))
         digest.update(array("i", [*ids, -first]).tobytes())
     if not work:

@@ -6,7 +6,8 @@
 
 The harness runs its own task definitions through its Python API and hf backend, in float32; only the data come from local files, put into
 the columns of the hub's data sets by this script's own readers. Times are those of tokenising and scoring, taken in turn, one task after
-the other: seconds on the clock, and of the processor, which other work on the machine disturbs less. Exit status 1 when a log-probability differs by more than 1e-3, a prediction other than at a tie, an accuracy, or an answer.
+the other: seconds on the clock, and of the processor, which other work on the machine disturbs less. Exit status 1 when a log-probability
+differs by more than 1e-3, a prediction other than at a tie, an accuracy, or an answer.
 """
 
 import csv
@@ -30,20 +31,22 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as ours  # noqa: E402
 import runtime  # noqa: E402
+from lm_eval_adapter import RouterTuningLM  # noqa: E402
 
 CLOSE = 1e-3
 YAML = {"boolq": "super_glue/boolq/default", "rte": "glue/rte/default", "openbookqa": "openbookqa/openbookqa", "piqa": "piqa/piqa",
-        "winogrande": "winogrande/default", "gsm8k": "gsm8k/gsm8k", "hellaswag": "hellaswag/hellaswag", "arc_challenge": "arc/arc_challenge", "arc_easy": "arc/arc_easy"}
+        "winogrande": "winogrande/default", "gsm8k": "gsm8k/gsm8k", "hellaswag": "hellaswag/hellaswag",
+        "arc_challenge": "arc/arc_challenge", "arc_easy": "arc/arc_easy"}
 SPLITS = {"openbookqa": "test", "gsm8k": "test", "arc_challenge": "test", "arc_easy": "test"}  # the others are scored on validation
 
 
 @dataclass
 class Config:
     model: str = field(metadata={"help": "our checkpoint folder"})
-    hf: str = field(metadata={"help": "the same weights as a Hugging Face folder (convert_hf.py --to_hf)"})
+    hf: str | None = field(default=None, metadata={"help": "the same weights as a Hugging Face folder (convert_hf.py --to_hf)"})
+    routers: str | None = field(default=None, metadata={"help": "instead of --hf: our own routed model in the harness"})
     data: str = field(default="data/eval", metadata={"help": "folder of the native files"})
-    tasks: tuple[str, ...] = field(default=("boolq", "rte", "openbookqa", "piqa", "winogrande", "hellaswag", "arc_challenge", "arc_easy", "mmlu_miscellaneous"),
-                                   metadata={"help": "tasks, MMLU by subject"})
+    tasks: tuple[str, ...] = field(default=(*YAML, "mmlu_miscellaneous"), metadata={"help": "tasks, MMLU by subject"})
     limit: int = field(default=100, metadata={"help": "items of each task"})
     fewshot: int | None = field(default=None, metadata={"help": "shots; none: the paper's"})
     batch_size: int = field(default=1, metadata={"help": "the harness's (1 is its own default)"})
@@ -71,7 +74,7 @@ def hub_rows(task: str, path: Path) -> list[dict]:
     if task == "boolq":
         return [{"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": int(r["answer"])} for r in rows]
     if task == "rte":
-        return [{"sentence1": r["sentence1"], "sentence2": r["sentence2"], "label": ["entailment", "not_entailment"].index(r["label"])} for r in rows]
+        return [{**r, "label": ["entailment", "not_entailment"].index(r["label"])} for r in rows]
     if task == "piqa":
         labels = path.with_name(path.stem + "-labels.lst").read_text().split()
         return [{"goal": r["goal"], "sol1": r["sol1"], "sol2": r["sol2"], "label": int(label)} for r, label in zip(rows, labels)]
@@ -81,7 +84,7 @@ def hub_rows(task: str, path: Path) -> list[dict]:
         return [{**{key: r[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")}, "label": str(r["label"])} for r in rows]
     if task == "gsm8k":
         return rows
-    columns = [{"text": [c["text"] for c in r["question"]["choices"]], "label": [c["label"] for c in r["question"]["choices"]]} for r in rows]
+    columns = [{key: [choice[key] for choice in r["question"]["choices"]] for key in ("text", "label")} for r in rows]
     stem = "question_stem" if task == "openbookqa" else "question"
     return [{stem: r["question"]["stem"], "choices": choices, "answerKey": r["answerKey"]} for r, choices in zip(rows, columns)]
 
@@ -121,7 +124,7 @@ class Stopwatch:
 
 
 def theirs(name: str, cfg: Config, lm: HFLM, manager: TaskManager) -> tuple[list[dict], dict]:
-    report = simple_evaluate(model=lm, tasks=[name], limit=cfg.limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity="ERROR")
+    report = simple_evaluate(model=lm, tasks=[name], limit=cfg.limit, task_manager=manager, log_samples=True, bootstrap_iters=0)
     return report["samples"][name], report["results"][name]
 
 
@@ -131,7 +134,8 @@ def compare(task: str, mine: list[dict], mine_results: dict, samples: list[dict]
         same = sum(m["prediction"] == by["strict-match"][m["index"]]["filtered_resps"][0]
                    and m["prediction_flexible"] == by["flexible-extract"][m["index"]]["filtered_resps"][0] for m in mine)
         texts = sum(m["text"] == by["strict-match"][m["index"]]["resps"][0][0] for m in mine)
-        equal = (mine_results["exact_match_strict"], mine_results["exact_match_flexible"]) == (results["exact_match,strict-match"], results["exact_match,flexible-extract"])
+        names = {"exact_match_strict": "exact_match,strict-match", "exact_match_flexible": "exact_match,flexible-extract"}
+        equal = all(abs(mine_results[ours_name] - results[name]) < 1e-9 for ours_name, name in names.items())
         return {"n": len(mine), "same_answers": same, "same_texts": texts, "equal_accuracies": equal, "ok": same == len(mine) and equal,
                 "acc": [mine_results["exact_match_strict"], results["exact_match,strict-match"]]}
     worst, differ = 0.0, 0
@@ -143,7 +147,8 @@ def compare(task: str, mine: list[dict], mine_results: dict, samples: list[dict]
         differ += best != m["prediction"] and abs(other[best] - other[m["prediction"]]) > 2 * CLOSE
     metrics = [metric for metric in ("acc", "acc_norm") if f"{metric},none" in results and metric in mine_results]
     equal = all(abs(mine_results[metric] - results[f"{metric},none"]) < 1e-9 for metric in metrics)
-    return {"n": len(mine), "max_difference": worst, "predictions_differ": differ, "equal_accuracies": equal, "ok": worst <= CLOSE and not differ and equal,
+    return {"n": len(mine), "max_difference": worst, "predictions_differ": differ, "equal_accuracies": equal,
+            "ok": worst <= CLOSE and not differ and equal,
             **{metric: [mine_results[metric], results[f"{metric},none"]] for metric in metrics}}
 
 
@@ -155,6 +160,8 @@ def show(value) -> str:
 
 def main() -> None:
     cfg = runtime.cli(Config)
+    if (cfg.hf is None) == (cfg.routers is None):
+        raise ValueError(f"--hf is {cfg.hf} and --routers is {cfg.routers}; expected one of them: what the harness shall run")
     rt = runtime.setup("cpu", "float32")
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     figures = {}
@@ -163,7 +170,10 @@ def main() -> None:
         names = {task: declare(task, cfg, folder) for task in cfg.tasks}
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
         manager = TaskManager(include_path=str(folder), verbosity="ERROR")
-        lm = HFLM(pretrained=cfg.hf, device="cpu", dtype="float32", batch_size=cfg.batch_size, max_length=cfg.max_length)
+        if cfg.routers:
+            lm = RouterTuningLM(model=cfg.model, routers=cfg.routers, batch_size=cfg.batch_size, max_length=cfg.max_length)
+        else:
+            lm = HFLM(pretrained=cfg.hf, device="cpu", dtype="float32", batch_size=cfg.batch_size, max_length=cfg.max_length)
         watches = Stopwatch(), Stopwatch()
         ours.prepare_task, ours.run_work = watches[0].around(ours.prepare_task), watches[0].around(ours.run_work)
         lm.loglikelihood = watches[1].around(partial(lm.loglikelihood, disable_tqdm=True))
@@ -172,13 +182,15 @@ def main() -> None:
             for watch in watches:
                 watch.wall = watch.cpu = 0.0
             samples_file = folder / f"{task}.jsonl"
-            report = ours.evaluate(ours.EvalConfig(model=cfg.model, tasks=(task,), data=cfg.data, fewshot=cfg.fewshot, fewshot_by="harness", limit=cfg.limit,
-                                                   max_length=cfg.max_length, max_batch_tokens=cfg.max_batch_tokens, samples=str(samples_file)), rt)
+            report = ours.evaluate(ours.EvalConfig(
+                model=cfg.model, routers=cfg.routers, tasks=(task,), data=cfg.data, fewshot=cfg.fewshot, fewshot_by="harness",
+                limit=cfg.limit, max_length=cfg.max_length, max_batch_tokens=cfg.max_batch_tokens, samples=str(samples_file)), rt)
             samples, results = theirs(name, cfg, lm, manager)
             f = figures[task] = compare(task, jsonl(samples_file), report["results"][task], samples, results)
             f |= {"seconds": [watch.wall for watch in watches], "cpu_seconds": [watch.cpu for watch in watches]}
             f |= {"ratio": watches[1].wall / watches[0].wall, "cpu_ratio": watches[1].cpu / watches[0].cpu}
-            print(f"{task:<24} {'ok  ' if f['ok'] else 'FAIL'} " + " ".join(f"{key}={show(value)}" for key, value in f.items() if key != "ok"), flush=True)
+            line = " ".join(f"{key}={show(value)}" for key, value in f.items() if key != "ok")
+            print(f"{task:<24} {'ok  ' if f['ok'] else 'FAIL'} {line}", flush=True)
     if cfg.out:
         runtime.write_json(cfg.out, {"settings": vars(cfg), "lm_eval": lm_eval.__version__, "torch": torch.__version__, "figures": figures})
     sys.exit(0 if all(f["ok"] for f in figures.values()) else 1)
