@@ -45,7 +45,7 @@ class RouterTuningLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         cut = [get_rolling_token_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length, 1) for r in requests]
-        return [sum(score for score, _ in self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for w in windows])) for windows in cut]
+        return [sum(score for score, _ in self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for w in ws])) for ws in cut]
 
     def generate_until(self, requests, disable_tqdm=False):
         def answer(context, settings):

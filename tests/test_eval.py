@@ -18,26 +18,26 @@ import eval as scoring
 import runtime
 from eval import Branch, EvalConfig, Item, Prefix, Query, Run
 from model import KVCache, ModelConfig, Transformer, generate, load_model
-from router import RouterConfig, save_routers
+from router import GRANULARITIES, RouterConfig, save_routers
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
-MERGES = [("Ġ", "A"), ("Ġ", "B"), ("Ġ", "C"), ("Ġ", "D"), ("Ġ", "t"), ("Ġt", "he"), ("h", "e"), ("Ġ", "n"), ("Ġn", "o"), ("Ġ", "y"), ("Ġy", "es"), ("e", "s")]
+MERGES = [pair.split() for pair in ("h e", "e s", "Ġ A", "Ġ B", "Ġ C", "Ġ D", "Ġ t", "Ġ n", "Ġ y", "Ġn o", "Ġt he", "Ġy es")]
 
 
 def byte_tokenizer() -> dict:
     """A tokenizer.json that knows every byte and a dozen merges."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spelled = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
-    merges = sorted(MERGES, key=lambda pair: len("".join(pair)))
-    vocab = {spelled[b]: b for b in range(256)} | {"".join(pair): 256 + i for i, pair in enumerate(merges)}
-    special = [{"id": len(vocab) + i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-               for i, c in enumerate(("<s>", "</s>"))]
+    vocab = {spelled[b]: b for b in range(256)} | {"".join(pair): 256 + i for i, pair in enumerate(MERGES)}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = [{"id": len(vocab) + i, "content": content, **flags} for i, content in enumerate(("<s>", "</s>"))]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+             "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab,
+             "merges": [" ".join(pair) for pair in MERGES]}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                      "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": [" ".join(pair) for pair in merges]}}
+            "pre_tokenizer": level, "decoder": level, "model": model}
 
 
 def jsonl(path: Path, rows: list) -> None:
@@ -46,43 +46,53 @@ def jsonl(path: Path, rows: list) -> None:
 
 
 def stem(question: str, texts: list[str], labels: str, key: str) -> dict:
-    return {"id": "x", "question": {"stem": question, "choices": [{"text": t, "label": label} for t, label in zip(texts, labels)]}, "answerKey": key}
+    choices = [{"text": text, "label": label} for text, label in zip(texts, labels)]
+    return {"id": "x", "question": {"stem": question, "choices": choices}, "answerKey": key}
 
 
 def write_data(data: Path) -> None:
     """A few rows of every data set in its native format, with the traps of the published files."""
-    jsonl(data / "boolq/dev.jsonl", [{"question": "is tin a metal", "title": "Tin", "answer": True, "passage": "Tin is a metal. -- It melts."},
-                                     {"question": "do owls bark", "title": "Owl", "answer": False, "passage": "Owls hoot."}])
-    jsonl(data / "boolq/train.jsonl", [{"question": f"is {n} even", "title": "Numbers", "answer": n % 2 == 0, "passage": "Count."} for n in range(6)])
+    jsonl(data / "boolq/dev.jsonl", [
+        {"question": "is tin a metal", "title": "Tin", "answer": True, "passage": "Tin is a metal. -- It melts."},
+        {"question": "do owls bark", "title": "Owl", "answer": False, "passage": "Owls hoot."}])
+    jsonl(data / "boolq/train.jsonl", [{"question": f"is {n} odd", "title": "", "answer": n % 2 == 0, "passage": "-"} for n in range(6)])
     (data / "rte/glue/RTE").mkdir(parents=True)
-    rows = ['index\tsentence1\tsentence2\tlabel', '0\tA "lone quote is here.\tA quote is here.\tentailment', '1\tIt rained.\tIt snowed.\tnot_entailment']
-    (data / "rte/glue/RTE/dev.tsv").write_text("\n".join(rows) + "\n")
-    (data / "rte/glue/RTE/train.tsv").write_text("\n".join(rows) + "\n")
-    jsonl(data / "openbookqa/Main/test.jsonl", [stem("Ice is made of", ["stone", "water", "iron", "wool"], "ABCD", "B"), stem("Rain falls", ["up", "down", "in", "out"], "ABCD", "B")])
-    jsonl(data / "piqa/valid.jsonl", [{"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Turn the moon."}, {"goal": "Dry a cup.", "sol1": "Wet it.", "sol2": "Wipe it."}])
+    for split in ("dev", "train"):
+        rows = ["index\tsentence1\tsentence2\tlabel", '0\tA "lone quote is here.\tA quote is here.\tentailment']
+        rows.append("1\tIt rained.\tIt snowed.\tnot_entailment")
+        (data / f"rte/glue/RTE/{split}.tsv").write_text("\n".join(rows) + "\n")
+    jsonl(data / "openbookqa/Main/test.jsonl", [stem("Ice is made of", ["stone", "water", "iron", "wool"], "ABCD", "B"),
+                                                stem("Rain falls", ["up", "down", "in", "out"], "ABCD", "B")])
+    jsonl(data / "piqa/valid.jsonl", [{"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Turn the moon."},
+                                      {"goal": "Dry a cup.", "sol1": "Wet it.", "sol2": "Wipe it."}])
     (data / "piqa/valid-labels.lst").write_text("0\n1\n")
-    jsonl(data / "winogrande/dev.jsonl", [{"sentence": "The cat chased the dog as the _ was quick.", "option1": "cat", "option2": "dog", "answer": "1"},
-                                          {"sentence": "_ won since Bo slept.", "option1": "Bo", "option2": "Al", "answer": "2"},
-                                          {"sentence": "Ann met Eve and _ smiled.", "option1": "Ann", "option2": "Eve", "answer": "2"}])
+    jsonl(data / "winogrande/dev.jsonl", [
+        {"sentence": "The cat chased the dog as the _ was quick.", "option1": "cat", "option2": "dog", "answer": "1"},
+        {"sentence": "_ won since Bo slept.", "option1": "Bo", "option2": "Al", "answer": "2"},
+        {"sentence": "Ann met Eve and _ smiled.", "option1": "Ann", "option2": "Eve", "answer": "2"}])
     small = [{"sentence": f"Pot {n} met pan {n}, the _ broke.", "option1": "pot", "option2": "pan", "answer": "1"} for n in range(7)]
     jsonl(data / "winogrande/train_xs.jsonl", small[:2])
     jsonl(data / "winogrande/train_s.jsonl", small)
-    jsonl(data / "gsm8k/test.jsonl", [{"question": "Two and two?", "answer": "It is <<2+2=4>>4.\n#### 4"}, {"question": "A thousand less one?", "answer": "So.\n#### 999"}])
+    jsonl(data / "gsm8k/test.jsonl", [{"question": "Two and two?", "answer": "It is <<2+2=4>>4.\n#### 4"},
+                                      {"question": "A thousand less one?", "answer": "So.\n#### 999"}])
     jsonl(data / "gsm8k/train.jsonl", [{"question": f"What is {n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(7)])
     wiki = {"activity_label": "Cooking", "ctx_a": "[header] How to boil [title] Take a pot.", "ctx_b": "", "ctx": "", "label": 2,
             "endings": ["Fill it.", "Sing [step] to it.", "Heat it [substeps] well.", "Drop it."]}
-    hella = [wiki, {"activity_label": "Rowing", "ctx_a": "A man sits in a boat.", "ctx_b": "he", "ctx": "", "label": 0, "endings": ["rows.", "melts.", "barks.", "folds."]}]
-    jsonl(data / "hellaswag/hellaswag_val.jsonl", hella)
-    jsonl(data / "hellaswag/hellaswag_train.jsonl", [{**hella[1], "activity_label": f"Rowing {n}"} for n in range(5)])
-    for kind in ("Challenge", "Easy"):
-        jsonl(data / f"arc/ARC-{kind}/ARC-{kind}-Test.jsonl", [stem("Which is hot?", ["ice", "fire", "snow"], "123", "2"), stem("Which flies?", ["a hen", "a bee", "a log", "a car", "a pot"], "ABCDE", "B"),
-                                                             stem("Which sinks?", ["lead", "cork", "foam", "wood"], "ABCD", "A")])
-        jsonl(data / f"arc/ARC-{kind}/ARC-{kind}-Train.jsonl", [stem(f"Which is {n}?", ["one", "two"], "AB", "A") for n in range(30)])
+    boat = {"activity_label": "Rowing", "ctx_a": "A man sits in a boat.", "ctx_b": "he", "ctx": "", "label": 0,
+            "endings": ["rows.", "melts.", "barks.", "folds."]}
+    jsonl(data / "hellaswag/hellaswag_val.jsonl", [wiki, boat])
+    jsonl(data / "hellaswag/hellaswag_train.jsonl", [{**boat, "activity_label": f"Rowing {n}"} for n in range(5)])
+    for kind in ("ARC-Challenge", "ARC-Easy"):
+        jsonl(data / f"arc/{kind}/{kind}-Test.jsonl", [
+            stem("Which is hot?", ["ice", "fire", "snow"], "123", "2"), stem("Which sinks?", ["lead", "cork", "foam", "wood"], "ABCD", "A"),
+            stem("Which flies?", ["a hen", "a bee", "a log", "a car", "a pot"], "ABCDE", "B")])
+        jsonl(data / f"arc/{kind}/{kind}-Train.jsonl", [stem(f"Which is {n}?", ["one", "two"], "AB", "A") for n in range(30)])
     for subject in scoring.MMLU["stem"].split():
         for split, n in (("dev", 5), ("test", 3)):
             path = data / f"mmlu/data/{split}/{subject}_{split}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f'"Take {subject}, then\nadd {split} {i} ",one,"two, three",the end,{i},{"ABCD"[i % 4]}\n' for i in range(n)))
+            rows = [f'"Take {subject}, then\nadd {split} {i} ",one,"two, three",the end,{i},{"ABCD"[i % 4]}\n' for i in range(n)]
+            path.write_text("".join(rows))
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +100,8 @@ def base(tmp_path_factory):
     """A random Llama of four layers with a byte tokenizer, and made-up data."""
     folder = tmp_path_factory.mktemp("eval")
     write_data(folder / "data")
-    config = ModelConfig(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=272, max_seq_len=1024,
-                         norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True)
+    config = ModelConfig(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=272,
+                         max_seq_len=1024, norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True)
     torch.manual_seed(0)
     model = Transformer(config)
     torch.nn.init.normal_(model.tok_embeddings.weight, std=0.5)
@@ -121,7 +131,8 @@ def routed(base, granularity: str, kv: str = "routed", pool: str = "prompt") -> 
     model.add_routers(RouterConfig(granularity, (1, 2, 3), pool=pool, kv=kv))
     model.requires_grad_(False)
     torch.manual_seed(0)
-    texts = torch.tensor([list(b"Question: Which is hot?\nAnswer:"), list(b"Pot 3 met pan 3, the pot broke."), list(b"Open a jar, turn the lid. Open ")])
+    texts = (b"Question: Which is hot?\nAnswer:", b"Pot 3 met pan 3, the pot broke.", b"Open a jar, turn the lid. Open ")
+    texts = torch.tensor([list(text) for text in texts])
     for i, router in enumerate(model.routers()):
         torch.nn.init.normal_(router.weight)
         router.cut.fill_(model.hidden(texts, route="mask", return_scores=True)[2][i].median())
@@ -142,7 +153,8 @@ def works(base, tok, *names, share=True, limit=1024, **changes) -> list:
     for task in scoring.tasks_named(names):
         shots = changes.get("shots", task.shots if task.name != "arc_challenge" else 2)
         paths = scoring.locate([task], base / "data", {task.name: shots})
-        made.append(scoring.prepare_task(task, paths[task.name], tok, shots=shots, by=changes.get("by", "index"), seed=1, items=None, limit=limit, share=share))
+        made.append(scoring.prepare_task(task, paths[task.name], tok, shots=shots, by=changes.get("by", "index"), seed=1, items=None,
+                                         limit=limit, share=share))
     return made
 
 
@@ -176,7 +188,8 @@ def test_native_rows_become_the_harness_prompts(base, name):
 
 def test_partial_scoring_puts_each_option_into_the_context(base):
     first, second, _ = examples(base, "winogrande")
-    assert first.contexts == ("The cat chased the dog as the cat", "The cat chased the dog as the dog") and first.choices == ("was quick.",) * 2 and first.gold == 0
+    assert first.contexts == ("The cat chased the dog as the cat", "The cat chased the dog as the dog")
+    assert first.choices == ("was quick.",) * 2 and first.gold == 0
     assert second.contexts == ("Bo", "Al") and second.gold == 1
     assert first.solved() == "The cat chased the dog as the cat was quick.\n\n"
 
@@ -184,16 +197,19 @@ def test_partial_scoring_puts_each_option_into_the_context(base):
 def test_superglue_files_serve_as_well(data):
     (data / "boolq/dev.jsonl").unlink()
     (data / "rte/glue/RTE/dev.tsv").unlink()
-    jsonl(data / "boolq/superglue/val.jsonl", [{"question": "is tin a metal", "passage": "Tin -- Tin is a metal. -- It melts.", "idx": 0, "label": "true"}])
-    jsonl(data / "rte/superglue/val.jsonl", [{"premise": 'A "lone quote is here.', "hypothesis": "A quote is here.", "label": "entailment", "idx": 0}])
-    for name in ("boolq", "rte"):
-        assert scoring.read_examples(scoring.find(data, scoring.TASKS[name].files), scoring.TASKS[name].read)[0] == scoring.ask(*PROMPTS[name])
+    row = {"question": "is tin a metal", "passage": "Tin -- Tin is a metal. -- It melts.", "idx": 0, "label": "true"}
+    jsonl(data / "boolq/superglue/val.jsonl", [row])
+    row = {"premise": 'A "lone quote is here.', "hypothesis": "A quote is here.", "label": "entailment", "idx": 0}
+    jsonl(data / "rte/superglue/val.jsonl", [row])
+    for task in (scoring.TASKS["boolq"], scoring.TASKS["rte"]):
+        assert scoring.read_examples(scoring.find(data, task.files), task.read)[0] == scoring.ask(*PROMPTS[task.name])
 
 
 def test_few_shot_prompt_is_description_then_solved_examples(base, tok):
     work = works(base, tok, "mmlu_anatomy")[0]
     text = tok.decode(list(work.items[0].queries[0].context))
-    assert text.startswith("The following are multiple choice questions (with answers) about anatomy.\n\nTake anatomy, then\nadd dev 0\nA. one\n")
+    start = "The following are multiple choice questions (with answers) about anatomy.\n\nTake anatomy, then\nadd dev 0\nA. one\n"
+    assert text.startswith(start)
     assert text.count("\nAnswer: ") == 5 and "D. 4\nAnswer: A\n\n" in text and text.endswith("\nAnswer:")
     assert [tok.decode(list(branch.tokens)) for branch in work.items[0].queries[0].branches] == [" A", " B", " C", " D"]
 
@@ -255,11 +271,13 @@ def test_differing_contexts_share_their_beginning(tok):
     query, = scoring.queries_of(("x", 0), pairs, 100, True)[0]
     assert list(query.context) == [1, 2] and [list(b.tokens) for b in query.branches] == [[3, 4, 9, 8], [5, 9, 8]]
     assert [[b.tokens[i] for i in b.scored] for b in query.branches] == [[9, 8], [9, 8]]
-    assert len(scoring.queries_of(("x", 0), pairs, 100, False)[0]) == 2 and len(scoring.queries_of(("x", 0), [([1], [2]), ([3], [2])], 100, True)[0]) == 2
+    assert len(scoring.queries_of(("x", 0), pairs, 100, False)[0]) == 2
+    assert len(scoring.queries_of(("x", 0), [([1], [2]), ([3], [2])], 100, True)[0]) == 2
 
 
 def test_plan_keeps_the_budget_and_every_item():
-    items = [Item([Query(("x", i), array("i", range(n)), [Branch(c, array("i", [1, 2]), range(2)) for c in range(3)])], 0, [1] * 3) for i, n in enumerate([5, 90, 7, 7, 400, 6, 30] * 9)]
+    branches = [Branch(choice, array("i", [1, 2]), range(2)) for choice in range(3)]
+    items = [Item([Query(("x", i), array("i", range(n)), branches)], 0, [1] * 3) for i, n in enumerate([5, 90, 7, 7, 400, 6, 30] * 9)]
     batches = scoring.plan(items, 500)
     assert sorted(item.index for batch in batches for item in batch) == list(range(len(items)))
     assert all(len(batch) == 1 or sum(i.rows for i in batch) * max(i.width for i in batch) <= 500 for batch in batches)
@@ -290,7 +308,8 @@ def test_scores_worked_out_by_hand(tok):
     item = Item(scoring.queries_of(("custom", 0), [([0, 1], [2, 3, 3]), ([0, 1], [3])], 10, True)[0], 0, [9, 1])
     line, = score(Run(Bigram(table), tok), [item], share_prefix=False)
     assert line["logprobs"] == pytest.approx([math.log(5 / 8 * 2 / 5 / 6), math.log(1 / 8)])
-    assert (line["prediction"], line["acc"]) == (1, 0) and (line["prediction_norm"], line["acc_norm"]) == (0, 1)  # -3.18 / 9 beats -2.08 / 1
+    assert (line["prediction"], line["acc"]) == (1, 0)
+    assert (line["prediction_norm"], line["acc_norm"]) == (0, 1)  # -3.18 / 9 beats -2.08 / 1
 
 
 def test_scored_span_starts_and_ends_at_the_choice(base, tok):
@@ -305,14 +324,13 @@ def test_scored_span_starts_and_ends_at_the_choice(base, tok):
                 assert found == pytest.approx(sum(logits[len(ids) - 1 + i, token].item() for i, token in enumerate(new)), abs=1e-4)
 
 
-CASES = [(None, "routed", "prompt"), ("attn_sequence", "routed", "prompt"), ("mlp_sequence", "routed", "prompt"), ("block_sequence", "routed", "prompt"),
-         ("attn_token", "routed", "prompt"), ("attn_token", "all", "prompt"), ("mlp_token", "routed", "prompt"), ("block_token", "routed", "prompt")]
+CASES = [(None, ""), *((granularity, "routed") for granularity in GRANULARITIES), ("attn_token", "all")]
 
 
-@pytest.mark.parametrize("granularity, kv, pool", CASES)
-def test_shared_contexts_score_as_rows_alone(base, tok, granularity, kv, pool):
-    """Contexts once for all choices, shared few-shot prefixes and batches, against one row at a time without a cache; and gates counted alike."""
-    model = load_model(base / "base") if granularity is None else routed(base, granularity, kv, pool)
+@pytest.mark.parametrize("granularity, kv", CASES)
+def test_shared_contexts_score_as_rows_alone(base, tok, granularity, kv):
+    """Contexts once for all choices, shared prefixes and batches, against one row at a time without a cache; gates counted alike."""
+    model = load_model(base / "base") if granularity is None else routed(base, granularity, kv)
     run = Run(model, tok, "off" if granularity is None else "gather")
     routes = set()
     for work in works(base, tok, "mmlu_anatomy", "winogrande", "arc_challenge", "piqa", share=run.shares, by="first"):
@@ -339,7 +357,8 @@ def test_mask_scores_as_gather(base, tok):
         model = routed(base, granularity)
         for work in works(base, tok, "piqa", share=False):
             for a, b in zip(score(Run(model, tok, "mask"), work.items), score(Run(model, tok, "gather"), work.items)):
-                assert a["logprobs"] == pytest.approx(b["logprobs"], abs=2e-5) and a["executed"] == b["executed"] and a["kv_bytes"] == b["kv_bytes"]
+                assert a["logprobs"] == pytest.approx(b["logprobs"], abs=2e-5)
+                assert a["executed"] == b["executed"] and a["kv_bytes"] == b["kv_bytes"]
 
 
 def test_pool_all_sees_each_choice(base, tok):
@@ -364,8 +383,9 @@ def test_batch_size_does_not_matter(base, tok, granularity, monkeypatch):
         runs = [Run(model, tok, route, max_batch_tokens=n) for n in (1, 333, 100_000)]
         one, two, many = (score(run, works(base, tok, name, share=run.shares)[0].items) for run in runs)
         for a, b, c in zip(one, two, many):
-            assert a["logprobs"] == pytest.approx(b["logprobs"], abs=2e-5) and a["logprobs"] == pytest.approx(c["logprobs"], abs=2e-5)
-            assert a["prediction"] == b["prediction"] == c["prediction"] and a.get("text") == b.get("text") == c.get("text") and a["executed"] == c["executed"]
+            for other in (b, c):
+                assert a["logprobs"] == pytest.approx(other["logprobs"], abs=2e-5) and a["executed"] == other["executed"]
+                assert a["prediction"] == other["prediction"] and a.get("text") == other.get("text")
 
 
 def test_no_call_exceeds_the_token_budget(base, tok, monkeypatch):
@@ -390,7 +410,7 @@ def test_no_call_exceeds_the_token_budget(base, tok, monkeypatch):
 
 
 def test_cache_bytes_are_those_of_the_cache(base):
-    for granularity, kv in (("attn_sequence", "routed"), ("attn_token", "routed"), ("attn_token", "all"), ("mlp_token", "routed"), ("block_sequence", "routed")):
+    for granularity, kv in CASES[1:]:
         model = routed(base, granularity, kv)
         cache = KVCache(model, 2)
         tokens = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -415,20 +435,26 @@ def test_greedy_answers_equal_generate(base, tok, monkeypatch):
 
 
 @pytest.mark.parametrize("text, strict, flexible", [
-    ("It is 4.\n#### 1,234.", "1,234.", "1,234."), ("so $5 and 7 left", "[invalid]", "7"), ("none", "[invalid]", "[invalid]"), ("#### -3\n#### 8", "-3", "8")])
+    ("It is 4.\n#### 1,234.", "1,234.", "1,234."), ("so $5 and 7 left", "[invalid]", "7"), ("none", "[invalid]", "[invalid]"),
+    ("#### -3\n#### 8", "-3", "8")])
 def test_answers_are_extracted_as_by_the_harness(text, strict, flexible):
     assert scoring.extract(text, scoring.STRICT, 0) == strict and scoring.extract(text, scoring.FLEXIBLE, -1) == flexible
 
 
 def test_answers_are_compared_without_marks():
-    assert scoring.normal("1,234.") == scoring.normal("Thus.\n#### $1234") == "1234" and scoring.cut_at_stop("a Question: b</s>", scoring.STOPS) == "a "
+    assert scoring.normal("1,234.") == scoring.normal("Thus.\n#### $1234") == "1234"
+    assert scoring.cut_at_stop("a Question: b</s>", scoring.STOPS) == "a "
 
 
 # ------------------------------------------------------------------------------------------------------------ perplexity and controls
 
 
+def talk(i: int) -> list[dict]:
+    return [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "yes " * (1 + i % 3)}]
+
+
 def messages(path: Path, n: int = 5) -> Path:
-    jsonl(path, [{"messages": [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "yes " * (1 + i % 3)}], "split": "heldout" if i % 2 else "train"} for i in range(n)])
+    jsonl(path, [{"messages": talk(i), "split": "heldout" if i % 2 else "train"} for i in range(n)])
     return path
 
 
@@ -439,7 +465,7 @@ def test_perplexity_is_the_mean_loss_of_the_answers(base, tok, tmp_path, granula
     work = scoring.prepare_perplexity("perplexity", messages(tmp_path / "m.jsonl"), tok, items=None, limit=1024, split=None)
     lines = scoring.run_work(Run(model, tok, route), work, {}, "", scoring.Samples(None, CPU), scoring.Progress([work], False), CPU)
     for i in range(5):
-        ids, mask = scoring.encode_chat(tok, [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": "yes " * (1 + i % 3)}])
+        ids, mask = scoring.encode_chat(tok, talk(i))
         logits = model(torch.tensor([ids]), prompt_lengths=[mask.index(True)], route=route)[0][0].log_softmax(-1)
         losses += [-logits[place - 1, ids[place]].item() for place, loss in enumerate(mask) if loss]
     result = scoring.summarise(lines, ("nll",))
@@ -459,12 +485,15 @@ def test_controls_force_their_routes(base, tok, tmp_path):
 
         drop = result("static:1,3")
         sink = granularity == "attn_token"  # a sequence's first token always executes
-        assert drop["capacity_per_layer"][1] == 1.0 and all(0.1 > drop["capacity_per_layer"][i] >= 0 and (drop["capacity_per_layer"][i] > 0) == sink for i in (0, 2))
+        low, whole, high = drop["capacity_per_layer"]
+        assert whole == 1.0 and low == high < 0.1 and (low > 0) == sink
         chance = result("random:5", budget=0.4)
-        assert chance["capacity"] == pytest.approx(0.4, abs=0.06) and chance["route_variance"] > 0 and chance == result("random:5", budget=0.4) != result("random:6", budget=0.4)
+        assert chance["capacity"] == pytest.approx(0.4, abs=0.06) and chance["route_variance"] > 0
+        assert chance == result("random:5", budget=0.4) != result("random:6", budget=0.4)
         (tmp_path / "r.json").write_text(json.dumps({"results": {"piqa": {"capacity_per_layer": [0.2, 0.9, 0.6]}}}))
         mean = result(f"mean:{tmp_path / 'r.json'}")
-        assert mean["capacity_per_layer"][1:] == [1.0, 1.0] and mean["capacity_per_layer"][0] < 0.2 and result("static:2,3")["capacity_per_layer"][0] == 1.0
+        assert mean["capacity_per_layer"][1:] == [1.0, 1.0] and mean["capacity_per_layer"][0] < 0.2
+        assert mean == result("static:1")
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -484,7 +513,8 @@ def test_paired_comparison_counts_flips():
     ours = {"piqa": {"sha": "x", "acc": "1101"}, "perplexity": {"sha": "y", "nll": [2.0, 3.0], "tokens": [2, 4]}}
     theirs = {"piqa": {"sha": "x", "acc": "0111"}, "perplexity": {"sha": "y", "nll": [1.0, 2.0], "tokens": [2, 4]}}
     found = scoring.compare(ours, theirs)
-    assert found["piqa"]["acc"] == {"difference": 0.0, "stderr": pytest.approx(math.sqrt(2 / 3 / 4)), "gained": 1, "lost": 1, "flips": 2, "n": 4}
+    error = pytest.approx(math.sqrt(2 / 3 / 4))
+    assert found["piqa"]["acc"] == {"difference": 0.0, "stderr": error, "gained": 1, "lost": 1, "flips": 2, "n": 4}
     assert found["perplexity"]["loss"]["difference"] == pytest.approx(2 / 6)
 
 
@@ -504,7 +534,8 @@ def test_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     cfg = settings(base, tasks=("arc_challenge", "winogrande"), fewshot=3, samples=str(tmp_path / "s.jsonl"), max_batch_tokens=2500)
     whole = scoring.evaluate(cfg, CPU)
     data, calls = (tmp_path / "s.jsonl").read_bytes(), []
-    monkeypatch.setattr(scoring, "score_batch", lambda run, batch, prefix, f=scoring.score_batch: calls.append(len(batch)) or f(run, batch, prefix))
+    plain = scoring.score_batch
+    monkeypatch.setattr(scoring, "score_batch", lambda run, batch, prefix: calls.append(len(batch)) or plain(run, batch, prefix))
     for kept in (0, 1, 4, 6):
         lines, calls[:] = data.splitlines(True), []
         (tmp_path / "s.jsonl").write_bytes(b"".join(lines[:kept]) + (lines[kept][:20] if kept < 6 else b""))
@@ -520,25 +551,27 @@ def test_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
 
 def command(base, *extra: str, ranks: int = 0) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
-    return subprocess.run([*start, str(ROOT / "eval.py"), f"--model={base / 'base'}", f"--data={base / 'data'}", "--device=cpu", "--threads=1", *extra],
-                          capture_output=True, text=True, timeout=120)
+    given = [str(ROOT / "eval.py"), f"--model={base / 'base'}", f"--data={base / 'data'}", "--device=cpu", "--threads=1"]
+    return subprocess.run([*start, *given, *extra], capture_output=True, text=True, timeout=120)
 
 
 def test_two_ranks_are_one_process_bit_for_bit(base, tmp_path):
     routers = tmp_path / "routers.safetensors"
     model = routed(base, "attn_token")
-    save_routers(routers, model, model.routing, fingerprint=model.fingerprint, thresholds=[torch.sigmoid(router.cut).item() for router in model.routers()])
+    thresholds = [torch.sigmoid(router.cut).item() for router in model.routers()]
+    save_routers(routers, model, model.routing, fingerprint=model.fingerprint, thresholds=thresholds)
     reports = []
     for ranks in (0, 2):
         out, samples = tmp_path / f"{ranks}.json", tmp_path / f"{ranks}.jsonl"
-        done = command(base, "--tasks=arc_challenge,winogrande,mmlu_stem,gsm8k", "--fewshot=2", f"--routers={routers}", f"--perplexity={messages(tmp_path / 'm.jsonl')}",
-                       "--max_batch_tokens=4000", f"--out={out}", f"--samples={samples}", ranks=ranks)
+        done = command(base, "--tasks=arc_challenge,winogrande,mmlu_stem,gsm8k", "--fewshot=2", f"--routers={routers}",
+                       f"--perplexity={messages(tmp_path / 'm.jsonl')}", "--max_batch_tokens=4000", f"--out={out}",
+                       f"--samples={samples}", ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert "| mmlu_stem | 2 | 57 |" in done.stdout and "perplexity" in done.stdout and "eta" in done.stderr
         reports.append(json.loads(out.read_text()))
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes() and reports[0]["items"] == reports[1]["items"]
-    for name, result in reports[0]["results"].items():
-        assert {k: v for k, v in result.items() if k != "seconds"} == {k: v for k, v in reports[1]["results"][name].items() if k != "seconds"}
+    alone, together = ({name: {**result, "seconds": 0} for name, result in report["results"].items()} for report in reports)
+    assert alone == together
     assert 0 < reports[0]["results"]["arc_challenge"]["capacity"] < 1 and reports[0]["results"]["mmlu_stem"]["subjects"] == 19
 
 
@@ -554,15 +587,18 @@ def damage(data: Path, path: str, text: str, line: int = 2) -> None:
 ERRORS = {
     "not json": ("arc_easy", "arc/ARC-Easy/ARC-Easy-Test.jsonl", "{broken", "line 2 is not JSON"),
     "missing field": ("piqa", "piqa/valid.jsonl", '{"goal": "x", "sol1": "y"}', "line 2: there is no field 'sol2'"),
-    "wrong label": ("winogrande", "winogrande/dev.jsonl", '{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "3"}', "line 2: the label is '3', expected one of 1, 2"),
-    "no blank": ("winogrande", "winogrande/dev.jsonl", '{"sentence": "a b", "option1": "x", "option2": "y", "answer": "1"}', "line 2: the sentence has no blank"),
-    "label out of place": ("arc_easy", "arc/ARC-Easy/ARC-Easy-Test.jsonl", json.dumps(stem("q", ["a", "b"], "AB", "C")), "line 2: the label is 'C', expected one of A, B"),
+    "wrong label": ("winogrande", "winogrande/dev.jsonl", '{"sentence": "a _ b", "option1": "x", "option2": "y", "answer": "3"}',
+                    "line 2: the label is '3', expected one of 1, 2"),
+    "no blank": ("winogrande", "winogrande/dev.jsonl", '{"sentence": "a b", "option1": "x", "option2": "y", "answer": "1"}',
+                 "line 2: the sentence has no blank"),
+    "label out of place": ("arc_easy", "arc/ARC-Easy/ARC-Easy-Test.jsonl", json.dumps(stem("q", ["a", "b"], "AB", "C")),
+                           "line 2: the label is 'C', expected one of A, B"),
     "empty choice": ("openbookqa", "openbookqa/Main/test.jsonl", json.dumps(stem("q", ["a", " "], "AB", "A")), "line 2: a choice is ' '"),
     "no choices": ("openbookqa", "openbookqa/Main/test.jsonl", json.dumps(stem("q", ["a"], "A", "A")), "line 2: the row has 1 choices"),
     "not text": ("piqa", "piqa/valid.jsonl", '{"goal": "x", "sol1": "y", "sol2": 7}', "line 2: a choice is 7"),
     "csv fields": ("mmlu_anatomy", "mmlu/data/test/anatomy_test.csv", 'then",one,two', "line 2: the row has 3 fields"),
     "tsv fields": ("rte", "rte/glue/RTE/dev.tsv", "0\ta\tb", "line 2 has 3 fields, expected index, sentence1"),
-    "bool label": ("boolq", "boolq/dev.jsonl", '{"question": "q", "title": "t", "passage": "p", "answer": "maybe"}', "line 2: the label is 'maybe'"),
+    "bool label": ("boolq", "boolq/dev.jsonl", '{"question": "q", "passage": "p", "label": "maybe"}', "line 2: the label is 'maybe'"),
     "labels file": ("piqa", "piqa/valid-labels.lst", "1\n1", "holds 3 labels, valid.jsonl 2 rows"),
 }
 
@@ -572,7 +608,7 @@ def test_bad_rows_are_named_by_file_and_line(base, data, tmp_path, case):
     name, path, text, message = ERRORS[case]
     damage(data, path, text)
     with pytest.raises(ValueError) as error:
-        scoring.evaluate(settings(base, data=str(data), tasks=(name,), out=str(tmp_path / "o.json"), samples=str(tmp_path / "s.jsonl"), fewshot=0), CPU)
+        scoring.evaluate(settings(base, data=str(data), tasks=(name,), samples=str(tmp_path / "s.jsonl"), fewshot=0), CPU)
     assert message in str(error.value) and Path(path).name.split("-labels")[0].split(".")[0] in str(error.value)
     assert not list(tmp_path.glob("*.json*"))
 
@@ -596,7 +632,8 @@ def test_misuse_is_refused_with_a_reason(base, data, tmp_path):
     refused("scored other items or prompts of rte", tasks=("rte",), limit=1, against=str(tmp_path / "other.json"))
     (data / "piqa/valid.jsonl").unlink()
     (data / "mmlu/data/dev/anatomy_dev.csv").unlink()
-    refused(r"piqa: piqa/valid.jsonl  \(https://yonatanbisk.com/piqa\)\n  mmlu_anatomy: .*\n.*data/fetch.py --tasks=piqa,mmlu", FileNotFoundError, tasks=("piqa", "mmlu_anatomy"))
+    message = r"piqa: piqa/valid.jsonl  \(https://yonatanbisk.com/piqa\)\n  mmlu_anatomy: .*\n.*data/fetch.py --tasks=piqa,mmlu"
+    refused(message, FileNotFoundError, tasks=("piqa", "mmlu_anatomy"))
     jsonl(tmp_path / "own.jsonl", [{"question": "q", "choices": "ab", "answer": 0}])
     refused("own.jsonl, line 1: choices is 'ab'", tasks=(), custom=(str(tmp_path / "own.jsonl"),))
     jsonl(tmp_path / "long.jsonl", [{"messages": [{"role": "user", "content": "x" * 2000}, {"role": "assistant", "content": "y"}]}])
