@@ -436,21 +436,21 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
 
 
 def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
-    """Table of cuts for every budget in BUDGETS: a pass or more per 0.05 of budget, since deeper logits depend on the route."""
+    """Table of cuts for every budget in BUDGETS: one to three passes per tenth of budget, since deeper logits depend on the route."""
     set_cut(model, -math.inf)
     z, cuts, cut = route_logits(model, examples, rt), {}, -math.inf
-    for twentieth in range(19, 0, -1):
-        trial, best = quantile_cut(z, twentieth / 20), (math.inf, z)
-        for _ in range(5):  # mostly once: until the budget is realised under its own route
+    for tenth in range(9, 0, -1):
+        trial, best = quantile_cut(z, tenth / 10), (math.inf, z)
+        for _ in range(3):  # mostly once: until the budget is realised under its own route
             set_cut(model, trial)
             z = route_logits(model, examples, rt)
-            miss = ((z >= trial).double().mean() - twentieth / 20).abs().item()
+            miss = ((z >= trial).double().mean() - tenth / 10).abs().item()
             best = min(best, (miss, z), key=lambda found: found[0])
-            if miss <= 0.005 + 1 / z.numel():
+            if miss <= 0.01 + 1 / z.numel():
                 break
-            trial = 0.5 * (trial + quantile_cut(z, twentieth / 20))  # half way, so that two routes do not take turns
+            trial = 0.5 * (trial + quantile_cut(z, tenth / 10))  # half way, so that two routes do not take turns
         z = best[1]
-        for entry in (b for b in reversed(BUDGETS[1:-1]) if min(max(round(20 * b), 1), 19) == twentieth):
+        for entry in (b for b in reversed(BUDGETS[1:-1]) if min(max(round(10 * b), 1), 9) == tenth):
             cut = max(cut, quantile_cut(z, entry))  # a smaller budget never has a lower cut
             cuts[entry] = cut
     cuts = {1.0: -math.inf, **cuts, 0.0: math.inf}
