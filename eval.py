@@ -1114,18 +1114,19 @@ def check(cfg: EvalConfig) -> None:
     for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1), ("threads", 1)):
         if getattr(cfg, name) is not None and getattr(cfg, name) < low:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
+    for path in [Path(path).resolve() for path in (cfg.out, cfg.samples) if path]:
+        folder = next(parent for parent in path.parents if parent.exists())
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written, {path if path.is_dir() else folder} is in the way; name a file in your own folder")
 
 
-def prepare(cfg: EvalConfig, run: Run) -> list[Work]:
+def prepare(cfg: EvalConfig, run: Run, tasks: Sequence[Task], shots: dict[str, int], paths: dict) -> list[Work]:
     """All tasks in tokens, so that whatever is wrong with any of them shows before anything is computed."""
     limit, longest = cfg.max_length or run.model.config.max_seq_len, run.model.config.max_seq_len
-    tasks = tasks_named(cfg.tasks, cfg.custom)
-    shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     if limit > longest:
         raise ValueError(f"--max_length is {limit}; this model's context is {longest}")
     if "gsm8k" in shots and (limit <= NEW_TOKENS or run.route == "mask"):
         raise ValueError(f"gsm8k generates {NEW_TOKENS} tokens; it needs a context beyond {limit} and a cache: --route=off or gather")
-    paths = locate(tasks, Path(cfg.data), shots)
     works = [prepare_task(task, paths[task.name], run.tok, shots=shots[task.name], by=cfg.fewshot_by, seed=cfg.seed, items=cfg.limit,
                           limit=limit, share=run.shares) for task in tasks]
     for name in PERPLEXITY[:1 + (run.route != "off")] if cfg.perplexity else ():
@@ -1139,11 +1140,14 @@ def prepare(cfg: EvalConfig, run: Run) -> list[Work]:
 def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     """Everything that --out holds."""
     check(cfg)
+    tasks = tasks_named(cfg.tasks, cfg.custom)
+    shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
+    paths = locate(tasks, Path(cfg.data), shots)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
     model, tok = load_model(cfg.model, routers=cfg.routers, budget=budget, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
     route = cfg.route if cfg.route != "auto" else "gather" if cfg.routers else "off"
     run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget), cfg.max_batch_tokens)
-    works = prepare(cfg, run)
+    works = prepare(cfg, run, tasks, shots, paths)
     other = read_other(cfg.against, works) if cfg.against else None
     if rt.is_master and (val := [work for work in works if Path(work.source).parent.name == "val" and work.task.read is mmlu]):
         print(f"note: {len(val)} MMLU subjects have no test file in {cfg.data}, so their val files are scored, unlike published numbers",

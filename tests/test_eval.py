@@ -623,6 +623,8 @@ def test_misuse_is_refused_with_a_reason(base, data, tmp_path):
     refused("needs routed layers", route="gather")
     refused("needs routed layers", control="random:1")
     refused("--limit is 0", limit=0)
+    refused("cannot be written", out=str(tmp_path))
+    refused("cannot be written", samples=str(base / "base/config.json/s.jsonl"))
     refused("this model's context is 1024", max_length=5000)
     refused("gsm8k generates 256", tasks=("gsm8k",), max_length=200)
     refused("need a pool of 31 and it holds 30", tasks=("arc_challenge",), fewshot=30)
