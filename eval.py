@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 import runtime
 from model import KVCache, Transformer, load_model
-from router import parse_layers
+from router import parse_layers, read_router_file
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -795,9 +795,10 @@ def forced(run: Run, queries: Sequence[Query], starts: Sequence[int], width: int
     return torch.stack([run.control.gates(query.owner, start, start + width) for query, start in zip(queries, starts)], 1).to(run.device)
 
 
-def make_control(text: str, model: Transformer, budget: float | None) -> Control | None:
-    """--control: none, static:LAYERS (these are dropped), random:SEED (at capacity --budget), mean:FILE.json (the average of a routed run's
-    routes, made constant: per task as many layers as it executed on average, the most used ones)."""
+def make_control(text: str, model: Transformer, budget: float | None, orders: dict[str, list[int]]) -> Control | None:
+    """--control: none, static:LAYERS (these are dropped), the name of one of the router file's drop orders (its first layers are dropped, as
+    many as --budget says), random:SEED (at capacity --budget), mean:FILE.json (the average of a routed run's routes, made constant: per
+    task as many layers as it executed on average, the most used ones)."""
     kind, _, value = text.partition(":")
     if kind == "none":
         return None
@@ -820,6 +821,11 @@ def make_control(text: str, model: Transformer, budget: float | None) -> Control
         if budget is None:
             raise ValueError(f"--control={text} draws routes at the capacity --budget: give --budget=0..1")
         return Control(draw, per_item=True)
+    if kind in orders and not value:
+        if budget is None:
+            raise ValueError(f"--control={text} drops layers down to the capacity --budget: give --budget=0..1")
+        first = orders[kind][:round((1 - budget) * len(layers))]
+        return constant(lambda task: [layer not in first for layer in layers])
     if kind == "static":
         dropped = parse_layers(value, model.config.n_layers)[1]
         if not isinstance(dropped, tuple) or not set(dropped) <= set(layers):
@@ -836,7 +842,8 @@ def make_control(text: str, model: Transformer, budget: float | None) -> Control
             return [i in best for i in range(len(layers))]
 
         return constant(most_used)
-    raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED or mean:FILE.json")
+    raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, or a drop order of the router file "
+                     f"({', '.join(orders) or 'this one holds none'})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1088,7 +1095,7 @@ class EvalConfig:
     routers: str | None = setting(None, "router file")
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
-    control: str = setting("none", "forced routes: static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run")
+    control: str = setting("none", "forced routes: greedy, fisher or similarity (the router file's drop orders) at --budget, static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run")
     fewshot: int | None = setting(None, "examples before each item; none: the paper's number per task")
     fewshot_by: Literal["index", "first", "harness"] = setting("index", "by seed and item, in file order, or as lm-eval draws them")
     seed: int = setting(1234, "of the few-shot draw; 1234 is lm-eval's")
@@ -1146,7 +1153,8 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
     model, tok = load_model(cfg.model, routers=cfg.routers, budget=budget, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
     route = cfg.route if cfg.route != "auto" else "gather" if cfg.routers else "off"
-    run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget), cfg.max_batch_tokens)
+    orders = read_router_file(cfg.routers)[1].get("orders", {}) if cfg.routers else {}
+    run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget, orders), cfg.max_batch_tokens)
     works = prepare(cfg, run, tasks, shots, paths)
     other = read_other(cfg.against, works) if cfg.against else None
     if rt.is_master and (val := [work for work in works if Path(work.source).parent.name == "val" and work.task.read is mmlu]):

@@ -406,18 +406,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float32:
-            if x.device.type != "cpu" or x.numel() < 1 << 15 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # torch's own CPU norm holds x three times more, each a page fault per 4 KiB
+            # torch's own CPU norm is ten calls, and holds x three times more, each a page fault per 4 KiB
+            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
             return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
         wide = x.float()  # the mean of squares needs fp32
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, but of a lone token in compiled CPU code a sum of products: one pass at the memory's speed, where a library's matrix product is slow."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        y = (weight * x.view(-1)).sum(dim=-1)  # (O, I) -> (O,)
+    """F.linear, but of a lone token on the CPU one pass over the weights at the memory's speed, where a library's matrix product is slower."""
+    if x.device.type == "cpu" and x.numel() == x.shape[-1] and (torch.compiler.is_compiling() or x.dtype == torch.float32):
+        y = (weight * x.view(-1)).sum(dim=-1) if torch.compiler.is_compiling() else torch.mv(weight, x.view(-1))  # (O, I) -> (O,)
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 

@@ -196,12 +196,15 @@ def _key(layer: int) -> str:
 
 
 def save_routers(path: str | Path, model: nn.Module, routing: RouterConfig, *, fingerprint: str, thresholds: list[float], calibration: dict | None = None,
-                 recipe: str = "", step: int = 0, config: dict | None = None) -> None:
-    """Write routers.safetensors atomically. Tensors `model.layers.{i}.router.weight` (1,D) fp32; metadata {"router_tuning": JSON}."""
+                 recipe: str = "", step: int = 0, config: dict | None = None, orders: dict[str, list[int]] | None = None) -> None:
+    """Write routers.safetensors atomically. Tensors `model.layers.{i}.router.weight` (1,D) fp32; metadata {"router_tuning": JSON}.
+
+    orders: static alternatives by name, each all routed layers, the one to drop first in front.
+    """
     routers = routers_of(model)
     assert len(routers) == len(routing.layers) == len(thresholds)
     meta = {"format": FILE_FORMAT, **asdict(routing), "thresholds": thresholds, "calibration": calibration or {}, "recipe": recipe, "step": step,
-            "base_fingerprint": fingerprint, "config": config or {}}
+            "base_fingerprint": fingerprint, "config": config or {}, "orders": orders or {}}
     tensors = {_key(layer): router.weight.detach().cpu().contiguous() for layer, router in zip(routing.layers, routers)}
     data = save(tensors, metadata={"router_tuning": json.dumps(meta)})
     path = Path(path)

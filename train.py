@@ -6,10 +6,13 @@
 
 Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same command goes on where
 the last checkpoint stands and ends in the same router file, bit for bit (on a GPU as far as its kernels are deterministic).
-recipe=default: price every layer and unit by its Fisher cost, start from routers fitted to it in closed form, tune by steps of ridge
-regression in the space of logits, hold the budget with a running quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
+recipe=default: price every layer and unit by its Fisher cost, search the order in which layers are best dropped, start from routers fitted
+to both in closed form, tune by steps of ridge regression in the space of logits, hold the budget with a running quantile as the cut, keep
+the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty). Both end beside their controls: the same share
+of layers dropped for everyone (by greedy search, by Fisher cost, by similarity), random routes, and the routers' own routes made constant.
 
 Legend: B batch rows, T tokens, D width, V vocabulary, R routed layers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
+An order is a list of all R places of routed layers, the one to drop first in front.
 """
 
 import contextlib
@@ -19,7 +22,7 @@ import math
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +49,7 @@ RECIPES = {
     "default": {"layers": "auto:16", "objective": "ce", "lr": None, "lambda_": 0.0, "noise": 0.25},
     "paper": {"layers": "deep:16", "objective": "ce", "lr": 2e-4, "lambda_": 0.1, "noise": 0.0},
 }
-FREE = ("out", "save_every", "overwrite")  # settings that may differ between a run and its continuation, and do not change the result
+FREE = ("out", "save_every", "overwrite", "trunk_gb")  # settings that may differ between a run and its continuation, and do not change the result
 
 EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
 LOGITS_AT_ONCE = 2**25  # logits held at a time, 128 MiB in fp32: the head and its loss run over blocks of rows
@@ -56,6 +59,10 @@ RIDGE_STRENGTH = 1.0  # of the default recipe's steps, in mean eigenvalues of th
 MOMENTUM = 0.9  # of the same
 INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
+CLUSTERS = 5  # most clusters of prompts that get a drop order of their own
+CLUSTER_SIZE = 8  # least examples in one, on average
+TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
+SHARES = (0.0, 0.5, 1.0)  # how far the first sequence routers follow the cluster's order instead of everyone's; chosen on the selection set
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
@@ -90,9 +97,11 @@ class TrainConfig:
     warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
-    cost_samples: int = field(default=32, metadata={"help": "training examples on which costs are measured"})
+    cost_samples: int = field(default=48, metadata={"help": "training examples on which costs are measured and drop orders searched"})
     select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
     evaluations: int = field(default=4, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
+    report: tuple[float, ...] = field(default=(), metadata={"help": "more budgets at which the finished routers are compared with their controls"})
+    trunk_gb: float = field(default=1.0, metadata={"help": "most disk space (GB, in --out) for activations below the first routed layer, computed once per example; 0: none"})
     save_every: int = field(default=5, metadata={"help": "steps between checkpoints"})
     overwrite: bool = field(default=False, metadata={"help": "begin anew in an --out that holds another run"})
     import_official: str | None = field(default=None, metadata={"help": "router file of the official code: calibrate and write it as ours, without tuning"})
@@ -106,10 +115,12 @@ class TrainConfig:
             raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. --budget=0.5, and the router file "
                              "then serves every budget from 0 to 1")
         least = {"batch_size": 1, "micro_batch": 1, "cost_samples": 1, "select_samples": 1, "heldout_samples": 1, "save_every": 1, "evaluations": 0, "steps": 0,
-                 "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "max_samples": 2, "max_length": 2}
+                 "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "trunk_gb": 0, "max_samples": 2, "max_length": 2}
         for name, bound in least.items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise ValueError(f"{name.rstrip('_')} is {getattr(self, name)}, expected {bound} or more: change --{name.rstrip('_')}")
+        if not all(0.0 <= budget <= 1.0 for budget in self.report):
+            raise ValueError(f"report is {self.report}, expected shares from 0 to 1: change --report")
         if isinstance(self.heldout, float) and not 0.0 < self.heldout < 1.0:
             raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: change --heldout")
         for name, value in RECIPES[self.recipe].items():
@@ -363,29 +374,92 @@ def collect(parts: list, rt: runtime.Runtime) -> list:
 
 @torch.no_grad()
 def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, closed: tuple[int, ...] | None = None,
-             teacher: dict[int, torch.Tensor] | None = None) -> dict:
+             random_at: float | None = None, teacher: dict[int, torch.Tensor] | None = None, trunk: "TrunkCache | None" = None) -> dict:
     """Mean loss per loss-carrying token, and realised capacity in all and by routed layer.
 
-    closed: positions of routed layers that are off for everyone, instead of the routers (a static control). teacher: dense final states by
-    group, as `dense_states` gives them: the loss is then the KL to the dense model.
+    Instead of the routers: closed, places of routed layers that nobody runs (a static control); random_at, each unit runs with that chance.
+    teacher: dense final states by group, as `dense_states` gives them: the loss is then the KL to the dense model.
     """
     n_routed = 0 if model.routing is None or route == "off" else len(model.routing.layers)
     sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, open units by layer
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch = collate(group, rt.device)
-        gates = None
-        if closed is not None:
-            gates = torch.ones(n_routed, *(batch.tokens.shape if model.routing.unit == "token" else batch.tokens.shape[:1]), device=rt.device)
-            gates[list(closed)] = 0.0
-        h, gates, _ = states(model, batch, route=route, gates=gates)
-        sums[0] += head_loss(model, h, batch.labels, None if teacher is None else teacher[number])[0]
-        sums[1] += len(batch.labels)
-        if n_routed:
-            sums[2] += n_units(model.routing, batch.lengths)
-            sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
+    with dropping_layers(model) if closed is not None else contextlib.nullcontext():
+        for number, group in mine(by_length(examples, EVAL_BATCH), rt):
+            batch = collate(group, rt.device)
+            shape = (n_routed, *(batch.tokens.shape if n_routed and model.routing.unit == "token" else batch.tokens.shape[:1]))
+            gates = None
+            if closed is not None:
+                gates = torch.ones(shape, device=rt.device)
+                gates[list(closed)] = 0.0
+            elif random_at is not None:
+                gates = (torch.rand(shape, generator=generator("random routes", number)) < random_at).float().to(rt.device)
+            start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.layers[0]}
+            h, gates, _ = states(model, batch, route=route, gates=gates, **start)
+            sums[0] += head_loss(model, h, batch.labels, None if teacher is None else teacher[number])[0]
+            sums[1] += len(batch.labels)
+            if n_routed:
+                sums[2] += n_units(model.routing, batch.lengths)
+                sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
     loss, tokens, units, *opened = sum_over_ranks(sums, rt).tolist()
     return {"loss": loss / tokens, "tokens": int(tokens), "capacity": sum(opened) / (units * n_routed) if n_routed else 1.0,
             "capacity_per_layer": [n / units for n in opened]}
+
+
+@contextlib.contextmanager
+def dropping_layers(model: Transformer):
+    """Gates count per sequence for a while, whatever the model's unit: a layer dropped for everyone costs nothing, first tokens and keys included."""
+    routing, plain = model.routing, replace(model.routing, granularity=f"{model.routing.target}_sequence", kv="routed")
+    try:
+        for owner in (model, *(model.layers[layer] for layer in routing.layers)):
+            owner.routing = plain
+        yield
+    finally:
+        for owner in (model, *(model.layers[layer] for layer in routing.layers)):
+            owner.routing = routing
+
+
+class TrunkCache:
+    """Activations (T,D) that enter the first routed layer, by example, in a file of bounded size: they depend on no router, so later epochs,
+    trials and runs in the same folder read them instead of computing them. A file of another base, layer, dtype or data set is written anew."""
+
+    def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
+        """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below the first routed one."""
+        weight, first = model.tok_embeddings.weight, model.routing.layers[0]
+        self.place, size = {}, 0  # tokens of an example -> (number, first element)
+        for example in examples if first else []:
+            key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
+            if key not in self.place and (size + elements) * weight.element_size() <= limit:
+                self.place[key] = (len(self.place), size)
+                size += elements
+        if not size:
+            return
+        header = path.with_suffix(".json")
+        digest = hashlib.sha256(json.dumps(list(self.place)).encode()).hexdigest()
+        about = {"fingerprint": model.fingerprint, "first_layer": first, "dtype": str(weight.dtype), "tokens": digest}
+        if not (header.exists() and path.exists() and path.with_suffix(".done").exists() and runtime.read_json(header) == about):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for old in (header, path, path.with_suffix(".done")):
+                old.unlink(missing_ok=True)
+            runtime.write_json(header, about)
+        self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
+        self.done = torch.from_file(str(path.with_suffix(".done")), shared=True, size=len(self.place), dtype=torch.uint8)  # set when an example is complete
+
+    @torch.no_grad()
+    def __call__(self, model: Transformer, group: list[Example], batch: Batch) -> torch.Tensor:
+        """Activations (B,T,D) of a batch, read where all its examples are stored, else computed and stored. Pads hold zeros when read."""
+        places = [self.place.get(tuple(example.tokens)) for example in group]
+        if any(place is None for place in places):
+            return model.trunk(batch.tokens)
+        width = model.config.dim
+        if all(self.done[number] for number, _ in places):
+            x = torch.zeros(*batch.tokens.shape, width, dtype=self.data.dtype)
+            for row, ((_, start), length) in enumerate(zip(places, batch.lengths)):
+                x[row, :length] = self.data[start:start + length * width].view(length, width)
+            return x.to(batch.tokens.device)
+        x = model.trunk(batch.tokens)
+        for row, ((number, start), length) in enumerate(zip(places, batch.lengths)):
+            self.data[start:start + length * width] = x[row, :length].flatten().cpu()
+            self.done[number] = 1
+        return x
 
 
 def n_units(routing: RouterConfig, lengths: list[int]) -> int:
@@ -510,20 +584,96 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
     return torch.cat([costs for costs, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
 
 
-def prior_weights(costs: torch.Tensor, inputs: torch.Tensor, unit: str, budget: float) -> torch.Tensor:
-    """Routers (R,D) in closed form from costs (R,N) and inputs (R,N,D): the logit is the log of the cost, shifted so that cut 0 meets the budget.
+def token_prior(costs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Token routers (R,D) in closed form: the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D).
 
-    Unit sequence: each layer's mean cost, the best static choice; unit token: a ridge regression of each token's own cost.
+    A cost estimated from few labels is often near zero by chance: a tenth of the layer's mean keeps its log in bounds.
     """
-    mean = costs.mean(dim=1, keepdim=True)  # (R, 1)
-    if unit == "sequence":
-        target, strength = mean.log().expand_as(costs), 1e-3
-    else:  # a cost estimated from few labels is often near zero by chance: a twentieth of the layer's mean keeps its log in bounds
-        target, strength = (costs + 0.1 * mean).log(), 1e-1
-    weights = torch.stack([ridge(x, y, strength) for x, y in zip(inputs, target)])  # (R, D)
-    z = torch.einsum("rnd,rd->rn", inputs, weights)
-    weights = weights - quantile_cut(z, budget) * torch.stack([ridge(x, torch.ones(len(x)), 1e-3) for x in inputs])  # a direction that gives every input the logit 1
-    return weights / z.std()
+    target = (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
+    return unit_spread(torch.stack([ridge(x, y, 0.1) for x, y in zip(inputs, target)]), inputs)
+
+
+def order_prior(ranks: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Routers (R,D) whose logit is the rank at which the layer falls in a drop order. ranks (R,N), inputs (R,N,D).
+
+    With the same ranks for everyone this is the static order itself, to within the fit: the normalised inputs share a strong mean, which
+    serves as the intercept.
+    """
+    return unit_spread(torch.stack([ridge(x, y, 0.03) for x, y in zip(inputs, ranks)]), inputs)
+
+
+def unit_spread(weights: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Routers (R,D) scaled so that all their logits on inputs (R,N,D) have mean square 1 about their mean."""
+    return weights / torch.einsum("rnd,rd->rn", inputs, weights).std().clamp(min=1e-12)
+
+
+def ranks_of(order: list[int]) -> torch.Tensor:
+    """(R,) rank of each place in an order; 0 is dropped first."""
+    return torch.tensor(order).argsort().float()
+
+
+# ------------------------------------------------------------------------------------------------------------ drop orders
+
+
+def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtime, guess: list[float], depth: int, trunk: "TrunkCache | None" = None) -> list[int]:
+    """Drop `depth` routed layers one after another, each time the one whose loss on the examples rises least; the rest follow by estimate.
+
+    guess: price of each layer, in any unit. Lazy (Minoux 1978): a layer's last measured rise stands until a round finds it cheapest, and
+    what was never measured counts with its guess at the rate of those that were; a round measures at most TRIES layers.
+    """
+    def loss(closed: list[int]) -> float:
+        return evaluate(model, examples, rt, route="gather", closed=tuple(closed), trunk=trunk)["loss"]
+
+    path, now, measured = [], loss([]), {}
+    rest = set(range(len(guess)))
+    while len(path) < depth:
+        rate = sum(max(rise, 0.0) for rise in measured.values()) / max(sum(guess[place] for place in measured), 1e-12)
+        fresh = {}
+        while True:
+            cheapest = min(rest, key=lambda place: (measured.get(place, rate * guess[place]), guess[place]))
+            if cheapest in fresh and (path or len(fresh) >= min(2 * TRIES, len(rest))) or len(fresh) == (TRIES if path else 2 * TRIES):
+                break
+            if cheapest in fresh:  # the first round has no measured rises to trust: look at the next guess as well
+                cheapest = min(rest - set(fresh), key=lambda place: guess[place])
+            fresh[cheapest] = measured[cheapest] = loss([*path, cheapest]) - now
+        path.append(min(fresh, key=fresh.get))
+        now += fresh[path[-1]]
+        rest.discard(path[-1])
+    return path + sorted(rest, key=lambda place: (measured.get(place, math.inf), guess[place]))
+
+
+@torch.no_grad()
+def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> list[int]:
+    """Routed layers by 1 - cos(x, y), x what enters the target and y that plus its output: What Matters in Transformers, arXiv 2406.15786."""
+    routing = model.routing
+    total = torch.zeros(len(routing.layers), dtype=torch.float64, device=rt.device)
+    for _, group in mine(by_length(examples, EVAL_BATCH), rt):
+        batch = collate(group, rt.device)
+        x, width = model.tok_embeddings(batch.tokens), batch.tokens.shape[1]
+        real = torch.arange(width, device=rt.device) < torch.tensor(batch.lengths, device=rt.device)[:, None]  # (B,T)
+        cos, sin = model.rope(torch.arange(width, device=rt.device)[None], x.dtype)
+        for layer, block in enumerate(model.layers):
+            middle = x + block.attention(block.attention_norm(x), cos, sin)
+            after = middle + block.feed_forward(block.ffn_norm(middle))
+            if layer in routing.layers:
+                before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[routing.target]
+                total[routing.layers.index(layer)] += (1 - F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)).sum()
+            x = after
+    return sum_over_ranks(total, rt).argsort().tolist()
+
+
+def kmeans(x: torch.Tensor, k: int, *key) -> torch.Tensor:
+    """Cluster number (N,) of each row of x (N,D); columns are scaled to unit variance first, else a few massive dimensions decide alone."""
+    x, best, spread = (x - x.mean(0)) / x.std(0).clamp(min=1e-6), None, math.inf
+    for restart in range(8):
+        centres = x[permutation(len(x), *key, restart)[:k]]  # (k,D)
+        for _ in range(30):
+            near = torch.cdist(x, centres).argmin(dim=1)  # (N,)
+            centres = torch.stack([x[near == j].mean(0) if (near == j).any() else centres[j] for j in range(k)])
+        distance = torch.cdist(x, centres).amin(dim=1).square().sum().item()
+        if distance < spread:
+            best, spread = near, distance
+    return best
 
 
 class RidgeDescent(torch.optim.Optimizer):
@@ -587,7 +737,7 @@ class State:
     seconds: float = 0.0  # of the whole run so far
     step_seconds: float = 0.0  # of its optimizer steps
     layers: list[int] = field(default_factory=list)
-    layer_costs: list[float] | None = None  # mean Fisher cost by routed layer
+    orders: dict[str, list[int]] = field(default_factory=dict)  # drop orders of the static controls, as places of routed layers
 
 
 class Tuner:
@@ -614,21 +764,73 @@ class Tuner:
         layers = list(range(model.config.n_layers)) if kind == "auto" else list(deep_layers(chosen, model.config.n_layers) if kind == "deep" else chosen)
         self.route(layers)
         if kind == "auto" or cfg.recipe == "default":
-            costs, inputs = measure_costs(model, self.train[:cfg.cost_samples], self.rt, cfg.seed)
-            mean = costs.mean(dim=1)  # (R,)
-            runtime.print0("cost of skipping, in nats: " + ", ".join(f"{layer}: {cost:.3g}" for layer, cost in zip(layers, mean.tolist())))
+            costs, inputs = self.measure()
             if kind == "auto":
-                kept = sorted(mean.argsort()[:chosen].tolist())
-                costs, inputs, mean, layers = costs[kept], inputs[kept], mean[kept], [layers[i] for i in kept]
-                self.route(layers)
-            state.layer_costs = mean.tolist()
-            if cfg.recipe == "default":
-                self.inputs = inputs[:, permutation(inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
-                for router, weight in zip(model.routers(), prior_weights(costs, inputs, model.routing.unit, cfg.budget)):
-                    router.weight.data.copy_(weight[None])
+                kept = sorted(costs.mean(dim=1).argsort()[:chosen].tolist())
+                costs, inputs = costs[kept], inputs[kept]
+                self.route([layers[i] for i in kept])
+        if cfg.recipe == "default":
+            self.inputs = inputs[:, permutation(inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
         self.ready()
         if cfg.recipe == "default":
-            state.cut = settle(model, self.select, self.rt, cfg.budget)
+            self.first_routers(costs, inputs)
+
+    def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fisher costs (R,N) and router inputs (R,N,D) of the cost examples."""
+        costs, inputs = measure_costs(self.model, self.cost_examples(), self.rt, self.cfg.seed)
+        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{layer}: {cost:.3g}" for layer, cost in zip(self.state.layers, costs.mean(dim=1).tolist())))
+        return costs, inputs
+
+    def cost_examples(self) -> list[Example]:
+        """The examples that costs and orders are measured on, longest first: the order of the sequences in `measure`."""
+        return [example for group in by_length(self.train[:self.cfg.cost_samples], 1) for example in group]
+
+    def search_orders(self, costs: torch.Tensor) -> None:
+        """Find the drop orders of the static controls, as deep as the budgets in question go."""
+        cfg, model, rt, mean = self.cfg, self.model, self.rt, costs.mean(dim=1)
+        self.depth = math.ceil((1 - min(cfg.budget, *cfg.report)) * len(mean)) if cfg.report else math.ceil((1 - cfg.budget) * len(mean))
+        self.state.orders = {"greedy": greedy_order(model, self.cost_examples(), rt, mean.tolist(), self.depth, self.trunk), "fisher": mean.argsort().tolist(),
+                             "similarity": similarity_order(model, self.cost_examples(), rt)}
+        for name, order in self.state.orders.items():
+            runtime.print0(f"layers to drop, {name}: " + ", ".join(str(self.state.layers[place]) for place in order))
+
+    def first_routers(self, costs: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Start from the closed form that loses least on the selection set; one of them is the best static order, so the start is no worse than that.
+
+        Unit token: fitted to each token's Fisher cost, alone and mixed with the order. Unit sequence: fitted to the drop orders of clusters
+        of similar prompts, mixed with everyone's; a linear router that knows the kind of prompt then knows which layers it can spare.
+        """
+        cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
+        self.search_orders(costs)
+        closed = round((1 - cfg.budget) * len(costs))
+        losses = {name: evaluate(model, self.select, rt, route="gather", closed=tuple(order[:closed]), trunk=self.trunk)["loss"]
+                  for name, order in state.orders.items()}
+        best = min(losses, key=losses.get)
+        runtime.print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        static = ranks_of(state.orders[best])[:, None].expand(-1, inputs.shape[1])  # (R,N)
+        starts = {f"static ({best})": order_prior(static, inputs)}
+        if model.routing.unit == "token":
+            fisher = token_prior(costs, inputs)
+            starts |= {"fisher": fisher, "fisher + static": fisher + 0.3 * starts[f"static ({best})"]}
+        elif (k := min(CLUSTERS, costs.shape[1] // CLUSTER_SIZE)) > 1:
+            examples = self.cost_examples()
+            near = kmeans(inputs[len(inputs) // 2], k, cfg.seed, "clusters")  # (N,)
+            own = torch.empty_like(static)
+            for j in near.unique().tolist():
+                members = (near == j).nonzero().squeeze(1).tolist()
+                order = greedy_order(model, [examples[i] for i in members], rt, costs[:, members].mean(dim=1).tolist(), self.depth, self.trunk)
+                own[:, members] = ranks_of(order)[:, None]
+                runtime.print0(f"layers to drop, cluster of {len(members)}: " + ", ".join(str(state.layers[place]) for place in order[:self.depth]))
+            starts |= {f"clusters {share:g}": order_prior((1 - share) * static + share * own, inputs) for share in SHARES if share}
+        tried = {}
+        for name, weights in starts.items():
+            self.put(weights)
+            tried[name] = self.try_out()
+        runtime.print0("selection loss of starts: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
+        self.put(self.best)
+        if not cfg.evaluations:
+            state.best_loss = math.inf  # nothing is tried later: the last routers are taken
+        state.cut = settle(model, self.select, rt, cfg.budget)
 
     def route(self, layers: list[int]) -> None:
         """Give exactly these layers a fresh router."""
@@ -641,6 +843,7 @@ class Tuner:
         """Build what stands on the routers: optimizer, distributed wrapper, compiled blocks."""
         self.weights = [router.weight for router in self.model.routers()]
         self.best = self.stacked()
+        self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select, self.cfg.trunk_gb * 1e9 / self.rt.world_size)
         if self.inputs is not None:
             self.optimizer = RidgeDescent(self.weights, self.inputs, self.cfg.lr)
         else:
@@ -685,7 +888,7 @@ class Tuner:
             last = micro is micros[-1]
             with contextlib.nullcontext() if last or rt.world_size == 1 else self.student.no_sync():
                 batch = collate([whole[i] for i in micro], rt.device, 64 if self.compiled() else 1)
-                x, noise = model.trunk(batch.tokens), self.noise(batch, micro)
+                x, noise = self.trunk(model, [whole[i] for i in micro], batch), self.noise(batch, micro)
                 h, gates, z = self.student(batch, x, noise)
                 teacher = None
                 if cfg.objective == "distill":
@@ -750,7 +953,7 @@ class Tuner:
         if not hasattr(self, "teacher"):
             self.teacher = dense_states(self.model, self.select, self.rt) if self.cfg.objective == "distill" else None
         settle(self.model, self.select, self.rt, self.cfg.budget)
-        loss = evaluate(self.model, self.select, self.rt, route="gather", teacher=self.teacher)["loss"]
+        loss = evaluate(self.model, self.select, self.rt, route="gather", teacher=self.teacher, trunk=self.trunk)["loss"]
         set_cut(self.model, self.state.cut)
         if loss < self.state.best_loss:
             self.state.best_loss, self.state.best_step, self.best = loss, self.state.step, self.stacked()
@@ -879,15 +1082,51 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
             "prefill_context": length, "prefill_capacity": gates.mean().item()}
 
 
-def static_control(model: Transformer, examples: list[Example], rt: runtime.Runtime, order: list[int], capacity: float) -> float:
-    """Held-out loss with the same layers off for everyone, cheapest (first in `order`) first, at the given capacity.
+class Controls:
+    """What simple alternatives reach on held-out examples at the capacity that a router realised. Each set of dropped layers is measured once."""
 
-    A number of layers that is not whole is interpolated between its neighbours.
-    """
-    n_closed = (1 - capacity) * len(order)
-    low = math.floor(n_closed + 1e-6)
-    losses = [evaluate(model, examples, rt, route="gather", closed=tuple(order[:n]))["loss"] for n in range(low, low + 1 + (n_closed - low > 1e-6))]
-    return losses[0] + (n_closed - low) * (losses[-1] - losses[0])
+    def __init__(self, model: Transformer, examples: list[Example], rt: runtime.Runtime, orders: dict[str, list[int]]):
+        self.model, self.examples, self.rt, self.orders = model, examples, rt, orders
+        self.dense = evaluate(model, examples, rt, route="off")
+        self.known = {(): self.dense["loss"]}
+
+    def static(self, order: list[int], n_closed: float) -> float:
+        """Loss with the first n_closed layers of an order off for everyone; a number that is not whole is interpolated between its neighbours."""
+        low = math.floor(n_closed + 1e-6)
+        losses = []
+        for n in range(low, low + 1 + (n_closed - low > 1e-6)):
+            closed = tuple(sorted(order[:n]))
+            if closed not in self.known:
+                self.known[closed] = evaluate(self.model, self.examples, self.rt, route="gather", closed=closed)["loss"]
+            losses.append(self.known[closed])
+        return losses[0] + (n_closed - low) * (losses[-1] - losses[0])
+
+    def layers_saved(self, shares: list[float]) -> tuple[float, float]:
+        """How many whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
+        config, routing = self.model.config, self.model.routing
+
+        def flops(kept: dict[int, float], **how) -> float:
+            layers = [kept.get(layer, 1.0) for layer in range(config.n_layers)]
+            targets = {"attn": routing.target != "mlp", "mlp": routing.target != "attn"}
+            return sum(prefill_flops(config, len(e.tokens), **{t: layers for t, routed in targets.items() if routed}, logits=0, **how) for e in self.examples)
+
+        dense, routed = flops({}), flops(dict(zip(routing.layers, shares)), kv=routing.kv, unit=routing.unit)
+        return (dense - routed) / (dense - flops({routing.layers[0]: 0.0})), dense / routed
+
+    def row(self, budget: float) -> dict:
+        """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static ones) at equal ceiling."""
+        routed, n_routed = evaluate(self.model, self.examples, self.rt, route="gather"), len(self.model.routing.layers)
+        shares, n_closed = routed["capacity_per_layer"], (1 - routed["capacity"]) * n_routed
+        n_equal, ceiling = self.layers_saved(shares)
+        losses = {name: self.static(order, n_closed) for name, order in self.orders.items()}
+        cheap = {name: self.static(order, n_equal) for name, order in self.orders.items()}
+        best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.dense["loss"]
+        own = sorted(range(n_routed), key=lambda place: shares[place])
+        return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
+                "mean_route": self.static(own, n_closed),
+                "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"])["loss"],
+                "gap_closed": (best - routed["loss"]) / (best - dense), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap,
+                "gap_closed_at_equal_ceiling": (best_cheap - routed["loss"]) / (best_cheap - dense)}
 
 
 def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
@@ -896,27 +1135,29 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     if cfg.recipe == "default" and state.best_loss < math.inf:
         tuner.put(tuner.best)
     table = calibrate(model, tuner.select, rt)
+    if not state.orders:
+        tuner.search_orders(tuner.measure()[0])
     n_routed = len(model.routing.layers)
     thresholds = [0.5] * n_routed if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
-    set_thresholds(model, thresholds)
     path = out / "routers.safetensors"
     if rt.is_master:
         settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
         save_routers(path, model, model.routing, fingerprint=model.fingerprint, thresholds=thresholds, calibration=table, recipe=cfg.recipe,
-                     step=state.best_step if cfg.recipe == "default" else state.step, config=settings)
-    dense = evaluate(model, held, rt, route="off")
-    routed = evaluate(model, held, rt, route="gather")
-    keys = state.layer_costs or routed["capacity_per_layer"]
-    order = sorted(range(n_routed), key=lambda i: keys[i])
-    static = static_control(model, held, rt, order, routed["capacity"])
+                     step=state.best_step if cfg.recipe == "default" else state.step, config=settings,
+                     orders={name: [state.layers[place] for place in order] for name, order in state.orders.items()})
+    controls, rows = Controls(model, held, rt, state.orders), []
+    for budget in (*(b for b in cfg.report if b != cfg.budget), cfg.budget):  # its own last: the speed below is of that route
+        set_thresholds(model, thresholds if budget == cfg.budget else thresholds_for(budget, table))
+        rows.append(controls.row(budget))
+    own = rows[-1]
     speed = measure_prefill(model, held, rt) if rt.is_master else {}
     summary = {
-        "heldout_loss_dense": dense["loss"], "heldout_loss_routed": routed["loss"], "heldout_loss_static": static, "heldout_tokens": dense["tokens"],
-        "capacity": routed["capacity"], "budget": cfg.budget, "capacity_per_layer": routed["capacity_per_layer"], "granularity": cfg.granularity,
-        "layers": list(model.routing.layers), "kv": cfg.kv, "recipe": cfg.recipe, "objective": cfg.objective, "steps": state.step,
-        "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
+        "heldout_loss_dense": own["dense"], "heldout_loss_routed": own["routed"], "heldout_loss_static": min(own[name] for name in state.orders),
+        "heldout_tokens": controls.dense["tokens"], "capacity": own["capacity"], "budget": cfg.budget, "capacity_per_layer": own["capacity_per_layer"],
+        "granularity": cfg.granularity, "layers": list(model.routing.layers), "kv": cfg.kv, "recipe": cfg.recipe, "objective": cfg.objective,
+        "steps": state.step, "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
         **speed, "peak_memory_bytes": runtime.peak_memory_bytes(rt.device), "device": runtime.device_name(rt.device), "routers": str(path),
-        "seconds": time.perf_counter() - tuner.begun, "identity": tuner.identity(),
+        "seconds": time.perf_counter() - tuner.begun, "report": sorted(rows, key=lambda row: row["budget"]), "identity": tuner.identity(),
     }
     if rt.is_master:
         runtime.write_json(out / "summary.json", summary)
@@ -927,10 +1168,14 @@ def show(summary: dict) -> str:
     """The summary in words."""
     s = summary
     layers = ", ".join(f"{layer}: {share:.2f}" for layer, share in zip(s["layers"], s["capacity_per_layer"]))
+    columns = ("dense", "routed", "greedy", "fisher", "similarity", "mean_route", "random")
+    lines = [f"{row['budget']:6.3f} {row['capacity']:8.3f} {row['ceiling']:8.3f} " + " ".join(f"{row[name]:10.4f}" for name in columns) for row in s["report"]]
+    head = f"{'budget':>6} {'capacity':>8} {'ceiling':>8} " + " ".join(f"{name.replace('_', ' '):>10}" for name in columns)
     return f"""
 {s["granularity"]}, recipe {s["recipe"]}, {s["steps"]} steps, {s["tokens_per_second"]:,.0f} tok/s, {s["seconds"]:,.0f} s in all, peak {s["peak_memory_bytes"] / 2**20:,.0f} MiB on {s["device"]}
-held-out loss ({s["heldout_tokens"]:,} tokens)  dense {s["heldout_loss_dense"]:.4f} | routed {s["heldout_loss_routed"]:.4f} | the same share of layers off for everyone {s["heldout_loss_static"]:.4f}
-capacity           {s["capacity"]:.3f} of the routed units execute, budget {s["budget"]:.3f}
+held-out loss on {s["heldout_tokens"]:,} answer tokens, routers beside their controls at equal capacity (greedy, fisher, similarity: layers dropped for everyone)
+{head}
+{chr(10).join(lines)}
 capacity by layer  {layers}
 prefill            {s["prefill_speedup"]:.3f}x of dense at {s["prefill_context"]} tokens, batch 1, capacity {s["prefill_capacity"]:.2f} there; FLOPs allow {s["prefill_ceiling"]:.3f}x
 routers            {s["routers"]}"""

@@ -33,7 +33,6 @@ class CompareConfig:
     generate: tuple[str, ...] = field(default=("8x1024+128",), metadata={"help": "batch x prompt + new tokens"})
     routed: int = field(default=16, metadata={"help": "deep layers that own a router in generation"})
     compile: bool = field(default=False, metadata={"help": "time decode with our compiled model too"})
-    pack: bool = field(default=False, metadata={"help": "pack our weights for the CPU first"})
     rounds: int = field(default=5, metadata={"help": "times each pair is measured in turn"})
     steps: int = field(default=8, metadata={"help": "decode steps in one measurement"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; none: torch's choice"})
@@ -93,8 +92,6 @@ def compare(cfg: CompareConfig) -> dict:
     reference = reference_of(model)
     routing = RouterConfig("attn_sequence", deep_layers(cfg.routed, model.config.n_layers))
     model.add_routers(routing)
-    if cfg.pack:
-        model.pack()
     variants = {"eager": model}
     if cfg.compile:
         compiled = load_model(cfg.model, device=rt.device, dtype=rt.dtype)

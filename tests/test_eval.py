@@ -480,7 +480,7 @@ def test_controls_force_their_routes(base, tok, tmp_path):
         items = [replace(item, queries=[replace(item.queries[0], owner=("piqa", i))]) for i, item in enumerate(items)]
 
         def result(control: str, budget=None) -> dict:
-            run = Run(model, tok, "gather", scoring.make_control(control, model, budget))
+            run = Run(model, tok, "gather", scoring.make_control(control, model, budget, {"greedy": [2, 1, 3]}))
             return scoring.summarise(score(run, items), ("acc", "acc_norm"))
 
         drop = result("static:1,3")
@@ -494,6 +494,10 @@ def test_controls_force_their_routes(base, tok, tmp_path):
         mean = result(f"mean:{tmp_path / 'r.json'}")
         assert mean["capacity_per_layer"][1:] == [1.0, 1.0] and mean["capacity_per_layer"][0] < 0.2
         assert mean == result("static:1")
+        assert result("greedy", budget=0.4) == result("static:1,2") and result("greedy", budget=1.0)["capacity"] == 1.0
+        for control in ("greedy", "similarity", "random:5"):
+            with pytest.raises(ValueError, match="--control"):
+                result(control)
 
 
 # ------------------------------------------------------------------------------------------------------------ results
