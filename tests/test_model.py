@@ -281,7 +281,8 @@ def test_trunk_can_be_computed_once():
     tokens = tokens_of(2, 8)
     whole, gates = model(tokens, route="mask")
     h, again = model.hidden(None, x=model.trunk(tokens), first_layer=2, route="mask")
-    assert torch.equal(model.head(h), whole) and torch.equal(gates, again)
+    torch.testing.assert_close(model.head(h), whole)
+    assert torch.equal(gates, again)
 
 
 def test_pool_setting_decides_what_a_sequence_router_sees():
@@ -332,11 +333,11 @@ def test_prefill_flops_match_torchs_counter(family):
     model, width = build(family), 16
     with FlopCounterMode(display=False) as counter:
         h, _ = model.hidden(tokens_of(1, width))
-        model.head(h[:, -1])
+        model.head(h[:, -2:])  # two: of a lone token the head is a matrix-vector product, which the counter does not know
     counts = counter.get_flop_counts()["Global"]
     multiplies = sum(count for op, count in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
     pairs = 0.0
     for layer in range(4):
         window = min(model.config.window(layer) or width, width)
         pairs += 4 * model.config.n_heads * model.config.head_dim * sum(min(i + 1, window) for i in range(width))
-    assert prefill_flops(model.config, width) == multiplies + pairs
+    assert prefill_flops(model.config, width, logits=2) == multiplies + pairs
