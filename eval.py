@@ -360,6 +360,7 @@ class Item:
     gold: int | str
     sizes: list[int]
     truncated: bool = False
+    domain: str | None = None  # what a messages file says of the row
 
     @property
     def task(self) -> str:
@@ -481,7 +482,7 @@ def prepare_perplexity(name: str, path: Path, tok: Tokenizer, *, items: int | No
                              "and one or more before: shorten the row")
         scored = [at - first for at, loss in enumerate(mask) if loss]
         branch = Branch(0, array("i", ids[first:first + scored[-1] + 1]), scored)
-        work.append(Item([Query((name, len(work)), array("i", ids[:first]), [branch])], 0, [len(branch.scored)]))
+        work.append(Item([Query((name, len(work)), array("i", ids[:first]), [branch])], 0, [len(branch.scored)], domain=row.get("domain")))
         digest.update(array("i", [*ids, -first]).tobytes())
     if not work:
         which = f" whose split is {split!r}" if split else ""
@@ -884,6 +885,13 @@ def _variance(values: Sequence[float]) -> float:
     return sum((v - mean) ** 2 for v in values) / len(values)
 
 
+def routes_of(shares: Sequence[Sequence[float]], within: Sequence[float]) -> dict:
+    """How dynamic routes are: shares[task][layer] of executing units, within[task] the variance between a task's items, mean over layers."""
+    constant = [share <= 0.01 or share >= 0.99 for row in shares for share in row]
+    return {"variance_within_tasks": sum(within) / len(within), "variance_between_tasks": sum(map(_variance, zip(*shares))) / len(shares[0]),
+            "constant_task_layer_pairs": sum(constant) / len(constant)}
+
+
 def summarise_group(names: Sequence[str], results: dict, records: dict[str, list[dict]]) -> dict:
     """MMLU and its categories: acc over all items, its standard error pooled as in lm-eval; acc_subjects is the plain mean of subjects."""
     result = summarise([r for name in names for r in records[name]], ("acc",))
@@ -1164,7 +1172,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
     decides = [model.fingerprint, routers, route, cfg.budget, cfg.control, str(rt.dtype), rt.device.type, cfg.max_batch_tokens]
     stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
-    samples, progress, records, results, items = Samples(cfg.samples, rt), Progress(works, rt.is_master), {}, {}, {}
+    samples, progress, records, results, items, domains = Samples(cfg.samples, rt), Progress(works, rt.is_master), {}, {}, {}, {}
     done = samples.resume(stamps)
     for work in works:
         name, resumed = work.task.name, len(done[work.task.name])
@@ -1176,6 +1184,8 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
         items[name] = {"sha": work.sha} | {metric: "".join(str(r[metric]) for r in mine) for metric in work.task.metrics if metric != "nll"}
         if name in PERPLEXITY:
             items[name] |= {"nll": [-r["logprobs"][0] for r in mine], "tokens": [r["tokens"] for r in mine]}
+            domains |= {f"{name}/{domain}": summarise([r for r in mine if work.items[r["index"]].domain == domain], ("nll",))
+                        for domain in sorted({item.domain for item in work.items} - {None})}
     samples.finish([record for part in records.values() for record in part])
     for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
         results[group] = summarise_group(GROUPS[group], results, records)
@@ -1183,9 +1193,11 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     report = {"model": cfg.model, "fingerprint": model.fingerprint, "route": route, "results": results, "items": items,
               "settings": asdict(cfg), "torch": torch.__version__, "device": runtime.device_name(rt.device),
               "dtype": str(rt.dtype).removeprefix("torch."), "peak_memory_bytes": runtime.peak_memory_bytes(rt.device)}
-    routes = [result["capacity_per_layer"] for name, result in results.items() if "capacity_per_layer" in result and name not in GROUPS]
-    if len(routes) > 1:
-        report["route_variance_between_tasks"] = sum(map(_variance, zip(*routes))) / len(routes[0])
+    if domains:
+        report["domains"] = domains
+    routed = [r for name, r in {**results, **domains}.items() if "capacity_per_layer" in r and name not in GROUPS and not (domains and name in PERPLEXITY)]
+    if len(routed) > 1:
+        report["routes"] = routes_of([r["capacity_per_layer"] for r in routed], [r["route_variance"] for r in routed])
     if other is not None:
         report["against"] = {"file": cfg.against, "tasks": compare(items, other)}
     return report
@@ -1202,6 +1214,10 @@ def main() -> None:
             runtime.write_json(cfg.out, report)
         bold = {task.name: task.metrics[0] for task in tasks_named(cfg.tasks, cfg.custom)}
         print(table(report["results"], bold, report.get("against", {}).get("tasks", {})))
+        for name, r in report.get("domains", {}).items():
+            print(f"{name.replace('_', ' '):<32} loss {r['loss']:.5f} | {r['n']} items, {r['tokens']:,} answer tokens | capacity {r['capacity']:.3f}")
+        if "routes" in report:
+            print("routes: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in report["routes"].items()))
     runtime.cleanup()
 
 

@@ -4,7 +4,9 @@ Run: python tests/compare_transformers.py --model=checkpoints/smollm2-135m-instr
 
 Not part of the test command: it needs a prepared checkpoint and minutes of an idle machine. Prefill and decode run dense (`off`), eager,
 with --compile compiled too; generation also with half of the routed attentions skipped. `ratio` is the median over rounds of transformers'
-seconds / ours, the two timed one after the other; above 1 we are faster. Logits and greedy tokens are compared first. The last line is JSON.
+seconds / ours, the two timed one after the other; above 1 we are faster. Logits are compared first. Beside each decode step stands `floor`:
+the seconds that its matrix products alone take, one pass over all weights by the same library calls, so transformers / floor bounds any
+eager speed-up. The last line is JSON.
 """
 
 import json
@@ -71,6 +73,22 @@ def their_decode(reference, cache, token: torch.Tensor, steps: int) -> float:
     return seconds
 
 
+@torch.inference_mode()
+def floor(model: Transformer, batch: int, rounds: int) -> float:
+    """Median seconds of one pass of `batch` tokens through every weight matrix and the head, and nothing else."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {width: torch.randn(batch, width, dtype=model.norm.weight.dtype, device=model.norm.weight.device)
+              for width in {model.config.dim, *(layer.in_features for layer in layers)}}
+
+    def fn():
+        for layer in layers:
+            layer(inputs[layer.in_features])
+        model.head(inputs[model.config.dim])
+
+    fn()
+    return statistics.median(timed(model.norm.weight.device, fn)[0] for _ in range(rounds))
+
+
 def in_turn(theirs, ours, rounds: int) -> tuple[float, float, float]:
     """Median seconds of both and the median ratio theirs / ours, after one warm-up of each."""
     theirs(), ours()
@@ -109,10 +127,11 @@ def compare(cfg: CompareConfig) -> dict:
     print(f"largest difference of a logit: {difference:.2e}", flush=True)
     rows = []
 
-    def report(what: str, variant: str, theirs, ours) -> None:
+    def report(what: str, variant: str, theirs, ours, floor: float | None = None) -> None:
         their_seconds, seconds, ratio = in_turn(theirs, ours, cfg.rounds)
-        rows.append(dict(what=what, variant=variant, transformers_seconds=their_seconds, seconds=seconds, ratio=ratio))
-        print(f"{what:<28} {variant:<12} transformers {their_seconds * 1e3:10.2f} ms | ours {seconds * 1e3:10.2f} ms | ratio {ratio:.3f}", flush=True)
+        rows.append(dict(what=what, variant=variant, transformers_seconds=their_seconds, seconds=seconds, ratio=ratio, floor_seconds=floor))
+        least = "" if floor is None else f" | floor {floor * 1e3:8.2f} ms (transformers / floor {their_seconds / floor:.2f})"
+        print(f"{what:<28} {variant:<12} transformers {their_seconds * 1e3:10.2f} ms | ours {seconds * 1e3:10.2f} ms | ratio {ratio:.3f}{least}", flush=True)
 
     for length in cfg.prefill:
         tokens = prompts(1, length)
@@ -127,7 +146,7 @@ def compare(cfg: CompareConfig) -> dict:
             with torch.inference_mode():
                 variant.hidden(tokens, cache=cache)
             report(f"decode {batch} x {context}", name, lambda: their_decode(reference, their_cache, tokens[:, -1:], cfg.steps),
-                   lambda: run_decode(variant, cache, tokens[:, -1:], "off", [None] * cfg.steps).seconds)
+                   lambda: run_decode(variant, cache, tokens[:, -1:], "off", [None] * cfg.steps).seconds, floor(model, batch, cfg.rounds))
     for point in cfg.generate:
         batch, context, new = map(int, point.replace("+", "x").split("x"))
         tokens = prompts(batch, context)

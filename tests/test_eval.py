@@ -454,7 +454,7 @@ def talk(i: int) -> list[dict]:
 
 
 def messages(path: Path, n: int = 5) -> Path:
-    jsonl(path, [{"messages": talk(i), "split": "heldout" if i % 2 else "train"} for i in range(n)])
+    jsonl(path, [{"messages": talk(i), "split": "heldout" if i % 2 else "train", "domain": "ab"[i % 2]} for i in range(n)])
     return path
 
 
@@ -501,6 +501,11 @@ def test_controls_force_their_routes(base, tok, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ results
+
+
+def test_routes_are_told_apart_within_and_between_tasks():
+    found = scoring.routes_of([[1.0, 0.5, 0.0], [1.0, 0.5, 1.0]], [0.0, 0.1])
+    assert found == {"variance_within_tasks": 0.05, "variance_between_tasks": pytest.approx(0.25 / 3), "constant_task_layer_pairs": pytest.approx(4 / 6)}
 
 
 def test_standard_errors_and_pooling():
@@ -576,6 +581,10 @@ def test_two_ranks_are_one_process_bit_for_bit(base, tmp_path):
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes() and reports[0]["items"] == reports[1]["items"]
     alone, together = ({name: {**result, "seconds": 0} for name, result in report["results"].items()} for report in reports)
     assert alone == together
+    for name in ("perplexity", "perplexity_dense"):  # domains are a partition of the items
+        parts, whole = [reports[1]["domains"][f"{name}/{domain}"] for domain in "ab"], reports[1]["results"][name]
+        assert sum(part["loss"] * part["tokens"] for part in parts) / whole["tokens"] == pytest.approx(whole["loss"]) and sum(p["n"] for p in parts) == whole["n"]
+    assert reports[0]["routes"] == reports[1]["routes"] and "routes: variance within tasks" in done.stdout
     assert 0 < reports[0]["results"]["arc_challenge"]["capacity"] < 1 and reports[0]["results"]["mmlu_stem"]["subjects"] == 19
 
 
