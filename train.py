@@ -6,9 +6,9 @@
 
 Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same command goes on where
 the last checkpoint stands and ends in the same router file, bit for bit (on a GPU as far as its kernels are deterministic).
-recipe=default: price every layer and unit by its Fisher cost, search the order in which layers are best dropped, start from routers fitted
-to both in closed form, tune by steps of ridge regression in the space of logits, hold the budget with a running quantile as the cut, keep
-the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty). Both end beside their controls: the same share
+recipe=default: price every layer and unit by its Fisher cost, search the order in which layers are best dropped, start from routers in
+closed form that are as good as that order, tune by steps of ridge regression in the space of logits, hold the budget with a running
+quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty). Both end beside their controls: the same share
 of layers dropped for everyone (by greedy search, by Fisher cost, by similarity), random routes, and the routers' own routes made constant.
 
 Legend: B batch rows, T tokens, D width, V vocabulary, R routed layers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
@@ -59,10 +59,7 @@ RIDGE_STRENGTH = 1.0  # of the default recipe's steps, in mean eigenvalues of th
 MOMENTUM = 0.9  # of the same
 INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
-CLUSTERS = 5  # most clusters of prompts that get a drop order of their own
-CLUSTER_SIZE = 8  # least examples in one, on average
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
-SHARES = (0.0, 0.5, 1.0)  # how far the first sequence routers follow the cluster's order instead of everyone's; chosen on the selection set
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
@@ -97,7 +94,7 @@ class TrainConfig:
     warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
-    cost_samples: int = field(default=48, metadata={"help": "training examples on which costs are measured and drop orders searched"})
+    cost_samples: int = field(default=32, metadata={"help": "training examples on which costs are measured and drop orders searched"})
     select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
     evaluations: int = field(default=4, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
     report: tuple[float, ...] = field(default=(), metadata={"help": "more budgets at which the finished routers are compared with their controls"})
@@ -662,20 +659,6 @@ def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Ru
     return sum_over_ranks(total, rt).argsort().tolist()
 
 
-def kmeans(x: torch.Tensor, k: int, *key) -> torch.Tensor:
-    """Cluster number (N,) of each row of x (N,D); columns are scaled to unit variance first, else a few massive dimensions decide alone."""
-    x, best, spread = (x - x.mean(0)) / x.std(0).clamp(min=1e-6), None, math.inf
-    for restart in range(8):
-        centres = x[permutation(len(x), *key, restart)[:k]]  # (k,D)
-        for _ in range(30):
-            near = torch.cdist(x, centres).argmin(dim=1)  # (N,)
-            centres = torch.stack([x[near == j].mean(0) if (near == j).any() else centres[j] for j in range(k)])
-        distance = torch.cdist(x, centres).amin(dim=1).square().sum().item()
-        if distance < spread:
-            best, spread = near, distance
-    return best
-
-
 class RidgeDescent(torch.optim.Optimizer):
     """Steps in the space of logits: each router moves by the ridge regression of its units' prices on their inputs, not along the raw gradient.
 
@@ -788,18 +771,15 @@ class Tuner:
     def search_orders(self, costs: torch.Tensor) -> None:
         """Find the drop orders of the static controls, as deep as the budgets in question go."""
         cfg, model, rt, mean = self.cfg, self.model, self.rt, costs.mean(dim=1)
-        self.depth = math.ceil((1 - min(cfg.budget, *cfg.report)) * len(mean)) if cfg.report else math.ceil((1 - cfg.budget) * len(mean))
-        self.state.orders = {"greedy": greedy_order(model, self.cost_examples(), rt, mean.tolist(), self.depth, self.trunk), "fisher": mean.argsort().tolist(),
+        depth = math.ceil((1 - min((cfg.budget, *cfg.report))) * len(mean))
+        self.state.orders = {"greedy": greedy_order(model, self.cost_examples(), rt, mean.tolist(), depth, self.trunk), "fisher": mean.argsort().tolist(),
                              "similarity": similarity_order(model, self.cost_examples(), rt)}
         for name, order in self.state.orders.items():
             runtime.print0(f"layers to drop, {name}: " + ", ".join(str(self.state.layers[place]) for place in order))
 
     def first_routers(self, costs: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Start from the closed form that loses least on the selection set; one of them is the best static order, so the start is no worse than that.
-
-        Unit token: fitted to each token's Fisher cost, alone and mixed with the order. Unit sequence: fitted to the drop orders of clusters
-        of similar prompts, mixed with everyone's; a linear router that knows the kind of prompt then knows which layers it can spare.
-        """
+        """Start from the best static order, as routers that say the same of everyone; unit token: or, where the selection set loses less, from
+        routers fitted to each token's Fisher cost, alone or mixed with that order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
         self.search_orders(costs)
         closed = round((1 - cfg.budget) * len(costs))
@@ -812,16 +792,6 @@ class Tuner:
         if model.routing.unit == "token":
             fisher = token_prior(costs, inputs)
             starts |= {"fisher": fisher, "fisher + static": fisher + 0.3 * starts[f"static ({best})"]}
-        elif (k := min(CLUSTERS, costs.shape[1] // CLUSTER_SIZE)) > 1:
-            examples = self.cost_examples()
-            near = kmeans(inputs[len(inputs) // 2], k, cfg.seed, "clusters")  # (N,)
-            own = torch.empty_like(static)
-            for j in near.unique().tolist():
-                members = (near == j).nonzero().squeeze(1).tolist()
-                order = greedy_order(model, [examples[i] for i in members], rt, costs[:, members].mean(dim=1).tolist(), self.depth, self.trunk)
-                own[:, members] = ranks_of(order)[:, None]
-                runtime.print0(f"layers to drop, cluster of {len(members)}: " + ", ".join(str(state.layers[place]) for place in order[:self.depth]))
-            starts |= {f"clusters {share:g}": order_prior((1 - share) * static + share * own, inputs) for share in SHARES if share}
         tried = {}
         for name, weights in starts.items():
             self.put(weights)

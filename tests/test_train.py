@@ -340,14 +340,6 @@ def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
     made.model.layers[2].attention.wo.weight.data *= 1e4
 
 
-def test_kmeans_finds_groups_that_stand_apart():
-    torch.manual_seed(0)
-    centres = torch.tensor([[8.0, 0.0], [0.0, 8.0], [-8.0, -8.0]])
-    truth = torch.arange(30) % 3
-    near = train.kmeans(centres[truth] + torch.randn(30, 2), 3, "key")
-    assert all(len(near[truth == j].unique()) == 1 for j in range(3)) and len(near.unique()) == 3
-
-
 @pytest.mark.parametrize("limit, stored", [(1e9, True), (9000, True), (0, False)])
 def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     made = tuner(base, layers="2-3", recipe="paper", trunk_gb=0)
