@@ -1119,6 +1119,7 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     for budget in (*(b for b in cfg.report if b != cfg.budget), cfg.budget):  # its own last: the speed below is of that route
         set_thresholds(model, thresholds if budget == cfg.budget else thresholds_for(budget, table))
         rows.append(controls.row(budget))
+        runtime.print0(f"held out at budget {budget:.3f}: capacity {rows[-1]['capacity']:.3f}, loss {rows[-1]['routed']:.4f}")
     own = rows[-1]
     speed = measure_prefill(model, held, rt) if rt.is_master else {}
     summary = {
