@@ -61,6 +61,7 @@ INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
+ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets at which calibration compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
 
@@ -492,10 +493,11 @@ def route_logits(model: Transformer, examples: list[Example], rt: runtime.Runtim
     return torch.cat(collect(parts, rt), dim=1)
 
 
-def set_cut(model: Transformer, cut: float) -> None:
-    """One cut, in logits, for all routers."""
-    for router in model.routers():
-        router.cut.fill_(cut)
+def set_cut(model: Transformer, cut: float | list[float]) -> None:
+    """One cut, in logits, for all routers, or one for each."""
+    routers = model.routers()
+    for router, value in zip(routers, cut if isinstance(cut, list) else [cut] * len(routers)):
+        router.cut.fill_(value)
 
 
 def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, budget: float, rounds: int = 2) -> float:
@@ -506,10 +508,12 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
     return cut
 
 
-def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
-    """Table of cuts for every budget in BUDGETS: one to three passes per tenth of budget, since deeper logits depend on the route."""
+def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, order: list[int] | None = None, trunk: TrunkCache | None = None) -> dict:
+    """Table of cuts for every budget in BUDGETS: one for all layers, found in one to three passes per tenth of budget, since deeper logits
+    depend on the route. With an order, budgets at which it loses less than the routers on these examples get its cuts instead (`static`)."""
     set_cut(model, -math.inf)
     z, cuts, cut = route_logits(model, examples, rt), {}, -math.inf
+    dense = z
     for tenth in range(9, 0, -1):
         trial, best = quantile_cut(z, tenth / 10), (math.inf, z)
         for _ in range(3):  # mostly once: until the budget is realised under its own route
@@ -525,9 +529,29 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime) 
             cut = max(cut, quantile_cut(z, entry))  # a smaller budget never has a lower cut
             cuts[entry] = cut
     cuts = {1.0: -math.inf, **cuts, 0.0: math.inf}
-    budgets = sorted(cuts)
     n_layers = len(model.routing.layers)
-    return {"budgets": budgets, "thresholds": [[as_threshold(cuts[budget])] * n_layers for budget in budgets]}
+    rows = {budget: [cut] * n_layers for budget, cut in cuts.items()}
+    static = []
+    for anchor in ANCHORS if order else ():
+        losses = []
+        for row in (rows[anchor], static_cuts(dense, order, anchor)):
+            set_cut(model, row)
+            losses.append(evaluate(model, examples, rt, route="gather", trunk=trunk)["loss"])
+        if losses[1] < losses[0]:
+            static += [budget for budget in sorted(rows) if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
+    rows |= {budget: static_cuts(dense, order, budget) for budget in static}
+    budgets = sorted(rows)
+    return {"budgets": budgets, "thresholds": [[as_threshold(cut) for cut in rows[budget]] for budget in budgets], "static": static}
+
+
+def static_cuts(z: torch.Tensor, order: list[int], budget: float) -> list[float]:
+    """Cuts (R) that close the first layers of an order for everyone and leave the others open; a fraction of a layer goes by its logits z (R,N)."""
+    n_closed, cuts = (1 - budget) * len(order), [-math.inf] * len(order)
+    for rank, place in enumerate(order):
+        share = min(max(n_closed - rank, 0.0), 1.0)  # of this layer that is to be closed
+        if share > 1e-6:
+            cuts[place] = math.inf if share > 1 - 1e-6 else quantile_cut(z[place], 1 - share)
+    return cuts
 
 
 def as_threshold(cut: float) -> float:
@@ -721,6 +745,7 @@ class State:
     step_seconds: float = 0.0  # of its optimizer steps
     layers: list[int] = field(default_factory=list)
     orders: dict[str, list[int]] = field(default_factory=dict)  # drop orders of the static controls, as places of routed layers
+    best_order: str | None = None  # the one that loses least on the selection set at the budget
 
 
 class Tuner:
@@ -785,7 +810,7 @@ class Tuner:
         closed = round((1 - cfg.budget) * len(costs))
         losses = {name: evaluate(model, self.select, rt, route="gather", closed=tuple(order[:closed]), trunk=self.trunk)["loss"]
                   for name, order in state.orders.items()}
-        best = min(losses, key=losses.get)
+        state.best_order = best = min(losses, key=losses.get)
         runtime.print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         static = ranks_of(state.orders[best])[:, None].expand(-1, inputs.shape[1])  # (R,N)
         starts = {f"static ({best})": order_prior(static, inputs)}
@@ -1104,7 +1129,10 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     cfg, rt, model, state = tuner.cfg, tuner.rt, tuner.model, tuner.state
     if cfg.recipe == "default" and state.best_loss < math.inf:
         tuner.put(tuner.best)
-    table = calibrate(model, tuner.select, rt)
+    table = calibrate(model, tuner.select, rt, state.orders.get(state.best_order), tuner.trunk)
+    if table["static"]:
+        runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
+                       "loses less on the selection set than the routers, and stands in the table")
     if not state.orders:
         tuner.search_orders(tuner.measure()[0])
     n_routed = len(model.routing.layers)

@@ -379,6 +379,29 @@ def test_one_table_serves_every_budget(base, granularity):
             assert kept == pytest.approx(budget, abs=0.02 + 1.5 / n)
 
 
+def test_calibration_falls_back_on_the_static_order(base):
+    """Routers that run the wrong layers: the table then holds the order's cuts, and realises the budget all the same."""
+    made = tuner(base, granularity="attn_sequence", layers="0-3")
+    order = made.state.orders[made.state.best_order]
+    inputs = made.inputs
+    wrong = train.order_prior(train.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
+    made.put(wrong)
+    table = train.calibrate(made.model, made.select, CPU, order)
+    assert 0.5 in table["static"]
+    router.set_thresholds(made.model, router.thresholds_for(0.5, table))
+    static = train.evaluate(made.model, made.select, CPU, route="gather", closed=tuple(order[:2]))
+    found = train.evaluate(made.model, made.select, CPU, route="gather")
+    assert found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
+    assert not train.calibrate(made.model, made.select, CPU)["static"]
+
+
+def test_static_cuts_close_in_order_and_split_a_layer():
+    z = torch.arange(12.0).view(3, 4)
+    opened = z >= torch.tensor(train.static_cuts(z, [2, 0, 1], 0.5))[:, None]
+    assert opened.tolist() == [[False, False, True, True], [True] * 4, [False] * 4]
+    assert not (z >= torch.tensor(train.static_cuts(z, [2, 0, 1], 0.0))[:, None]).any() and (z >= torch.tensor(train.static_cuts(z, [2, 0, 1], 1.0))[:, None]).all()
+
+
 def test_evaluation_does_not_depend_on_the_route_mode(base):
     made = tuner(base, layers="0-3")
     by_mask, by_gather = (train.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
