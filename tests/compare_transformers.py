@@ -33,6 +33,7 @@ class CompareConfig:
     prefill: tuple[int, ...] = field(default=(512, 2048), metadata={"help": "prompt lengths, batch 1"})
     decode: tuple[str, ...] = field(default=("1x512", "8x1024"), metadata={"help": "batch x context of decode steps"})
     generate: tuple[str, ...] = field(default=("8x1024+128",), metadata={"help": "batch x prompt + new tokens"})
+    generate_dense: bool = field(default=False, metadata={"help": "time generation without skipping as well"})
     routed: int = field(default=16, metadata={"help": "deep layers that own a router in generation"})
     compile: bool = field(default=False, metadata={"help": "time decode with our compiled model too"})
     rounds: int = field(default=5, metadata={"help": "times each pair is measured in turn"})
@@ -156,7 +157,8 @@ def compare(cfg: CompareConfig) -> dict:
             return timed(rt.device, lambda: reference.generate(tokens, **settings))[0]
 
         for name, variant in variants.items():
-            for label, route, gates in (("dense", "off", None), ("half skipped", "gather", forced_gates(routing, 0.5, batch, context).to(rt.device))):
+            half = ("half skipped", "gather", forced_gates(routing, 0.5, batch, context).to(rt.device))
+            for label, route, gates in (("dense", "off", None), half) if cfg.generate_dense else (half,):
                 report(f"generate {batch} x {context} + {new}", f"{name} {label}", theirs,
                        lambda: timed(rt.device, lambda: generate(variant, tokens.tolist(), new, route=route, gates=gates))[0])
     return dict(settings=asdict(cfg), transformers=transformers.__version__, torch=torch.__version__, threads=torch.get_num_threads(),
