@@ -532,6 +532,20 @@ class Attention(nn.Module):
         return picked.unpack(out.transpose(1, 2)).flatten(1)  # (B, M, H, h) -> (n, H, h) -> (n, H*h)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(a) * b that keeps a and b for its backward pass and computes silu(a) again: a third less memory in a feed-forward's widest place."""
+
+    @staticmethod
+    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -541,7 +555,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
-            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+            return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
         return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
 

@@ -52,7 +52,7 @@ RECIPES = {
 FREE = ("out", "save_every", "overwrite", "trunk_gb")  # settings that may differ between a run and its continuation, and do not change the result
 
 EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
-LOGITS_AT_ONCE = 2**25  # logits held at a time, 128 MiB in fp32: the head and its loss run over blocks of rows
+LOGITS_AT_ONCE = 2**24  # logits held at a time, 64 MiB in fp32: the head and its loss run over blocks of rows
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
 RIDGE_STRENGTH = 1.0  # of the default recipe's steps, in mean eigenvalues of the inputs' covariance
@@ -1117,11 +1117,15 @@ class Controls:
         cheap = {name: self.static(order, n_equal) for name, order in self.orders.items()}
         best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.dense["loss"]
         own = sorted(range(n_routed), key=lambda place: shares[place])
+
+        def closed(static: float) -> float | None:
+            """Share of the gap between static and dense that routing closes; None where dropping layers costs nothing."""
+            return (static - routed["loss"]) / (static - dense) if static > dense else None
+
         return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
                 "mean_route": self.static(own, n_closed),
                 "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"])["loss"],
-                "gap_closed": (best - routed["loss"]) / (best - dense), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap,
-                "gap_closed_at_equal_ceiling": (best_cheap - routed["loss"]) / (best_cheap - dense)}
+                "gap_closed": closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": closed(best_cheap)}
 
 
 def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
@@ -1168,8 +1172,9 @@ def show(summary: dict) -> str:
     s = summary
     layers = ", ".join(f"{layer}: {share:.2f}" for layer, share in zip(s["layers"], s["capacity_per_layer"]))
     columns = ("dense", "routed", "greedy", "fisher", "similarity", "mean_route", "random")
-    lines = [f"{row['budget']:6.3f} {row['capacity']:8.3f} {row['ceiling']:8.3f} " + " ".join(f"{row[name]:10.4f}" for name in columns) for row in s["report"]]
-    head = f"{'budget':>6} {'capacity':>8} {'ceiling':>8} " + " ".join(f"{name.replace('_', ' '):>10}" for name in columns)
+    lines = [f"{row['budget']:6.3f} {row['capacity']:8.3f} {row['ceiling']:8.3f} " + " ".join(f"{row[name]:10.4f}" for name in columns)
+             + f"{'n/a' if row['gap_closed'] is None else format(row['gap_closed'], '.0%'):>11}" for row in s["report"]]
+    head = f"{'budget':>6} {'capacity':>8} {'ceiling':>8} " + " ".join(f"{name.replace('_', ' '):>10}" for name in columns) + " gap closed"
     return f"""
 {s["granularity"]}, recipe {s["recipe"]}, {s["steps"]} steps, {s["tokens_per_second"]:,.0f} tok/s, {s["seconds"]:,.0f} s in all, peak {s["peak_memory_bytes"] / 2**20:,.0f} MiB on {s["device"]}
 held-out loss on {s["heldout_tokens"]:,} answer tokens, routers beside their controls at equal capacity (greedy, fisher, similarity: layers dropped for everyone)

@@ -6,7 +6,8 @@ The plain loop is what the paper's trainer amounts to: transformers' model in ev
 requiring gradients, hooks that pool the attention's input, decide with a straight-through gate and multiply the attention's output by it,
 logits for every token, AdamW on the routers. Both sides: cross-entropy of the answers, the deep:N layers per sequence, the same
 micro-batches in the same order. Each side runs in a process of its own, in turn; tokens/s are of real tokens in the steps after the
-first one, memory is the whole process's peak. The last line printed is JSON.
+first one, memory is the whole process's peak. `cached` is ours on the same batches once more, when the activations below the first
+routed layer are read from disk, as in a second epoch. The last line printed is JSON.
 """
 
 import json
@@ -15,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,12 +45,13 @@ class TuningConfig:
     rounds: int = field(default=3, metadata={"help": "times each side runs"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; none: torch's choice"})
     side: Literal["both", "ours", "theirs"] = field(default="both", metadata={"help": "both: the comparison; else one side alone, as the comparison runs it"})
+    scratch: str = field(default="", metadata={"help": "folder for activations; the comparison gives each run a fresh one"})
     out: str | None = field(default=None, metadata={"help": "write the JSON here too"})
 
 
 def settings(cfg: TuningConfig) -> train.TrainConfig:
     return train.TrainConfig(model=cfg.model, data=(cfg.data,), recipe="paper", layers=f"deep:{cfg.routed}", lambda_=0.0, batch_size=cfg.batch_size,
-                             micro_batch=cfg.micro_batch, steps=cfg.steps + 1, trunk_gb=0.0, device="cpu", dtype="float32")
+                             micro_batch=cfg.micro_batch, steps=2 * cfg.steps + 1, trunk_gb=1.0, device="cpu", dtype="float32", out=cfg.scratch)
 
 
 def their_step(reference, routers: torch.nn.ParameterList, optimizer, micros: list[train.Batch]) -> float:
@@ -95,6 +98,7 @@ def one_side(cfg: TuningConfig) -> dict:
     examples, select, _ = train.load_data(tuning, load_tokenizer(cfg.model), load_config(cfg.model).max_seq_len)
     batches = [sorted((examples[i] for i in train.global_batch(len(examples), cfg.batch_size, tuning.seed, step)), key=lambda e: -len(e.tokens))
                for step in range(cfg.steps + 1)]
+    steps = 2 * cfg.steps + 1
     if cfg.side == "ours":
         rt = runtime.setup("cpu", "float32", tuning.seed)
         tuner = train.Tuner(tuning, rt, load_model(cfg.model), examples, select)
@@ -113,25 +117,31 @@ def one_side(cfg: TuningConfig) -> dict:
         def do(batch: list) -> float:
             micros = [train.collate(batch[a:a + cfg.micro_batch], torch.device("cpu")) for a in range(0, len(batch), cfg.micro_batch)]
             for group in optimizer.param_groups:
-                group["lr"] = train.lr_at(len(losses), cfg.steps + 1, tuning.lr, tuning.warmup)
+                group["lr"] = train.lr_at(len(losses), steps, tuning.lr, tuning.warmup)
             return their_step(reference, routers, optimizer, micros)
 
-    losses, seconds, tokens = [], 0.0, 0
-    for number, batch in enumerate(batches):
+    losses = []
+    losses.append(do(batches[0]))  # warms up
+
+    def rate() -> float:
         begin = time.perf_counter()
-        losses.append(do(batch))
-        if number:  # the first step warms up
-            seconds += time.perf_counter() - begin
-            tokens += sum(len(example.tokens) for example in batch)
-    return {"losses": losses, "tokens_per_second": tokens / seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        losses.extend(do(batch) for batch in batches[1:])
+        return sum(len(example.tokens) for batch in batches[1:] for example in batch) / (time.perf_counter() - begin)
+
+    found = {"tokens_per_second": rate(), "losses": list(losses)}
+    if cfg.side == "ours":
+        tuner.state.step = 1  # the same batches again
+        found["cached_tokens_per_second"] = rate()
+    return found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def compare(cfg: TuningConfig) -> dict:
     sides = {"ours": [], "theirs": []}
     for turn in range(cfg.rounds):
         for side in sorted(sides, reverse=bool(turn % 2)):
-            given = [f"--{name}={value}" for name, value in asdict(cfg).items() if name not in ("side", "out", "rounds") and value is not None]
-            done = subprocess.run([sys.executable, __file__, *given, f"--side={side}"], capture_output=True, text=True)
+            given = [f"--{name}={value}" for name, value in asdict(cfg).items() if name not in ("side", "out", "rounds", "scratch") and value is not None]
+            with tempfile.TemporaryDirectory() as scratch:
+                done = subprocess.run([sys.executable, __file__, *given, f"--side={side}", f"--scratch={scratch}"], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"side {side} failed:\n{done.stderr}")
             sides[side].append(json.loads(done.stdout.splitlines()[-1]))
@@ -139,10 +149,11 @@ def compare(cfg: TuningConfig) -> dict:
                   f"losses {', '.join(f'{loss:.4f}' for loss in sides[side][-1]['losses'])}", flush=True)
     difference = max(abs(a - b) for a, b in zip(sides["ours"][0]["losses"], sides["theirs"][0]["losses"]))
     speed = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(sides["ours"], sides["theirs"]))
+    cached = statistics.median(a["cached_tokens_per_second"] / b["tokens_per_second"] for a, b in zip(sides["ours"], sides["theirs"]))
     memory = statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in zip(sides["ours"], sides["theirs"]))
-    print(f"ours / theirs: {speed:.2f}x tokens per second, {memory:.2f}x peak memory; largest difference of a loss {difference:.1e}")
+    print(f"ours / theirs: {speed:.2f}x tokens per second, {cached:.2f}x with cached activations, {memory:.2f}x peak memory; largest difference of a loss {difference:.1e}")
     assert math.isfinite(difference)
-    return {"settings": asdict(cfg), "speed": speed, "memory": memory, "loss_difference": difference, **sides}
+    return {"settings": asdict(cfg), "speed": speed, "cached_speed": cached, "memory": memory, "loss_difference": difference, **sides}
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def test_gather_compiles_the_same_code_for_every_route(granularity, kv):
         wanted = [model(tokens, route="gather", gates=gates)[0] for tokens, gates in calls]
         compile_model(model, backend=counter)
         for (tokens, gates), logits in zip(calls, wanted):
-            torch.testing.assert_close(model(tokens, route="gather", gates=gates)[0], logits)
+            torch.testing.assert_close(model(tokens, route="gather", gates=gates)[0], logits, rtol=1e-4, atol=1e-4)  # sums in another order
     assert counter.frame_count <= 8
 
 

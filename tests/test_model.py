@@ -341,3 +341,10 @@ def test_prefill_flops_match_torchs_counter(family):
         window = min(model.config.window(layer) or width, width)
         pairs += 4 * model.config.n_heads * model.config.head_dim * sum(min(i + 1, window) for i in range(width))
     assert prefill_flops(model.config, width, logits=2) == multiplies + pairs
+
+
+def test_swiglu_has_the_gradient_of_its_formula():
+    torch.manual_seed(0)
+    a, b = (torch.randn(3, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(model_module.SwiGLU.apply, (a, b))
+    assert torch.equal(model_module.SwiGLU.apply(a, b), torch.nn.functional.silu(a) * b)
