@@ -1247,8 +1247,10 @@ def main() -> None:
     summary = train(cfg)
     if "prefill_speedup" in summary:  # the master's
         print(show(summary))
-        held = cfg.heldout if isinstance(cfg.heldout, str) else f"{cfg.data[0]} --perplexity_split=heldout"
-        print(f"next               python eval.py --model={cfg.model} --routers={summary['routers']} --perplexity={held}")
+        held = f"--perplexity={cfg.heldout}" if isinstance(cfg.heldout, str) else "--tasks=arc_easy --data=data/eval"
+        if not isinstance(cfg.heldout, str) and any("split" in record for _, record in runtime.read_records(cfg.data[0])):
+            held = f"--perplexity={cfg.data[0]} --perplexity_split=heldout"
+        print(f"next               python eval.py --model={cfg.model} --routers={summary['routers']} {held}")
     runtime.cleanup()
 
 
