@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -417,7 +418,8 @@ def dropping_layers(model: Transformer):
 
 class TrunkCache:
     """Activations (T,D) that enter the first routed layer, by example, in a file of bounded size: they depend on no router, so later epochs,
-    trials and runs in the same folder read them instead of computing them. A file of another base, layer, dtype or data set is written anew."""
+    trials and runs in the same folder read them instead of computing them. A file of another base, layer, dtype or data set is written anew;
+    where the disk has no room nothing is stored."""
 
     def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
         """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below the first routed one."""
@@ -428,13 +430,16 @@ class TrunkCache:
             if key not in self.place and (size + elements) * weight.element_size() <= limit:
                 self.place[key] = (len(self.place), size)
                 size += elements
+        if size:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(path.parent).free < 2 * size * weight.element_size():  # a mapped file that does not fit kills the process
+                self.place, size = {}, 0
         if not size:
             return
         header = path.with_suffix(".json")
         digest = hashlib.sha256(json.dumps(list(self.place)).encode()).hexdigest()
         about = {"fingerprint": model.fingerprint, "first_layer": first, "dtype": str(weight.dtype), "tokens": digest}
         if not (header.exists() and path.exists() and path.with_suffix(".done").exists() and runtime.read_json(header) == about):
-            path.parent.mkdir(parents=True, exist_ok=True)
             for old in (header, path, path.with_suffix(".done")):
                 old.unlink(missing_ok=True)
             runtime.write_json(header, about)

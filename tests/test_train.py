@@ -340,6 +340,15 @@ def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
     made.model.layers[2].attention.wo.weight.data *= 1e4
 
 
+def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
+    made = tuner(base, layers="2-3", recipe="paper")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
+    cache = train.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, 1e9)
+    batch = train.collate(made.train[:3], torch.device("cpu"))
+    assert not cache.place and not (tmp_path / "trunk.bin").exists()
+    torch.testing.assert_close(cache(made.model, made.train[:3], batch), made.model.trunk(batch.tokens))
+
+
 @pytest.mark.parametrize("limit, stored", [(1e9, True), (9000, True), (0, False)])
 def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     made = tuner(base, layers="2-3", recipe="paper", trunk_gb=0)
