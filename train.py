@@ -403,10 +403,15 @@ def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *
             "capacity_per_layer": [n / units for n in opened]}
 
 
+def whole_layers(routing: RouterConfig) -> RouterConfig:
+    """The same layers and target, decided for whole sequences, so that a skipped layer leaves nothing behind."""
+    return replace(routing, granularity=f"{routing.target}_sequence", kv="routed")
+
+
 @contextlib.contextmanager
 def dropping_layers(model: Transformer):
     """Gates count per sequence for a while, whatever the model's unit: a layer dropped for everyone costs nothing, first tokens and keys included."""
-    routing, plain = model.routing, replace(model.routing, granularity=f"{model.routing.target}_sequence", kv="routed")
+    routing, plain = model.routing, whole_layers(model.routing)
     try:
         for owner in (model, *(model.layers[layer] for layer in routing.layers)):
             owner.routing = plain
@@ -436,15 +441,15 @@ class TrunkCache:
                 self.place, size = {}, 0
         if not size:
             return
-        header = path.with_suffix(".json")
+        header, done = path.with_suffix(".json"), path.with_suffix(".done")
         digest = hashlib.sha256(json.dumps(list(self.place)).encode()).hexdigest()
         about = {"fingerprint": model.fingerprint, "first_layer": first, "dtype": str(weight.dtype), "tokens": digest}
-        if not (header.exists() and path.exists() and path.with_suffix(".done").exists() and runtime.read_json(header) == about):
-            for old in (header, path, path.with_suffix(".done")):
+        if not (header.exists() and path.exists() and done.exists() and runtime.read_json(header) == about):
+            for old in (header, path, done):
                 old.unlink(missing_ok=True)
             runtime.write_json(header, about)
         self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
-        self.done = torch.from_file(str(path.with_suffix(".done")), shared=True, size=len(self.place), dtype=torch.uint8)  # set when an example is complete
+        self.done = torch.from_file(str(done), shared=True, size=len(self.place), dtype=torch.uint8)  # set when an example is complete
 
     @torch.no_grad()
     def __call__(self, model: Transformer, group: list[Example], batch: Batch) -> torch.Tensor:
@@ -653,15 +658,18 @@ def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtim
     path, now, measured = [], loss([]), {}
     rest = set(range(len(guess)))
     while len(path) < depth:
-        rate = sum(max(rise, 0.0) for rise in measured.values()) / max(sum(guess[place] for place in measured), 1e-12)
         fresh = {}
-        while True:
-            cheapest = min(rest, key=lambda place: (measured.get(place, rate * guess[place]), guess[place]))
-            if cheapest in fresh and (path or len(fresh) >= min(2 * TRIES, len(rest))) or len(fresh) == (TRIES if path else 2 * TRIES):
-                break
-            if cheapest in fresh:  # the first round has no measured rises to trust: look at the next guess as well
-                cheapest = min(rest - set(fresh), key=lambda place: guess[place])
-            fresh[cheapest] = measured[cheapest] = loss([*path, cheapest]) - now
+        if not path:  # no measured rise to go by yet: more of them, by their guesses
+            for place in sorted(rest, key=lambda place: guess[place])[:2 * TRIES]:
+                fresh[place] = loss([place]) - now
+        else:
+            rate = sum(max(rise, 0.0) for rise in measured.values()) / max(sum(guess[place] for place in measured), 1e-12)
+            while len(fresh) < TRIES:
+                cheapest = min(rest, key=lambda place: (measured.get(place, rate * guess[place]), guess[place]))
+                if cheapest in fresh:
+                    break
+                fresh[cheapest] = measured[cheapest] = loss([*path, cheapest]) - now
+        measured |= fresh
         path.append(min(fresh, key=fresh.get))
         now += fresh[path[-1]]
         rest.discard(path[-1])
@@ -789,21 +797,18 @@ class Tuner:
             self.first_routers(costs, inputs)
 
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fisher costs (R,N) and router inputs (R,N,D) of the cost examples."""
-        costs, inputs = measure_costs(self.model, self.cost_examples(), self.rt, self.cfg.seed)
+        """Fisher costs (R,N) and router inputs (R,N,D) of the first training examples."""
+        costs, inputs = measure_costs(self.model, self.train[:self.cfg.cost_samples], self.rt, self.cfg.seed)
         runtime.print0("cost of skipping, in nats: " + ", ".join(f"{layer}: {cost:.3g}" for layer, cost in zip(self.state.layers, costs.mean(dim=1).tolist())))
         return costs, inputs
-
-    def cost_examples(self) -> list[Example]:
-        """The examples that costs and orders are measured on, longest first: the order of the sequences in `measure`."""
-        return [example for group in by_length(self.train[:self.cfg.cost_samples], 1) for example in group]
 
     def search_orders(self, costs: torch.Tensor) -> None:
         """Find the drop orders of the static controls, as deep as the budgets in question go."""
         cfg, model, rt, mean = self.cfg, self.model, self.rt, costs.mean(dim=1)
+        examples = self.train[:cfg.cost_samples]
         depth = math.ceil((1 - min((cfg.budget, *cfg.report))) * len(mean))
-        self.state.orders = {"greedy": greedy_order(model, self.cost_examples(), rt, mean.tolist(), depth, self.trunk), "fisher": mean.argsort().tolist(),
-                             "similarity": similarity_order(model, self.cost_examples(), rt)}
+        self.state.orders = {"greedy": greedy_order(model, examples, rt, mean.tolist(), depth, self.trunk), "fisher": mean.argsort().tolist(),
+                             "similarity": similarity_order(model, examples, rt)}
         for name, order in self.state.orders.items():
             runtime.print0(f"layers to drop, {name}: " + ", ".join(str(self.state.layers[place]) for place in order))
 
@@ -813,8 +818,9 @@ class Tuner:
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
         self.search_orders(costs)
         closed = round((1 - cfg.budget) * len(costs))
-        losses = {name: evaluate(model, self.select, rt, route="gather", closed=tuple(order[:closed]), trunk=self.trunk)["loss"]
-                  for name, order in state.orders.items()}
+        sets = {name: tuple(sorted(order[:closed])) for name, order in state.orders.items()}  # often the same ones
+        known = {dropped: evaluate(model, self.select, rt, route="gather", closed=dropped, trunk=self.trunk)["loss"] for dropped in dict.fromkeys(sets.values())}
+        losses = {name: known[dropped] for name, dropped in sets.items()}
         state.best_order = best = min(losses, key=losses.get)
         runtime.print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         static = ranks_of(state.orders[best])[:, None].expand(-1, inputs.shape[1])  # (R,N)
@@ -1056,6 +1062,15 @@ def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: i
     return layers * (first + passes * (config.n_layers - first)) / config.n_layers + passes * head * n_targets
 
 
+def routed_flops(config: ModelConfig, routing: RouterConfig, shares: list[float], tokens: int, logits: int = 0) -> float:
+    """FLOPs of a prompt of `tokens` tokens when the routed layers execute these shares of their units."""
+    layers = [1.0] * config.n_layers
+    for layer, share in zip(routing.layers, shares):
+        layers[layer] = share
+    return prefill_flops(config, tokens, attn=None if routing.target == "mlp" else layers, mlp=None if routing.target == "attn" else layers, kv=routing.kv,
+                         unit=routing.unit, logits=logits)
+
+
 @torch.no_grad()
 def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
     """Measured and possible speed-up of one prompt, `gather` against `off`, timed in turn; the ceiling is the ratio of FLOPs for the route taken."""
@@ -1072,12 +1087,8 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
             runtime.synchronize(rt.device)
             if trial:  # the first one warms up
                 times.append(time.perf_counter() - started)
-    shares, routing = [1.0] * model.config.n_layers, model.routing
-    for layer, share in zip(routing.layers, gates.flatten(1).mean(1).tolist()):  # (R,1) or (R,1,T) -> (R,)
-        shares[layer] = share
-    routed = prefill_flops(model.config, length, attn=None if routing.target == "mlp" else shares, mlp=None if routing.target == "attn" else shares,
-                           kv=routing.kv, unit=routing.unit)
-    ceiling = prefill_flops(model.config, length) / routed
+    shares = gates.flatten(1).mean(1).tolist()  # (R,1) or (R,1,T) -> (R,)
+    ceiling = prefill_flops(model.config, length) / routed_flops(model.config, model.routing, shares, length, logits=1)
     return {"prefill_speedup": statistics.median(seconds["off"]) / statistics.median(seconds["gather"]), "prefill_ceiling": ceiling,
             "prefill_context": length, "prefill_capacity": gates.mean().item()}
 
@@ -1103,15 +1114,14 @@ class Controls:
 
     def layers_saved(self, shares: list[float]) -> tuple[float, float]:
         """How many whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
-        config, routing = self.model.config, self.model.routing
+        routing = self.model.routing
 
-        def flops(kept: dict[int, float], **how) -> float:
-            layers = [kept.get(layer, 1.0) for layer in range(config.n_layers)]
-            targets = {"attn": routing.target != "mlp", "mlp": routing.target != "attn"}
-            return sum(prefill_flops(config, len(e.tokens), **{t: layers for t, routed in targets.items() if routed}, logits=0, **how) for e in self.examples)
+        def flops(routing: RouterConfig, shares: list[float]) -> float:
+            return sum(routed_flops(self.model.config, routing, shares, len(example.tokens)) for example in self.examples)
 
-        dense, routed = flops({}), flops(dict(zip(routing.layers, shares)), kv=routing.kv, unit=routing.unit)
-        return (dense - routed) / (dense - flops({routing.layers[0]: 0.0})), dense / routed
+        plain, others = whole_layers(routing), [1.0] * (len(shares) - 1)
+        dense, routed = flops(plain, [1.0, *others]), flops(routing, shares)
+        return (dense - routed) / (dense - flops(plain, [0.0, *others])), dense / routed
 
     def row(self, budget: float) -> dict:
         """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static ones) at equal ceiling."""
@@ -1252,9 +1262,12 @@ def main() -> None:
     summary = train(cfg)
     if "prefill_speedup" in summary:  # the master's
         print(show(summary))
-        held = f"--perplexity={cfg.heldout}" if isinstance(cfg.heldout, str) else "--tasks=arc_easy --data=data/eval"
-        if not isinstance(cfg.heldout, str) and any("split" in record for _, record in runtime.read_records(cfg.data[0])):
+        if isinstance(cfg.heldout, str):
+            held = f"--perplexity={cfg.heldout}"
+        elif any("split" in record for _, record in runtime.read_records(cfg.data[0])):
             held = f"--perplexity={cfg.data[0]} --perplexity_split=heldout"
+        else:
+            held = "--tasks=arc_easy --data=data/eval"
         print(f"next               python eval.py --model={cfg.model} --routers={summary['routers']} {held}")
     runtime.cleanup()
 

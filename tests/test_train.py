@@ -301,7 +301,7 @@ def test_drawn_labels_follow_the_model(base):
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
-def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, granularity, monkeypatch, capsys):
+def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, granularity):
     made = tuner(base, granularity=granularity, layers="0-3", budget=0.5)
     z = train.route_logits(made.model, made.select, CPU)
     assert ((z >= made.state.cut).float().mean() - 0.5).abs() < 0.02
