@@ -35,10 +35,12 @@ import torch.distributed as dist
 
 import runtime
 from model import KVCache, Transformer, load_model
-from router import parse_layers, read_router_file
+from router import parse_layers, quantile_cut, read_router_file
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
+CALIBRATION_ROWS = 8  # contexts in a batch when cuts are moved, and how often routes and cuts follow each other
+CALIBRATION_ROUNDS = 4
 MIN_PREFIX = 16  # tokens that must be common to all items before computing them apart pays
 MIN_BATCH, MIN_BATCHES = 4096, 8  # small tasks are cut as well, to give every rank a batch, but not below this many tokens
 MIN_TOKENS, FULL = 512, 0.8  # from so many tokens on, a batch rather ends than takes an item that would be pads by more than a fifth
@@ -1052,6 +1054,32 @@ class Progress:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
+def calibrate(run: Run, work: Work, count: int, budget: float, cuts: list[float]) -> None:
+    """Set the routers' cuts (R) and move them all by one amount, in logits, until the contexts of a task's first `count` items realise `budget`.
+
+    No answer is looked at. A router that learned where layers matter runs more of them on one source than on another; this holds the average
+    where it is asked for. Deeper logits depend on the route, hence several rounds. Every rank does the same.
+    """
+    contexts = sorted((query.context for item in work.items[:count] for query in item.queries), key=len)
+    routers, offsets, rise = run.model.routers(), torch.tensor(cuts)[:, None], None
+    for router, cut in zip(routers, cuts):
+        router.cut.fill_(cut)
+    for _ in range(CALIBRATION_ROUNDS if 0.0 < budget < 1.0 else 0):
+        above = []  # by how much each unit's logit exceeds its layer's cut
+        for a in range(0, len(contexts), CALIBRATION_ROWS):
+            rows = contexts[a:a + CALIBRATION_ROWS]
+            z = run.model.hidden(pad(rows, run.device), lengths=[len(row) for row in rows], route=run.route, return_scores=True)[2].cpu()
+            for row, context in enumerate(rows):
+                own = (z[:, row, None] if run.sequence else z[:, row, :len(context)]) - offsets  # (R,B) or (R,B,T) -> (R, 1|T)
+                if not run.sequence:
+                    own[:, 0] = math.inf  # a first token always executes
+                above.append(own.flatten())
+        found = quantile_cut(torch.cat(above), budget)
+        rise = found if rise is None else 0.5 * (rise + found)  # half way, so that two routes do not take turns
+        for router, cut in zip(routers, cuts):
+            router.cut.fill_(cut + rise)
+
+
 def run_work(run: Run, work: Work, done: dict[int, dict], stamp: str, samples: Samples, progress: Progress, rt: runtime.Runtime,
              ) -> list[dict]:
     """Score what is not done yet; ranks take whole batches in turn, so that a record does not depend on how many there are."""
@@ -1103,6 +1131,7 @@ class EvalConfig:
     routers: str | None = setting(None, "router file")
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
+    calibrate: int | None = setting(None, "first move the cuts until the contexts of each task's first N items, without labels, realise --budget")
     control: str = setting("none", "forced routes: greedy, fisher or similarity (the router file's drop orders) at --budget, static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run")
     fewshot: int | None = setting(None, "examples before each item; none: the paper's number per task")
     fewshot_by: Literal["index", "first", "harness"] = setting("index", "by seed and item, in file order, or as lm-eval draws them")
@@ -1124,9 +1153,12 @@ def check(cfg: EvalConfig) -> None:
         raise ValueError("there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or --perplexity=FILE.jsonl")
     if cfg.routers is None and (cfg.route in ("mask", "gather") or cfg.control != "none"):
         raise ValueError(f"--route={cfg.route} --control={cfg.control} needs routed layers, and no router file was given: give --routers")
+    if cfg.calibrate is not None and (cfg.routers is None or cfg.budget is None or cfg.control != "none" or cfg.route == "off"):
+        raise ValueError(f"--calibrate={cfg.calibrate} moves the routers' cuts to a budget, and there is no router file, no budget, or a control in its place; "
+                         "give --routers and --budget, and neither --control nor --route=off")
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
-    for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1), ("threads", 1)):
+    for name, low in (("fewshot", 0), ("limit", 1), ("max_length", 2), ("max_batch_tokens", 1), ("threads", 1), ("calibrate", 1)):
         if getattr(cfg, name) is not None and getattr(cfg, name) < low:
             raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
     for path in [Path(path).resolve() for path in (cfg.out, cfg.samples) if path]:
@@ -1170,14 +1202,16 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
               file=sys.stderr)
 
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
-    decides = [model.fingerprint, routers, route, cfg.budget, cfg.control, str(rt.dtype), rt.device.type, cfg.max_batch_tokens]
+    decides = [model.fingerprint, routers, route, cfg.budget, cfg.control, cfg.calibrate, str(rt.dtype), rt.device.type, cfg.max_batch_tokens]
     stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
     samples, progress, records, results, items, domains = Samples(cfg.samples, rt), Progress(works, rt.is_master), {}, {}, {}, {}
-    done = samples.resume(stamps)
+    done, cuts = samples.resume(stamps), [router.cut.item() for router in model.routers()]
     for work in works:
         name, resumed = work.task.name, len(done[work.task.name])
         how = replace(run, route="off", control=None) if name == PERPLEXITY[1] else run
         with torch.inference_mode():
+            if cfg.calibrate and how is run:
+                calibrate(run, work, cfg.calibrate, cfg.budget, cuts)
             records[name] = mine = run_work(how, work, done[name], stamps[name], samples, progress, rt)
         results[name] = summarise(mine, work.task.metrics)
         results[name] |= {"shots": work.shots, "seconds": work.seconds, "file": work.source, "resumed": resumed}

@@ -179,6 +179,15 @@ def thresholds_for(budget: float, calibration: dict) -> list[float]:
     return thresholds
 
 
+def quantile_cut(z: torch.Tensor, budget: float) -> float:
+    """The cut that lets a share `budget` of the logits z (any shape) through (z >= cut), midway between its neighbours."""
+    ordered = z.flatten().double().sort(descending=True).values
+    k = round(budget * len(ordered))
+    if k == 0 or k == len(ordered):
+        return math.inf if k == 0 else -math.inf
+    return ((ordered[k - 1] + ordered[k]) / 2).item()
+
+
 def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:
     """Put one threshold (score units, 0..1) on each router in layer order."""
     routers = routers_of(model)

@@ -37,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from model import KVCache, ModelConfig, Transformer, load_config, load_model, prefill_flops
-from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, read_router_file, save_routers,
-                    set_thresholds, thresholds_for)
+from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, quantile_cut, read_router_file,
+                    save_routers, set_thresholds, thresholds_for)
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -56,7 +56,8 @@ EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
 LOGITS_AT_ONCE = 2**24  # logits held at a time, 64 MiB in fp32: the head and its loss run over blocks of rows
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
-RIDGE_STRENGTH = 1.0  # of the default recipe's steps, in mean eigenvalues of the inputs' covariance
+STEP_RIDGE = 1.0  # strength of the ridge in the default recipe's steps, in mean eigenvalues of the inputs' covariance
+PRIOR_RIDGE = 1.0  # and where routers are fitted in closed form, in variances of the inputs
 MOMENTUM = 0.9  # of the same
 INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
@@ -97,6 +98,7 @@ class TrainConfig:
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
     cost_samples: int = field(default=32, metadata={"help": "training examples on which costs are measured and drop orders searched"})
+    benefit_samples: int = field(default=160, metadata={"help": "training examples whose loss is measured with each layer toggled, unit sequence; 0: none"})
     select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
     evaluations: int = field(default=4, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
     report: tuple[float, ...] = field(default=(), metadata={"help": "more budgets at which the finished routers are compared with their controls"})
@@ -104,6 +106,7 @@ class TrainConfig:
     save_every: int = field(default=5, metadata={"help": "steps between checkpoints"})
     overwrite: bool = field(default=False, metadata={"help": "begin anew in an --out that holds another run"})
     import_official: str | None = field(default=None, metadata={"help": "router file of the official code: calibrate and write it as ours, without tuning"})
+    recalibrate: str | None = field(default=None, metadata={"help": "router file of train.py: calibrate it on these data and write it again, without tuning"})
     seed: int = field(default=1337, metadata={"help": "seed of data order, label samples and noise"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen model: auto, float32, bfloat16, float16; routers and losses are float32"})
@@ -114,7 +117,7 @@ class TrainConfig:
             raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. --budget=0.5, and the router file "
                              "then serves every budget from 0 to 1")
         least = {"batch_size": 1, "micro_batch": 1, "cost_samples": 1, "select_samples": 1, "heldout_samples": 1, "save_every": 1, "evaluations": 0, "steps": 0,
-                 "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "trunk_gb": 0, "max_samples": 2, "max_length": 2}
+                 "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "trunk_gb": 0, "benefit_samples": 0, "max_samples": 2, "max_length": 2}
         for name, bound in least.items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise ValueError(f"{name.rstrip('_')} is {getattr(self, name)}, expected {bound} or more: change --{name.rstrip('_')}")
@@ -129,6 +132,8 @@ class TrainConfig:
             self.lr = 0.1 if self.granularity.endswith("token") else 0.03
         if self.kv is None:
             self.kv = "all" if self.granularity == "attn_token" else "routed"
+        if self.import_official and self.recalibrate:
+            raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one away")
         RouterConfig(self.granularity, (), self.pool, self.kv)  # raises for an unknown granularity and for kv that it cannot have
 
 
@@ -306,13 +311,15 @@ def head_loss(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher
     return total, torch.cat(gradients) if gradients else None
 
 
-def quantile_cut(z: torch.Tensor, budget: float) -> float:
-    """The cut that lets a share `budget` of the logits z (any shape) through (z >= cut), midway between its neighbours."""
-    ordered = z.flatten().double().sort(descending=True).values
-    k = round(budget * len(ordered))
-    if k == 0 or k == len(ordered):
-        return math.inf if k == 0 else -math.inf
-    return ((ordered[k - 1] + ordered[k]) / 2).item()
+def row_losses(model: Transformer, h: torch.Tensor, batch: Batch, teacher_h: torch.Tensor | None = None) -> torch.Tensor:
+    """Loss (B,) of each row's answer, summed over its tokens, of final states h (n,D); no gradient. Blocks as in `head_loss`."""
+    block = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    total = torch.zeros(len(batch.lengths), device=h.device)
+    for a in range(0, len(h), block):
+        teacher = None if teacher_h is None else model.head(teacher_h[a:a + block])
+        losses = token_losses(model.head(h[a:a + block]), batch.labels[a:a + block], teacher)
+        total.index_add_(0, batch.at[a:a + block] // batch.tokens.shape[1], losses)
+    return total
 
 
 def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
@@ -329,12 +336,19 @@ def logistic_noise(shape: tuple[int, ...], scale: float, *key) -> torch.Tensor:
     return scale * (u.log() - (-u).log1p())
 
 
-def ridge(features: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
-    """Weights w (D,) that minimise |features w - target|^2 + strength * mean |feature|^2 * |w|^2, in the dual. features (N,D), target (N,)."""
+def ridge(features: torch.Tensor, target: torch.Tensor, strength: float = PRIOR_RIDGE) -> torch.Tensor:
+    """Weights w (D,) that minimise |features w - target|^2 + strength * N * variance * |w|^2, in the dual. features (N,D), target (N,).
+
+    variance is the features' mean square about their mean. Along that mean w costs almost nothing, so that it serves as the intercept that a router lacks.
+    """
     features = features.double()
-    kernel = features @ features.T  # (N, N)
-    kernel.diagonal().add_(strength * kernel.diagonal().mean())
-    return (features.T @ torch.linalg.solve(kernel, target.double())).float()
+    mean = features.mean(dim=0)
+    variance = (features - mean).square().sum(dim=1).mean()
+    along = 100.0 ** 0.5 * features @ F.normalize(mean, dim=0)  # (N,): the mean's direction, a hundred times cheaper
+    kernel = features @ features.T + along[:, None] * along  # (N, N)
+    kernel.diagonal().add_(strength * variance + 1e-9 * kernel.diagonal().mean())
+    dual = torch.linalg.solve(kernel, target.double())  # (N,)
+    return (features.T @ dual + 100.0 ** 0.5 * (along @ dual) * F.normalize(mean, dim=0)).float()
 
 
 # ------------------------------------------------------------------------------------------------ passes over a data set
@@ -615,13 +629,51 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
     return torch.cat([costs for costs, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
 
 
+@torch.no_grad()
+def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Runtime, closed: tuple[int, ...], trunk: "TrunkCache | None" = None,
+                     distill: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """What running each layer is worth to each sequence (R,N) where `closed` places are dropped for everyone, and the router inputs (R,N,D) there.
+
+    Benefit: the answer's loss without the layer minus its loss with it, each measured, in nats over the square root of the answer's tokens: a sum
+    over n tokens is as noisy as sqrt(n), and short answers should not drown. Only what stands above the toggled layer is computed again.
+    """
+    parts, layers = [], model.routing.layers
+    assert model.routing.unit == "sequence"
+    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
+        batch, inputs, entered = collate(group, rt.device), [], {}
+        x = model.trunk(batch.tokens) if trunk is None else trunk(model, group, batch)
+        gates = torch.ones(len(layers), len(group), device=rt.device)
+        gates[list(closed)] = 0.0
+        hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for router in model.routers()]
+        hooks += [model.layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]})) for layer in layers]
+        teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
+        h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
+        for hook in hooks:
+            hook.remove()
+        now, benefits = row_losses(model, h, batch, teacher), []
+        for place, layer in enumerate(layers):
+            toggled = gates[place:].clone()
+            toggled[0] = 1 - toggled[0]
+            h = states(model, batch, route="gather", gates=toggled, x=entered[layer], first_layer=layer)[0]
+            benefits.append((row_losses(model, h, batch, teacher) - now) * (2 * gates[place] - 1))  # a closed layer's loss falls by what it is worth
+        weight = torch.tensor([len(e.targets) for e in group], device=rt.device) ** -0.5
+        parts.append((number, ((torch.stack(benefits) * weight).cpu(), torch.stack(inputs).cpu())))
+    parts = collect(parts, rt)
+    return torch.cat([benefits for benefits, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
+
+
+def benefit_prior(benefits: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Sequence routers (R,D) in closed form: the logit is what running the layer is worth to the sequence. benefits (R,N), inputs (R,N,D)."""
+    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, benefits)]), inputs)
+
+
 def token_prior(costs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     """Token routers (R,D) in closed form: the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D).
 
     A cost estimated from few labels is often near zero by chance: a tenth of the layer's mean keeps its log in bounds.
     """
     target = (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
-    return unit_spread(torch.stack([ridge(x, y, 0.1) for x, y in zip(inputs, target)]), inputs)
+    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, target)]), inputs)
 
 
 def order_prior(ranks: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -630,7 +682,7 @@ def order_prior(ranks: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     With the same ranks for everyone this is the static order itself, to within the fit: the normalised inputs share a strong mean, which
     serves as the intercept.
     """
-    return unit_spread(torch.stack([ridge(x, y, 0.03) for x, y in zip(inputs, ranks)]), inputs)
+    return unit_spread(torch.stack([ridge(x, y, 0.1 * PRIOR_RIDGE) for x, y in zip(inputs, ranks)]), inputs)
 
 
 def unit_spread(weights: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -709,7 +761,7 @@ class RidgeDescent(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr})
         self.inputs = inputs.to(weights[0].device)
         kernel = self.inputs @ self.inputs.transpose(1, 2)  # (R, N, N)
-        self.ridge = RIDGE_STRENGTH * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]  # (R,) N e: the trace of X^T X is that of X X^T
+        self.ridge = STEP_RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]  # (R,) N e: the trace of X^T X is that of X X^T
         self.factor = torch.linalg.cholesky(kernel + torch.diag_embed(self.ridge[:, None].expand(-1, inputs.shape[1])))
         for w in weights:
             self.state[w] = {"exp_avg": torch.zeros_like(w)}
@@ -766,7 +818,7 @@ class Tuner:
 
     def __init__(self, cfg: TrainConfig, rt: runtime.Runtime, model: Transformer, train: list[Example], select: list[Example]):
         self.cfg, self.rt, self.model, self.train, self.select = cfg, rt, model, train, select
-        self.steps = 0 if cfg.import_official else cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+        self.steps = 0 if cfg.import_official or cfg.recalibrate else cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
         self.state, self.begun = State(), time.perf_counter()
         self.inputs: torch.Tensor | None = None  # (R,N,D) router inputs that RidgeDescent measures its steps on
 
@@ -779,6 +831,12 @@ class Tuner:
             weights = read_router_file(cfg.import_official, official=True)[0]
             self.route(list(weights))
             load_router_weights(cfg.import_official, model, weights, model.routing)
+            self.ready()
+            return
+        if cfg.recalibrate:  # the model came with its routers
+            freeze_all_but_routers(model)
+            state.layers = list(model.routing.layers)
+            state.orders = {name: [state.layers.index(layer) for layer in order] for name, order in read_router_file(cfg.recalibrate)[1]["orders"].items()}
             self.ready()
             return
         kind, chosen = parse_layers(cfg.layers, model.config.n_layers)
@@ -813,8 +871,8 @@ class Tuner:
             runtime.print0(f"layers to drop, {name}: " + ", ".join(str(self.state.layers[place]) for place in order))
 
     def first_routers(self, costs: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Start from the best static order, as routers that say the same of everyone; unit token: or, where the selection set loses less, from
-        routers fitted to each token's Fisher cost, alone or mixed with that order."""
+        """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses less, from routers fitted
+        to what each layer is worth to each sequence beside that order; unit token: to each token's Fisher cost, alone or mixed with the order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
         self.search_orders(costs)
         closed = round((1 - cfg.budget) * len(costs))
@@ -828,6 +886,8 @@ class Tuner:
         if model.routing.unit == "token":
             fisher = token_prior(costs, inputs)
             starts |= {"fisher": fisher, "fisher + static": fisher + 0.3 * starts[f"static ({best})"]}
+        elif cfg.benefit_samples:
+            starts["benefits"] = benefit_prior(*measure_benefits(model, self.train[:cfg.benefit_samples], rt, sets[best], self.trunk, cfg.objective == "distill"))
         tried = {}
         for name, weights in starts.items():
             self.put(weights)
@@ -846,7 +906,7 @@ class Tuner:
         self.state.layers = list(layers)
 
     def ready(self) -> None:
-        """Build what stands on the routers: optimizer, distributed wrapper, compiled blocks."""
+        """Build what stands on the routers: optimizer, distributed wrapper, activations cache."""
         self.weights = [router.weight for router in self.model.routers()]
         self.best = self.stacked()
         self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select, self.cfg.trunk_gb * 1e9 / self.rt.world_size)
@@ -859,9 +919,6 @@ class Tuner:
         self.student = Student(self.model)
         if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
             self.student = DistributedDataParallel(self.student, broadcast_buffers=False, init_sync=False)
-        if self.compiled():
-            for block in self.model.layers:
-                block.compile(fullgraph=True)
 
     def compiled(self) -> bool:
         return self.rt.device.type == "cuda" if self.cfg.compile is None else self.cfg.compile
@@ -1025,6 +1082,9 @@ def tune(tuner: Tuner, out: Path) -> None:
         runtime.print0(f"before tuning: selection loss {tuner.try_out():.4f}")
     if state.step == 0 and rt.is_master:
         tuner.save(checkpoint)
+    if tuner.compiled():  # only steps run compiled: what is measured before them looks into the blocks
+        for block in tuner.model.layers:
+            block.compile(fullgraph=True)
     peak = runtime.peak_flops(runtime.device_name(rt.device))
     peak = peak * rt.world_size if peak else None
     loop_started, first_step = time.perf_counter(), state.step
@@ -1223,7 +1283,10 @@ def train(cfg: TrainConfig) -> dict:
     if cfg.batch_size % rt.world_size:
         raise ValueError(f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change --batch_size or the number of ranks")
     train_set, select, held = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len)
-    model = load_model(cfg.model, device=rt.device, dtype=rt.dtype)
+    model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
+    if cfg.recalibrate:
+        routing = model.routing
+        cfg = replace(cfg, granularity=routing.granularity, layers=",".join(map(str, routing.layers)), pool=routing.pool, kv=routing.kv)
     tuner = Tuner(cfg, rt, model, train_set, select)
     checkpoint = out / "checkpoint.safetensors"
     if cfg.overwrite and rt.is_master:

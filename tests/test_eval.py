@@ -500,6 +500,32 @@ def test_controls_force_their_routes(base, tok, tmp_path):
                 result(control)
 
 
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_calibration_holds_the_budget_on_a_task(base, tok, granularity):
+    """Cuts move together, a layer that is closed for everyone stays closed, and the second task starts from the file's cuts again."""
+    model = routed(base, granularity)
+    piqa, boolq = works(base, tok, "piqa", share=False)[0], works(base, tok, "boolq", share=False)[0]
+    generator = random.Random(0)
+    letters = [Item([Query(("piqa", i), array("i", generator.choices(range(32, 120), k=12)), [Branch(0, array("i", [65]), range(1))])], 0, [1]) for i in range(60)]
+    piqa.items[:] = letters
+    run = Run(model, tok, "gather")
+    for cuts, budget in (([0.0, 0.3, -0.2], 0.4), ([0.0, 0.3, -0.2], 0.75), ([0.0, math.inf, -0.2], 0.5), ([0.0, 0.3, -0.2], 1.0)):
+        with torch.no_grad():
+            scoring.calibrate(run, boolq, 2, 0.3, cuts)
+            scoring.calibrate(run, piqa, 60, budget, cuts)
+            moved = [router.cut.item() for router in model.routers()]
+            scoring.calibrate(run, piqa, 60, budget, cuts)
+        assert moved == [router.cut.item() for router in model.routers()]
+        found = scoring.summarise(score(run, piqa.items), ("acc",))
+        if budget == 1.0:
+            assert moved == pytest.approx(cuts)
+            continue
+        assert found["capacity"] == pytest.approx(budget, abs=0.03)
+        rises = [cut - old for cut, old in zip(moved, cuts) if not math.isinf(old)]
+        assert rises == pytest.approx([rises[0]] * len(rises), abs=1e-5)
+        assert not math.isinf(cuts[1]) or found["capacity_per_layer"][1] < 0.1  # first tokens alone
+
+
 # ------------------------------------------------------------------------------------------------------------ results
 
 
@@ -636,6 +662,7 @@ def test_misuse_is_refused_with_a_reason(base, data, tmp_path):
     refused("needs routed layers", route="gather")
     refused("needs routed layers", control="random:1")
     refused("--limit is 0", limit=0)
+    refused("--calibrate=5 moves the routers' cuts", calibrate=5)
     refused("cannot be written", out=str(tmp_path))
     refused("cannot be written", samples=str(base / "base/config.json/s.jsonl"))
     refused("this model's context is 1024", max_length=5000)

@@ -104,7 +104,7 @@ def test_learning_rate_rises_then_falls_to_zero():
 @pytest.mark.parametrize("budget, count", [(0.5, 3), (0.34, 2), (0.0, 0), (1.0, 6)])
 def test_quantile_cut_opens_the_asked_share(budget, count):
     z = torch.tensor([[3.0, -1.0, 0.5], [2.0, 9.0, -4.0]])
-    assert (z >= train.quantile_cut(z, budget)).sum() == count
+    assert (z >= router.quantile_cut(z, budget)).sum() == count
 
 
 def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
@@ -123,13 +123,30 @@ def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
         assert train.head_loss(model, h, labels, teacher)[1] is None
 
 
+def test_losses_by_row_add_up(base, monkeypatch):
+    made = tuner(base, steps=0)
+    batch = train.collate(made.train[:5], CPU.device)
+    h = train.states(made.model, batch, route="off")[0]
+    monkeypatch.setattr(train, "LOGITS_AT_ONCE", 3 * made.model.config.vocab_size)  # blocks that end inside a row
+    rows = train.row_losses(made.model, h, batch)
+    torch.testing.assert_close(rows.sum(), train.head_loss(made.model, h, batch.labels)[0])
+    for row, example in enumerate(made.train[:5]):
+        alone = train.evaluate(made.model, [example], CPU, route="off")["loss"] * len(example.targets)
+        assert rows[row].item() == pytest.approx(alone, rel=1e-4)
+    teacher = train.states(made.model, batch, route="gather")[0]
+    assert train.row_losses(made.model, teacher, batch, teacher).abs().max() < 1e-4
+
+
 def test_ridge_fits_and_shrinks():
     torch.manual_seed(0)
     x, w = torch.randn(50, 8), torch.randn(8)
     torch.testing.assert_close(train.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
     assert train.ridge(x, x @ w, 10.0).norm() < w.norm()
-    wide = torch.randn(5, 20) + 3.0  # fewer examples than dimensions: constants are met exactly
-    torch.testing.assert_close(wide @ train.ridge(wide, torch.full((5,), 2.0), 1e-9), torch.full((5,), 2.0), rtol=1e-3, atol=1e-3)
+    wide = torch.randn(50, 20) + 3.0  # a strong mean: constants are met, to within the spread along it
+    constant = wide @ train.ridge(wide, torch.full((50,), 2.0), 1.0)
+    assert constant.mean().item() == pytest.approx(2.0, rel=0.02) and constant.std() < 0.2
+    target = wide[:, 0] * 5.0
+    assert (wide @ train.ridge(wide, target, 10.0)).mean().item() == pytest.approx(target.mean().item(), rel=0.02)  # shrunk to the mean, not to zero
 
 
 def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
@@ -143,7 +160,7 @@ def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
     rise = train.RidgeDescent(weights, inputs, lr=0.3).step()
     moved = torch.cat([w.detach() for w in weights]) - before
     covariance = inputs.transpose(1, 2) @ inputs / 7
-    ridge = train.RIDGE_STRENGTH * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = train.STEP_RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
     wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
     logits = torch.einsum("rnd,rd->rn", inputs, moved)
     assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
@@ -311,6 +328,35 @@ def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, g
     assert set(made.state.orders) == {"greedy", "fisher", "similarity"} and all(sorted(order) == [0, 1, 2, 3] for order in made.state.orders.values())
 
 
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence"])
+@pytest.mark.parametrize("distill", [False, True])
+def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill):
+    """Against whole forward passes of one example at a time, at a working point where one layer is closed."""
+    made, closed = tuner(base, granularity=granularity, layers="1-3", steps=0), (1,)
+    examples = made.train[:5]
+    benefits, inputs = train.measure_benefits(made.model, examples, CPU, closed, made.trunk, distill)
+    assert benefits.shape == (3, 5) and inputs.shape == (3, 5, 32) and (benefits.abs() > 1e-4).all()
+    for n, example in enumerate(e for group in train.by_length(examples, train.EVAL_BATCH) for e in group):
+        batch, losses = train.collate([example], CPU.device), {}
+        teacher = {0: train.states(made.model, batch, route="off")[0]} if distill else None
+        for place in range(3):
+            for opened in (True, False):
+                dropped = tuple(sorted({*closed, place} if not opened else {*closed} - {place}))
+                losses[opened] = train.evaluate(made.model, [example], CPU, route="gather", closed=dropped, teacher=teacher)["loss"]
+            assert benefits[place, n].item() == pytest.approx((losses[False] - losses[True]) * len(example.targets) ** 0.5, rel=1e-3, abs=1e-5)
+
+
+def test_benefit_prior_runs_a_layer_where_it_is_worth_most():
+    """Two kinds of inputs, opposite benefits: at half the budget each kind runs its own layer; a layer that nobody needs stays closed first."""
+    torch.manual_seed(0)
+    kind = torch.tensor([0, 1] * 20)
+    inputs = torch.randn(3, 40, 16) * 0.1 + torch.randn(3, 1, 16) + torch.randn(2, 16)[kind] * 0.5
+    benefits = torch.stack([(kind == 0) * 2.0, (kind == 1) * 2.0, torch.full((40,), -1.0)]) + 0.1 * torch.randn(3, 40)
+    z = torch.einsum("rnd,rd->rn", inputs, train.benefit_prior(benefits, inputs))
+    opened = z >= router.quantile_cut(z, 1 / 3)
+    assert torch.equal(opened, torch.stack([kind == 0, kind == 1, kind > 1]))
+
+
 def test_order_prior_is_the_static_order():
     torch.manual_seed(0)
     inputs = torch.randn(4, 30, 16) * 0.1 + torch.randn(4, 1, 16)  # a strong mean, as normalised inputs have
@@ -318,7 +364,7 @@ def test_order_prior_is_the_static_order():
     weights = train.order_prior(train.ranks_of(order)[:, None].expand(4, 30), inputs)
     z = torch.einsum("rnd,rd->rn", inputs, weights)
     for closed in range(1, 4):
-        opened = z >= train.quantile_cut(z, 1 - closed / 4)
+        opened = z >= router.quantile_cut(z, 1 - closed / 4)
         assert set(order[:closed]) == {place for place in range(4) if not opened[place].any()} and opened[order[closed:]].all()
 
 
@@ -509,6 +555,22 @@ def test_official_router_file_becomes_ours(base, tmp_path):
     for name, tensor in file_tensors(tmp_path / "out/routers.safetensors").items():
         assert torch.equal(tensor, weights[name])
     assert load_model(base, routers=tmp_path / "out/routers.safetensors").routers()[0].cut == 0.0
+
+
+def test_a_finished_file_is_calibrated_on_other_data(base, tmp_path):
+    """Weights, granularity and orders stay, cuts follow the new examples; the settings of the command line have no say in what the file decides."""
+    train.train(settings(base, tmp_path / "a", granularity="mlp_sequence", layers="0,2,3"))
+    lines = [{"messages": [{"role": "user", "content": "sum " * (1 + i % 5)}, {"role": "assistant", "content": "no " * (1 + i % 4)}]} for i in range(40)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    old = tmp_path / "a/routers.safetensors"
+    summary = train.train(settings(base, tmp_path / "b", recalibrate=str(old), data=(str(tmp_path / "other.jsonl"),), select_samples=30))
+    new = tmp_path / "b/routers.safetensors"
+    assert (summary["granularity"], summary["layers"], summary["steps"]) == ("mlp_sequence", [0, 2, 3], 0)
+    assert all(torch.equal(tensor, file_tensors(new)[name]) for name, tensor in file_tensors(old).items())
+    before, after = router.read_router_file(old)[1], router.read_router_file(new)[1]
+    assert before["orders"] == after["orders"] and before["calibration"] != after["calibration"]
+    with pytest.raises(ValueError, match="import_official and --recalibrate"):
+        settings(base, tmp_path / "c", recalibrate=str(old), import_official=str(old))
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
