@@ -63,7 +63,7 @@ INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
-ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets at which calibration compares the routers with the static order
+ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets whose routes calibration runs, and at which it compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
 
@@ -99,7 +99,8 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
     cost_samples: int = field(default=32, metadata={"help": "training examples on which costs are measured and drop orders searched"})
     benefit_samples: int = field(default=160, metadata={"help": "training examples whose loss is measured with each layer toggled, unit sequence; 0: none"})
-    select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router and to calibrate cuts"})
+    select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router"})
+    calibrate_samples: int = field(default=128, metadata={"help": "those and more training examples whose prompts calibrate the cuts; more: steadier capacity"})
     evaluations: int = field(default=4, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
     report: tuple[float, ...] = field(default=(), metadata={"help": "more budgets at which the finished routers are compared with their controls"})
     trunk_gb: float = field(default=1.0, metadata={"help": "most disk space (GB, in --out) for activations below the first routed layer, computed once per example; 0: none"})
@@ -116,7 +117,7 @@ class TrainConfig:
         if not 0.0 < self.budget < 1.0:
             raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. --budget=0.5, and the router file "
                              "then serves every budget from 0 to 1")
-        least = {"batch_size": 1, "micro_batch": 1, "cost_samples": 1, "select_samples": 1, "heldout_samples": 1, "save_every": 1, "evaluations": 0, "steps": 0,
+        least = {"batch_size": 1, "micro_batch": 1, "cost_samples": 1, "select_samples": 1, "calibrate_samples": 1, "heldout_samples": 1, "save_every": 1, "evaluations": 0, "steps": 0,
                  "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "trunk_gb": 0, "benefit_samples": 0, "max_samples": 2, "max_length": 2}
         for name, bound in least.items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
@@ -129,7 +130,7 @@ class TrainConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.lr is None:  # many tokens vote on a token router's step, few sequences on a sequence router's
-            self.lr = 0.1 if self.granularity.endswith("token") else 0.03
+            self.lr = 0.1 if self.granularity.endswith("token") else 0.01
         if self.kv is None:
             self.kv = "all" if self.granularity == "attn_token" else "routed"
         if self.import_official and self.recalibrate:
@@ -240,7 +241,7 @@ def load_data(cfg: TrainConfig, tok, context: int) -> tuple[list[Example], list[
     if not (train and select and held):
         raise ValueError(f"--max_length={limit} leaves no answer in the training, selection or held-out examples: raise it")
     tokens = sum(len(example.tokens) for example in train)
-    runtime.print0(f"data: {len(train)} examples to tune on ({tokens:,} tokens), {len(select)} to select and calibrate, {len(held)} held out; "
+    runtime.print0(f"data: {len(train)} examples to tune on ({tokens:,} tokens), {len(select)} to select, {len(held)} held out; "
                    f"{cut} at the limit of {limit:,} tokens, {dropped} dropped because no answer was left")
     return train, select, held
 
@@ -532,27 +533,34 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
     return cut
 
 
-def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, order: list[int] | None = None, trunk: TrunkCache | None = None) -> dict:
-    """Table of cuts for every budget in BUDGETS: one for all layers, found in one to three passes per tenth of budget, since deeper logits
-    depend on the route. With an order, budgets at which it loses less than the routers on these examples get its cuts instead (`static`)."""
+def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, select: list[Example] = (), order: list[int] | None = None,
+              trunk: TrunkCache | None = None) -> dict:
+    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so each of ANCHORS is realised in one to
+    three passes over the examples, and between two of them the cuts blend. With an order, budgets near an anchor where it loses less than the
+    routers on the selection set get its cuts instead (`static`)."""
     set_cut(model, -math.inf)
-    z, cuts, cut = route_logits(model, examples, rt), {}, -math.inf
-    dense = z
-    for tenth in range(9, 0, -1):
-        trial, best = quantile_cut(z, tenth / 10), (math.inf, z)
+    dense = z = route_logits(model, examples, rt)
+    at = {}  # logits under the route of each anchor
+    for anchor in reversed(ANCHORS):
+        trial, best = quantile_cut(z, anchor), (math.inf, z)
         for _ in range(3):  # mostly once: until the budget is realised under its own route
             set_cut(model, trial)
             z = route_logits(model, examples, rt)
-            miss = ((z >= trial).double().mean() - tenth / 10).abs().item()
+            miss = ((z >= trial).double().mean() - anchor).abs().item()
             best = min(best, (miss, z), key=lambda found: found[0])
-            if miss <= 0.01 + 1 / z.numel():
+            if miss <= 0.005 + 1 / z.numel():
                 break
-            trial = 0.5 * (trial + quantile_cut(z, tenth / 10))  # half way, so that two routes do not take turns
-        z = best[1]
-        for entry in (b for b in reversed(BUDGETS[1:-1]) if min(max(round(10 * b), 1), 9) == tenth):
-            cut = max(cut, quantile_cut(z, entry))  # a smaller budget never has a lower cut
-            cuts[entry] = cut
-    cuts = {1.0: -math.inf, **cuts, 0.0: math.inf}
+            trial = 0.5 * (trial + quantile_cut(z, anchor))  # half way, so that two routes do not take turns
+        at[anchor] = z = best[1]
+    cuts, cut = {1.0: -math.inf, 0.0: math.inf}, -math.inf
+    for budget in reversed(BUDGETS[1:-1]):
+        low = max((anchor for anchor in ANCHORS if anchor <= budget), default=ANCHORS[0])
+        high = min((anchor for anchor in ANCHORS if anchor >= budget), default=ANCHORS[-1])
+        blended = quantile_cut(at[low], budget)
+        if low < high and math.isfinite(blended):
+            blended += (budget - low) / (high - low) * (quantile_cut(at[high], budget) - blended)
+        cut = max(cut, blended)  # a smaller budget never has a lower cut
+        cuts[budget] = cut
     n_layers = len(model.routing.layers)
     rows = {budget: [cut] * n_layers for budget, cut in cuts.items()}
     static = []
@@ -560,7 +568,7 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
         losses = []
         for row in (rows[anchor], static_cuts(dense, order, anchor)):
             set_cut(model, row)
-            losses.append(evaluate(model, examples, rt, route="gather", trunk=trunk)["loss"])
+            losses.append(evaluate(model, select, rt, route="gather", trunk=trunk)["loss"])
         if losses[1] < losses[0]:
             static += [budget for budget in sorted(rows) if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
     rows |= {budget: static_cuts(dense, order, budget) for budget in static}
@@ -1208,7 +1216,8 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     cfg, rt, model, state = tuner.cfg, tuner.rt, tuner.model, tuner.state
     if cfg.recipe == "default" and state.best_loss < math.inf:
         tuner.put(tuner.best)
-    table = calibrate(model, tuner.select, rt, state.orders.get(state.best_order), tuner.trunk)
+    calibration = [*tuner.select, *reversed(tuner.train)][:max(cfg.calibrate_samples, len(tuner.select))]  # last first: the least fitted ones
+    table = calibrate(model, calibration, rt, tuner.select, state.orders.get(state.best_order), tuner.trunk)
     if table["static"]:
         runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
                        "loses less on the selection set than the routers, and stands in the table")

@@ -441,7 +441,7 @@ def test_calibration_falls_back_on_the_static_order(base):
     inputs = made.inputs
     wrong = train.order_prior(train.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
     made.put(wrong)
-    table = train.calibrate(made.model, made.select, CPU, order)
+    table = train.calibrate(made.model, made.select, CPU, made.select, order)
     assert 0.5 in table["static"]
     router.set_thresholds(made.model, router.thresholds_for(0.5, table))
     static = train.evaluate(made.model, made.select, CPU, route="gather", closed=tuple(order[:2]))
@@ -531,7 +531,7 @@ def test_finished_run_is_recognised_and_another_refused(base, tmp_path, capsys):
     first = train.train(cfg)
     written = (tmp_path / "routers.safetensors").read_bytes()
     assert train.train(cfg) == first and "finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"lr \(0.03 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
+    with pytest.raises(ValueError, match=r"lr \(0.01 there, 0.5 now\), seed \(1337 there, 3 now\).*--overwrite"):
         train.train(settings(base, tmp_path, steps=1, lr=0.5, seed=3))
     (tmp_path / "summary.json").unlink()  # an unfinished one is refused by its checkpoint
     with pytest.raises(ValueError, match=r"budget \(0.5 there, 0.4 now\)"):
