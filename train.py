@@ -6,10 +6,11 @@
 
 Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same command goes on where
 the last checkpoint stands and ends in the same router file, bit for bit (on a GPU as far as its kernels are deterministic).
-recipe=default: price every layer and unit by its Fisher cost, search the order in which layers are best dropped, start from routers in
-closed form that are as good as that order, tune by steps of ridge regression in the space of logits, hold the budget with a running
-quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty). Both end beside their controls: the same share
-of layers dropped for everyone (by greedy search, by Fisher cost, by similarity), random routes, and the routers' own routes made constant.
+recipe=default: price every layer and unit by its Fisher cost, search the order in which layers are best dropped, measure what each layer is
+worth to each sequence beside that order, start from routers in closed form, tune by steps of ridge regression in the space of logits, hold
+the budget with a running quantile as the cut, keep the best router. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
+Both end beside their controls: the same share of layers dropped for everyone (by greedy search, by Fisher cost, by similarity), random
+routes, and the routers' own routes made constant.
 
 Legend: B batch rows, T tokens, D width, V vocabulary, R routed layers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
 An order is a list of all R places of routed layers, the one to drop first in front.
@@ -833,32 +834,36 @@ class Tuner:
     # ------------------------------------------------------------------------------------------------------- beginnings
 
     def begin(self) -> None:
-        """Choose the routed layers and the routers' first weights; measure costs where the recipe or --layers=auto needs them."""
+        """Choose the routed layers, find the orders of the static controls, and set the routers' first weights."""
         cfg, model, state = self.cfg, self.model, self.state
         if cfg.import_official:
             weights = read_router_file(cfg.import_official, official=True)[0]
             self.route(list(weights))
             load_router_weights(cfg.import_official, model, weights, model.routing)
             self.ready()
+            self.search_orders(self.measure()[0])
             return
         if cfg.recalibrate:  # the model came with its routers
             freeze_all_but_routers(model)
             state.layers = list(model.routing.layers)
-            state.orders = {name: [state.layers.index(layer) for layer in order] for name, order in read_router_file(cfg.recalibrate)[1]["orders"].items()}
+            orders = read_router_file(cfg.recalibrate)[1].get("orders", {})
+            state.orders = {name: [state.layers.index(layer) for layer in order] for name, order in orders.items()}
             self.ready()
+            if not orders:
+                self.search_orders(self.measure()[0])
             return
         kind, chosen = parse_layers(cfg.layers, model.config.n_layers)
         layers = list(range(model.config.n_layers)) if kind == "auto" else list(deep_layers(chosen, model.config.n_layers) if kind == "deep" else chosen)
         self.route(layers)
-        if kind == "auto" or cfg.recipe == "default":
-            costs, inputs = self.measure()
-            if kind == "auto":
-                kept = sorted(costs.mean(dim=1).argsort()[:chosen].tolist())
-                costs, inputs = costs[kept], inputs[kept]
-                self.route([layers[i] for i in kept])
+        costs, inputs = self.measure()
+        if kind == "auto":
+            kept = sorted(costs.mean(dim=1).argsort()[:chosen].tolist())
+            costs, inputs = costs[kept], inputs[kept]
+            self.route([layers[i] for i in kept])
         if cfg.recipe == "default":
             self.inputs = inputs[:, permutation(inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
         self.ready()
+        self.search_orders(costs)
         if cfg.recipe == "default":
             self.first_routers(costs, inputs)
 
@@ -882,7 +887,6 @@ class Tuner:
         """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses less, from routers fitted
         to what each layer is worth to each sequence beside that order; unit token: to each token's Fisher cost, alone or mixed with the order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
-        self.search_orders(costs)
         closed = round((1 - cfg.budget) * len(costs))
         sets = {name: tuple(sorted(order[:closed])) for name, order in state.orders.items()}  # often the same ones
         known = {dropped: evaluate(model, self.select, rt, route="gather", closed=dropped, trunk=self.trunk)["loss"] for dropped in dict.fromkeys(sets.values())}
@@ -1221,8 +1225,6 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     if table["static"]:
         runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
                        "loses less on the selection set than the routers, and stands in the table")
-    if not state.orders:
-        tuner.search_orders(tuner.measure()[0])
     n_routed = len(model.routing.layers)
     thresholds = [0.5] * n_routed if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
     path = out / "routers.safetensors"

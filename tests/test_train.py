@@ -526,6 +526,18 @@ def test_run_writes_what_it_promises(base, tmp_path):
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json"]
 
 
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_compiled_steps_end_as_eager_ones(base, tmp_path, recipe, monkeypatch):
+    """The whole run with blocks compiled for its steps: what stands before and after them looks into the blocks, and must not meet compiled ones."""
+    ends, plain = {}, torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))  # traced, not built: no C++ needed
+    for compiled in (False, True):
+        torch.compiler.reset()
+        ends[compiled] = train.train(settings(base, tmp_path / str(compiled), recipe=recipe, steps=3, compile=compiled))
+    for name in ("heldout_loss_dense", "heldout_loss_routed", "heldout_loss_static", "capacity"):
+        assert ends[True][name] == pytest.approx(ends[False][name], rel=1e-4)
+
+
 def test_finished_run_is_recognised_and_another_refused(base, tmp_path, capsys):
     cfg = settings(base, tmp_path, steps=1)
     first = train.train(cfg)
