@@ -90,7 +90,7 @@ class TrainConfig:
     chat: Literal["plain", "chatml", "llama3", "mistral"] | None = field(default=None, metadata={"help": "chat form; none: the model's own"})
     batch_size: int = field(default=16, metadata={"help": "examples per step, over all ranks"})
     micro_batch: int = field(default=4, metadata={"help": "examples per forward pass and rank; does not change the result"})
-    epochs: float = field(default=0.15, metadata={"help": "passes over the training examples"})
+    epochs: float = field(default=0.1, metadata={"help": "passes over the training examples"})
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; none: from epochs"})
     lr: float | None = field(default=None, metadata={"help": "learning rate; default recipe: root mean square of what a step changes in the logits"})
     lambda_: float | None = field(default=None, metadata={"help": "weight of the capacity penalty ReLU(capacity - budget)"})
@@ -99,10 +99,10 @@ class TrainConfig:
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
     cost_samples: int = field(default=24, metadata={"help": "training examples on which costs are measured and drop orders searched"})
-    benefit_samples: int = field(default=64, metadata={"help": "training examples whose loss is measured with each layer toggled, unit sequence; 0: none"})
+    benefit_samples: int = field(default=80, metadata={"help": "training examples whose loss is measured with each layer toggled, unit sequence; 0: none"})
     select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router"})
     calibrate_samples: int = field(default=64, metadata={"help": "those and more training examples whose prompts calibrate the cuts; more: steadier capacity"})
-    evaluations: int = field(default=2, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
+    evaluations: int = field(default=1, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
     report: tuple[float, ...] = field(default=(), metadata={"help": "more budgets at which the finished routers are compared with their controls"})
     trunk_gb: float = field(default=1.0, metadata={"help": "most disk space (GB, in --out) for activations below the first routed layer, computed once per example; 0: none"})
     save_every: int = field(default=5, metadata={"help": "steps between checkpoints"})
@@ -566,11 +566,11 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
     rows = {budget: [cut] * n_layers for budget, cut in cuts.items()}
     static = []
     for anchor in ANCHORS if order else ():
-        losses = []
-        for row in (rows[anchor], static_cuts(dense, order, anchor)):
-            set_cut(model, row)
-            losses.append(evaluate(model, select, rt, route="gather", trunk=trunk)["loss"])
-        if losses[1] < losses[0]:
+        set_cut(model, rows[anchor])
+        settle(model, select, rt, anchor, rounds=1)  # compared at exactly this capacity
+        routed = evaluate(model, select, rt, route="gather", trunk=trunk)["loss"]
+        set_cut(model, static_cuts(dense, order, anchor))
+        if evaluate(model, select, rt, route="gather", trunk=trunk)["loss"] < routed:
             static += [budget for budget in sorted(rows) if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
     rows |= {budget: static_cuts(dense, order, budget) for budget in static}
     budgets = sorted(rows)
