@@ -346,11 +346,12 @@ def ridge(features: torch.Tensor, target: torch.Tensor, strength: float = PRIOR_
     features = features.double()
     mean = features.mean(dim=0)
     variance = (features - mean).square().sum(dim=1).mean()
-    along = 100.0 ** 0.5 * features @ F.normalize(mean, dim=0)  # (N,): the mean's direction, a hundred times cheaper
+    pull = 100.0 ** 0.5 * F.normalize(mean, dim=0)  # (D,): weight along the mean's direction costs a hundredth
+    along = features @ pull  # (N,)
     kernel = features @ features.T + along[:, None] * along  # (N, N)
     kernel.diagonal().add_(strength * variance + 1e-9 * kernel.diagonal().mean())
     dual = torch.linalg.solve(kernel, target.double())  # (N,)
-    return (features.T @ dual + 100.0 ** 0.5 * (along @ dual) * F.normalize(mean, dim=0)).float()
+    return (features.T @ dual + (along @ dual) * pull).float()
 
 
 # ------------------------------------------------------------------------------------------------ passes over a data set
