@@ -179,13 +179,18 @@ def thresholds_for(budget: float, calibration: dict) -> list[float]:
     return thresholds
 
 
-def quantile_cut(z: torch.Tensor, budget: float) -> float:
-    """The cut that lets a share `budget` of the logits z (any shape) through (z >= cut), midway between its neighbours."""
+def quantile_cuts(z: torch.Tensor, budgets: list[float]) -> list[float]:
+    """For each budget the cut that lets this share of the logits z (any shape) through (z >= cut), midway between its neighbours."""
     ordered = z.flatten().double().sort(descending=True).values
-    k = round(budget * len(ordered))
-    if k == 0 or k == len(ordered):
-        return math.inf if k == 0 else -math.inf
-    return ((ordered[k - 1] + ordered[k]) / 2).item()
+    cuts = []
+    for k in (round(budget * len(ordered)) for budget in budgets):
+        cuts.append(math.inf if k == 0 else -math.inf if k == len(ordered) else ((ordered[k - 1] + ordered[k]) / 2).item())
+    return cuts
+
+
+def quantile_cut(z: torch.Tensor, budget: float) -> float:
+    """The cut of `quantile_cuts` for one budget."""
+    return quantile_cuts(z, [budget])[0]
 
 
 def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:

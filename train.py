@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from model import KVCache, ModelConfig, Transformer, load_config, load_model, prefill_flops
-from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, quantile_cut, read_router_file,
-                    save_routers, set_thresholds, thresholds_for)
+from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, quantile_cut, quantile_cuts,
+                    read_router_file, save_routers, set_thresholds, thresholds_for)
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -64,7 +64,8 @@ INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
-ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets whose routes calibration runs, and at which it compares the routers with the static order
+PASSES = 9  # routes that calibration runs to fill it
+ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets at which it compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
 
@@ -537,31 +538,31 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
 
 def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, select: list[Example] = (), order: list[int] | None = None,
               trunk: TrunkCache | None = None) -> dict:
-    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so each of ANCHORS is realised in one to
-    three passes over the examples, and between two of them the cuts blend. With an order, budgets near an anchor where it loses less than the
-    routers on the selection set get its cuts instead (`static`)."""
-    set_cut(model, -math.inf)
-    dense = z = route_logits(model, examples, rt)
-    at = {}  # logits under the route of each anchor
-    for anchor in reversed(ANCHORS):
-        trial, best = quantile_cut(z, anchor), (math.inf, z)
-        for _ in range(3):  # mostly once: until the budget is realised under its own route
-            set_cut(model, trial)
-            z = route_logits(model, examples, rt)
-            miss = ((z >= trial).double().mean() - anchor).abs().item()
-            best = min(best, (miss, z), key=lambda found: found[0])
-            if miss <= 0.005 + 1 / z.numel():
-                break
-            trial = 0.5 * (trial + quantile_cut(z, anchor))  # half way, so that two routes do not take turns
-        at[anchor] = z = best[1]
+    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts, each for
+    the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend. With an order, budgets near one
+    of ANCHORS where it loses less than the routers on the selection set get its cuts instead (`static`)."""
+    routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
+
+    def blended(budget: float) -> float:
+        low = max((capacity for capacity in routes if capacity <= budget), default=min(routes))
+        high = min((capacity for capacity in routes if capacity >= budget), default=max(routes))
+        a, b = routes[low][budget], routes[high][budget]
+        return a if low == high or math.isinf(a) or math.isinf(b) else a + (budget - low) / (high - low) * (b - a)
+
+    for i in range(PASSES):
+        if i < 2:
+            cut = (-math.inf, math.inf)[i]
+        else:
+            ends = sorted(routes)
+            low, high = max(zip(ends, ends[1:]), key=lambda gap: gap[1] - gap[0])
+            cut = blended(min(BUDGETS, key=lambda budget: abs(budget - (low + high) / 2)))
+        set_cut(model, cut)
+        z = route_logits(model, examples, rt)
+        dense = z if i == 0 else dense
+        routes[(z >= cut).double().mean().item()] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS)))
     cuts, cut = {1.0: -math.inf, 0.0: math.inf}, -math.inf
     for budget in reversed(BUDGETS[1:-1]):
-        low = max((anchor for anchor in ANCHORS if anchor <= budget), default=ANCHORS[0])
-        high = min((anchor for anchor in ANCHORS if anchor >= budget), default=ANCHORS[-1])
-        blended = quantile_cut(at[low], budget)
-        if low < high and math.isfinite(blended):
-            blended += (budget - low) / (high - low) * (quantile_cut(at[high], budget) - blended)
-        cut = max(cut, blended)  # a smaller budget never has a lower cut
+        cut = max(cut, blended(budget))  # a smaller budget never has a lower cut
         cuts[budget] = cut
     n_layers = len(model.routing.layers)
     rows = {budget: [cut] * n_layers for budget, cut in cuts.items()}
