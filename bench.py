@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, compile_model, decode_bytes, load_model, load_routers, prefill_flops
-from router import RouterConfig, deep_layers, parse_layers, set_thresholds, thresholds_for
+from model import (KVCache, ModelConfig, Transformer, compile_model, decode_bytes, executed_shares, load_model, load_routers, prefill_flops)
+from router import RouterConfig, capacity, deep_layers, parse_layers, set_thresholds, thresholds_for
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -41,7 +41,7 @@ ANALYTIC_DECODE = ((1, 512), (1, 8192), (16, 2048), (16, 8192), (64, 2048), (64,
 class BenchConfig:
     model: str | None = field(default=None, metadata={"help": "checkpoint folder"})
     routers: str | None = field(default=None, metadata={"help": "router file; none: forced routes"})
-    granularity: str = field(default="attn_sequence", metadata={"help": "what forced routes gate: {attn,mlp,block}_{sequence,token}"})
+    granularity: str = field(default="attn_sequence", metadata={"help": "what forced routes gate: {attn,mlp,block}_{sequence,token} or both_sequence"})
     layers: str = field(default="deep:16", metadata={"help": "routed layers for forced routes: deep:N, all, or numbers such as 3,5,8-12"})
     kv: str = field(default="routed", metadata={"help": "attn_token: 'routed', a skipped token leaves no keys and values, or 'all', it does"})
     budget: tuple[float, ...] | None = field(default=None, metadata={"help": "shares of routed units that execute; none: 0,0.25,0.5,0.75,1, or a router file's own"})
@@ -66,7 +66,12 @@ class BenchConfig:
 
 
 def forced_gates(routing: RouterConfig, budget: float, batch: int, width: int, *, mixed: bool = False, seed: int = 0) -> torch.Tensor:
-    """Gates (R,B) or (R,B,width) at a budget. Unit sequence: round(budget R) layers, evenly spread, row b shifted by b if mixed. Unit token: drawn."""
+    """Gates (R,B) or (R,B,width) at a budget. Unit sequence: round(budget R) places, evenly spread, row b shifted by b if mixed (both_sequence: the
+    same of each kind). Unit token: drawn."""
+    if routing.target == "both":
+        kinds = {kind: iter(forced_gates(RouterConfig(f"{kind}_sequence", layers), budget, batch, width, mixed=mixed))
+                 for kind, layers in (("attn", routing.layers), ("mlp", routing.mlp_layers))}
+        return torch.stack([next(kinds[place.target]) for place in routing.places])
     n = len(routing.layers)
     if routing.unit == "token":
         return (torch.rand(n, batch, width, generator=torch.Generator().manual_seed(seed)) < budget).float()
@@ -77,13 +82,7 @@ def forced_gates(routing: RouterConfig, budget: float, batch: int, width: int, *
 
 def shares(config: ModelConfig, routing: RouterConfig | None, gates: torch.Tensor | None) -> dict[str, list[float]]:
     """Share of units that execute per layer, as prefill_flops and decode_bytes take it. gates (R,...); None: dense."""
-    executed = {"attn": [1.0] * config.n_layers, "mlp": [1.0] * config.n_layers}
-    if gates is not None:
-        for layer, share in zip(routing.layers, gates.flatten(1).mean(dim=1).tolist()):
-            for target in ("attn", "mlp"):
-                if routing.target in (target, "block"):
-                    executed[target][layer] = share
-    return executed
+    return executed_shares(config, routing, [] if gates is None else gates.flatten(1).mean(dim=1).tolist())
 
 
 def prefill_ceiling(config: ModelConfig, routing: RouterConfig, gates: torch.Tensor, tokens: int) -> float:
@@ -203,6 +202,9 @@ def bench_point(model: Transformer, config: BenchConfig, phase: str, batch: int,
         _, realised = model.hidden(tokens, cache=cache, route=route, gates=gates)
         return lambda: run_decode(model, cache, tokens[:, -1:], route, steps), realised
 
+    def realised_capacity(gates: torch.Tensor) -> float:
+        return capacity(gates, weights=model.place_weights()).item()
+
     work = f"{prefill_flops(model.config, context) * batch / 1e9:,.1f} GFLOP" if phase == "prefill" else (
         f"{decode_bytes(model.config, batch, context, itemsize) / 1e6:,.1f} MB a step")
     print(f"\n{phase} | batch {batch} | context {context:,} | dense {work}", flush=True)
@@ -213,16 +215,16 @@ def bench_point(model: Transformer, config: BenchConfig, phase: str, batch: int,
         routed, gates = prepare("gather", budget)
         sample = routed()  # warms up, and tells which route was realised
         if phase == "prefill":
-            capacity = sample.gates.mean().item()
+            realised = realised_capacity(sample.gates)
             ceiling = prefill_ceiling(model.config, model.routing, sample.gates, context)
         else:
-            capacity = torch.stack([step.mean() for step in sample.steps]).mean().item()
+            realised = statistics.mean(realised_capacity(step) for step in sample.steps)
             ceiling = decode_ceiling(model.config, model.routing, gates, sample.steps, batch, context, itemsize)
         shown = "own" if budget is None else f"{budget:.2f}"
-        print(f"  budget {shown} | capacity {capacity:.3f} | ceiling {ceiling:.3f} |", end=" ", flush=True)
+        print(f"  budget {shown} | capacity {realised:.3f} | ceiling {ceiling:.3f} |", end=" ", flush=True)
         off_seconds, seconds, speedup = in_turn(dense, routed, config.rounds)
         done = batch * (context if phase == "prefill" else 1)
-        rows.append(dict(phase=phase, batch=batch, context=context, granularity=model.routing.granularity, route="gather", budget=budget, capacity=capacity,
+        rows.append(dict(phase=phase, batch=batch, context=context, granularity=model.routing.granularity, route="gather", budget=budget, capacity=realised,
                          seconds=seconds, tokens_per_second=done / seconds, speedup=speedup, ceiling=ceiling, ratio=speedup / ceiling,
                          kv_bytes=sample.kv_bytes, peak_bytes=routed().peak_bytes))
         dense_seconds.append(off_seconds)
@@ -303,12 +305,13 @@ def bench(config: BenchConfig) -> dict:
         kind, which = parse_layers(config.layers, model.config.n_layers)
         if kind == "auto":
             raise ValueError(f"layers is {config.layers!r}; a forced route has no measurements to choose by: give deep:N, all, or numbers")
-        model.add_routers(RouterConfig(config.granularity, deep_layers(which, model.config.n_layers) if kind == "deep" else which, kv=config.kv))
+        layers = deep_layers(which, model.config.n_layers) if kind == "deep" else which
+        model.add_routers(RouterConfig(config.granularity, layers, kv=config.kv, mlp_layers=layers if config.granularity == "both_sequence" else ()))
     if config.compile:
         compile_model(model)
     budgets = config.budget or (BUDGETS if config.routers is None else (None,))
     print(f"{runtime.device_name(rt.device)} | {str(rt.dtype).removeprefix('torch.')} | {torch.get_num_threads()} CPU threads | "
-          f"{'compiled' if config.compile else 'eager'} | {model.routing.granularity} on layers {','.join(map(str, model.routing.layers))} | "
+          f"{'compiled' if config.compile else 'eager'} | {model.routing.granularity} on layers {','.join(model.routing.names)} | "
           f"median of {config.rounds} rounds in turn")
     points = [("prefill", batch, n) for n in config.prefill for batch in config.batch] + [("decode", batch, n) for n in config.decode for batch in config.batch]
     rows = [row for point in points for row in bench_point(model, config, *point, budgets, calibration)]

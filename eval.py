@@ -9,7 +9,7 @@ piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy, and an
 Fast because a context is computed once for all its choices, a few-shot prefix once for all items that share it (where routes do not depend
 on what follows: dense, unit token), and logits only where they count. Few-shot numbers are those of arXiv 2410.13184, table 2.
 
-Legend: B rows, T tokens, D width, V vocabulary, R routed layers, n scored positions.
+Legend: B rows, T tokens, D width, V vocabulary, R routers, n scored positions.
 """
 
 import csv
@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 import runtime
 from model import KVCache, Transformer, load_model
-from router import parse_layers, quantile_cut, read_router_file
+from router import closed_shares, parse_layers, quantile_cut, read_router_file
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -546,7 +546,7 @@ class Run:
 
 @dataclass
 class Score:
-    """Outcome of one query: log-probability by choice, or new tokens; units that executed per routed layer; bytes of keys and values."""
+    """Outcome of one query: log-probability by choice, or new tokens; units that executed per router; bytes of keys and values."""
 
     logprobs: dict[int, float] = field(default_factory=dict)
     executed: list[int] = field(default_factory=list)
@@ -577,7 +577,7 @@ def pad(rows: Sequence[Sequence[int]], device) -> torch.Tensor:
 
 
 def tally(gates: torch.Tensor | None, batch: int) -> list[list[int]]:
-    """Units that executed, per row and routed layer: gates (R,B) or (R,B,T) -> B lists of R."""
+    """Units that executed, per row and router: gates (R,B) or (R,B,T) -> B lists of R."""
     return [[] for _ in range(batch)] if gates is None else (gates.sum(-1) if gates.dim() == 3 else gates).T.int().tolist()
 
 
@@ -595,10 +595,11 @@ def log_probs(model: Transformer, h: torch.Tensor, targets: Sequence[Sequence[in
 
 
 def cache_bytes(model: Transformer, routed: bool, length: int, executed: list[int]) -> int:
-    """Bytes of keys and values that `length` tokens leave: skipped (layer, token) pairs leave none, but for target mlp and kv=all."""
+    """Bytes of keys and values that `length` tokens leave: skipped (layer, token) pairs leave none, but for MLPs and kv=all."""
     slots = length * model.config.n_layers
-    if routed and model.routing.target != "mlp" and model.routing.kv == "routed":
-        slots -= length * len(executed) - sum(executed) * (length if model.routing.unit == "sequence" else 1)
+    if routed and model.routing.kv == "routed":
+        kept = [count for place, count in zip(model.routing.places, executed) if place.target != "mlp"]
+        slots -= length * len(kept) - sum(kept) * (length if model.routing.unit == "sequence" else 1)
     return 2 * slots * model.config.n_kv_heads * model.config.head_dim * model.tok_embeddings.weight.element_size()
 
 
@@ -799,20 +800,23 @@ def forced(run: Run, queries: Sequence[Query], starts: Sequence[int], width: int
 
 
 def make_control(text: str, model: Transformer, budget: float | None, orders: dict[str, list[int]]) -> Control | None:
-    """--control: none, static:LAYERS (these are dropped), the name of one of the router file's drop orders (its first layers are dropped, as
-    many as --budget says), random:SEED (at capacity --budget), mean:FILE.json (the average of a routed run's routes, made constant: per
-    task as many layers as it executed on average, the most used ones)."""
+    """--control: none, static:LAYERS (these are dropped; both_sequence: names such as 5.attn,7.mlp), the name of one of the router file's drop orders
+    (its first places are dropped, as many as --budget says), random:SEED (at capacity --budget), mean:FILE.json (the average of a routed run's
+    routes, made constant: per task as many places as it executed on average, the most used ones)."""
     kind, _, value = text.partition(":")
     if kind == "none":
         return None
-    layers, sequence = model.routing.layers, model.routing.unit == "sequence"
+    names, weights, sequence = model.routing.names, model.place_weights(), model.routing.unit == "sequence"
 
     def draw(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{value}/{owner[0]}/{owner[1]}".encode()).digest()[:7]))
         if not sequence:
-            return (torch.rand(stop, len(layers), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
-        count = int(budget * len(layers) + torch.rand((), generator=generator).item())  # between two counts, the budget on average
-        return torch.zeros(len(layers)).index_fill(0, torch.randperm(len(layers), generator=generator)[:count], 1.0)
+            return (torch.rand(stop, len(names), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
+        chance = torch.rand((), generator=generator).item()  # of the place that would close in part: the budget on average
+        return torch.tensor([float(share <= chance) for share in closed_shares(torch.randperm(len(names), generator=generator).tolist(), weights, 1 - budget)])
+
+    def left(order: list[int], closed: float) -> list[bool]:
+        return [share < 0.5 for share in closed_shares(order, weights, closed)]
 
     def constant(kept: Callable[[str], Sequence[bool]]) -> Control:
         def gates(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
@@ -827,22 +831,23 @@ def make_control(text: str, model: Transformer, budget: float | None, orders: di
     if kind in orders and not value:
         if budget is None:
             raise ValueError(f"--control={text} drops layers down to the capacity --budget: give --budget=0..1")
-        first = orders[kind][:round((1 - budget) * len(layers))]
-        return constant(lambda task: [layer not in first for layer in layers])
+        kept = left([names.index(str(name)) for name in orders[kind]], 1 - budget)
+        return constant(lambda task: kept)
     if kind == "static":
-        dropped = parse_layers(value, model.config.n_layers)[1]
-        if not isinstance(dropped, tuple) or not set(dropped) <= set(layers):
-            raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(map(str, layers))}")
-        return constant(lambda task: [layer not in dropped for layer in layers])
+        wanted = value.split(",") if model.routing.target == "both" else parse_layers(value, model.config.n_layers)[1]
+        dropped = {value} if isinstance(wanted, int) else set(map(str, wanted))
+        if not dropped <= set(names):
+            raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(names)}")
+        return constant(lambda task: [name not in dropped for name in names])
     if kind == "mean":
         results = runtime.read_json(value).get("results", {})
         shares = {task: result.get("capacity_per_layer", ()) for task, result in results.items()}
 
         def most_used(task: str) -> list[bool]:
-            if len(shares.get(task, ())) != len(layers):
-                raise ValueError(f"--control={text}: {task} has no {len(layers)} routed layers there; write it with the same --routers")
-            best = sorted(range(len(layers)), key=lambda i: (-shares[task][i], i))[:round(sum(shares[task]))]
-            return [i in best for i in range(len(layers))]
+            if len(shares.get(task, ())) != len(names):
+                raise ValueError(f"--control={text}: {task} has no {len(names)} routed layers there; write it with the same --routers")
+            rarest = sorted(range(len(names)), key=lambda i: (shares[task][i], -i))
+            return left(rarest, 1 - (weights @ torch.tensor(shares[task], dtype=torch.float64)).item())
 
         return constant(most_used)
     raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, or a drop order of the router file "
@@ -859,8 +864,8 @@ def mean_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
 
 
-def summarise(records: Sequence[dict], metrics: Sequence[str]) -> dict:
-    """Results of one task, or of a group taken together."""
+def summarise(records: Sequence[dict], metrics: Sequence[str], weights: Sequence[float] = ()) -> dict:
+    """Results of one task, or of a group taken together. weights: what each router counts in the capacity, of sum 1; (): all the same."""
     n, units = len(records), sum(r["units"] for r in records)
     layers = len(records[0]["executed"])
     result: dict = {}
@@ -876,8 +881,8 @@ def summarise(records: Sequence[dict], metrics: Sequence[str]) -> dict:
     result |= {"capacity": 1.0, "kv_bytes": sum(r["kv_bytes"] for r in records) / n}
     if layers:
         shares = [[r["executed"][i] / r["units"] for r in records] for i in range(layers)]
-        result["capacity"] = sum(sum(r["executed"]) for r in records) / (units * layers)
-        result["capacity_per_layer"] = [sum(r["executed"][i] for r in records) / units for i in range(layers)]
+        result["capacity_per_layer"] = each = [sum(r["executed"][i] for r in records) / units for i in range(layers)]
+        result["capacity"] = sum(weight * share for weight, share in zip(weights or [1 / layers] * layers, each))
         result["route_variance"] = sum(_variance(share) for share in shares) / layers  # between the items of the task
     return result
 
@@ -894,9 +899,9 @@ def routes_of(shares: Sequence[Sequence[float]], within: Sequence[float]) -> dic
             "constant_task_layer_pairs": sum(constant) / len(constant)}
 
 
-def summarise_group(names: Sequence[str], results: dict, records: dict[str, list[dict]]) -> dict:
+def summarise_group(names: Sequence[str], results: dict, records: dict[str, list[dict]], weights: Sequence[float] = ()) -> dict:
     """MMLU and its categories: acc over all items, its standard error pooled as in lm-eval; acc_subjects is the plain mean of subjects."""
-    result = summarise([r for name in names for r in records[name]], ("acc",))
+    result = summarise([r for name in names for r in records[name]], ("acc",), weights)
     sizes, errors = [results[name]["n"] for name in names], [results[name]["acc_stderr"] for name in names]
     if None not in errors:
         pooled = sum((n - 1) * error**2 * n for n, error in zip(sizes, errors)) / (sum(sizes) - len(sizes))
@@ -1073,8 +1078,8 @@ def calibrate(run: Run, work: Work, count: int, budget: float, cuts: list[float]
                 own = (z[:, row, None] if run.sequence else z[:, row, :len(context)]) - offsets  # (R,B) or (R,B,T) -> (R, 1|T)
                 if not run.sequence:
                     own[:, 0] = math.inf  # a first token always executes
-                above.append(own.flatten())
-        found = quantile_cut(torch.cat(above), budget)
+                above.append(own)
+        found = quantile_cut(torch.cat(above, dim=1), budget, run.model.place_weights())
         rise = found if rise is None else 0.5 * (rise + found)  # half way, so that two routes do not take turns
         for router, cut in zip(routers, cuts):
             router.cut.fill_(cut + rise)
@@ -1132,7 +1137,7 @@ class EvalConfig:
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
     calibrate: int | None = setting(None, "first move the cuts until the contexts of each task's first N items, without labels, realise --budget")
-    control: str = setting("none", "forced routes: greedy, fisher or similarity (the router file's drop orders) at --budget, static:LAYERS to drop, random:SEED at --budget, mean:FILE.json of a routed run")
+    control: str = setting("none", "forced routes: greedy, fisher or similarity (the router file's drop orders) at --budget, static:LAYERS to drop (both_sequence: 5.attn,7.mlp), random:SEED at --budget, mean:FILE.json of a routed run")
     fewshot: int | None = setting(None, "examples before each item; none: the paper's number per task")
     fewshot_by: Literal["index", "first", "harness"] = setting("index", "by seed and item, in file order, or as lm-eval draws them")
     seed: int = setting(1234, "of the few-shot draw; 1234 is lm-eval's")
@@ -1206,6 +1211,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     stamps = {work.task.name: hashlib.sha256(repr([*decides, work.sha, work.task.name]).encode()).hexdigest()[:16] for work in works}
     samples, progress, records, results, items, domains = Samples(cfg.samples, rt), Progress(works, rt.is_master), {}, {}, {}, {}
     done, cuts = samples.resume(stamps), [router.cut.item() for router in model.routers()]
+    weights = model.place_weights().tolist() if model.routing else ()
     for work in works:
         name, resumed = work.task.name, len(done[work.task.name])
         how = replace(run, route="off", control=None) if name == PERPLEXITY[1] else run
@@ -1213,16 +1219,16 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
             if cfg.calibrate and how is run:
                 calibrate(run, work, cfg.calibrate, cfg.budget, cuts)
             records[name] = mine = run_work(how, work, done[name], stamps[name], samples, progress, rt)
-        results[name] = summarise(mine, work.task.metrics)
+        results[name] = summarise(mine, work.task.metrics, weights)
         results[name] |= {"shots": work.shots, "seconds": work.seconds, "file": work.source, "resumed": resumed}
         items[name] = {"sha": work.sha} | {metric: "".join(str(r[metric]) for r in mine) for metric in work.task.metrics if metric != "nll"}
         if name in PERPLEXITY:
             items[name] |= {"nll": [-r["logprobs"][0] for r in mine], "tokens": [r["tokens"] for r in mine]}
-            domains |= {f"{name}/{domain}": summarise([r for r in mine if work.items[r["index"]].domain == domain], ("nll",))
+            domains |= {f"{name}/{domain}": summarise([r for r in mine if work.items[r["index"]].domain == domain], ("nll",), weights)
                         for domain in sorted({item.domain for item in work.items} - {None})}
     samples.finish([record for part in records.values() for record in part])
     for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
-        results[group] = summarise_group(GROUPS[group], results, records)
+        results[group] = summarise_group(GROUPS[group], results, records, weights)
 
     report = {"model": cfg.model, "fingerprint": model.fingerprint, "route": route, "results": results, "items": items,
               "settings": asdict(cfg), "torch": torch.__version__, "device": runtime.device_name(rt.device),

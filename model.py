@@ -8,7 +8,7 @@ layer owns a Router (router.py). Three route modes compute the same function:
 Where work is skipped: `Block.gather_rows` (one decision per sequence) and `Block.gather_tokens` (one per token).
 No module keeps state in forward; what must persist lives in the KVCache, which the caller owns. Needs torch, safetensors and router.py.
 
-Legend: B batch rows, T tokens, D width, H heads, K kv heads, h head width, G = H/K, V vocabulary, S cache slots, R routed layers, n packed tokens.
+Legend: B batch rows, T tokens, D width, H heads, K kv heads, h head width, G = H/K, V vocabulary, S cache slots, R routers, n packed tokens.
 """
 
 import bisect
@@ -163,7 +163,7 @@ class LayerCache:
 
     def __init__(self, max_len: int | None):
         self.max_len = max_len
-        self.kept: list[int] | None = None  # unit sequence: batch rows whose gate is open; None: every row
+        self.kept: dict[str, list[int] | None] = {}  # unit sequence, by router: batch rows whose gate is open; None: every row
         self.rows: list[int] | None = None  # batch rows whose keys and values are held here, in order; None: every row
         self.k = self.v = None  # (N, K, S, h)
         self.positions: list[list[int]] | None = None  # unit token, kv=routed: position of each slot's token, by row
@@ -207,7 +207,8 @@ class LayerCache:
 
         places = {row: place for place, row in enumerate(self.rows)} if self.rows is not None else {row: row for row in batch_rows}
         mine = [places[row] for row in batch_rows if row in places]
-        self.rows, self.kept = (None if held is None else renumber(held) for held in (self.rows, self.kept))
+        self.rows = None if self.rows is None else renumber(self.rows)
+        self.kept = {router: None if held is None else renumber(held) for router, held in self.kept.items()}
         if self.positions is not None:
             self.positions = [list(self.positions[row]) for row in batch_rows]
         if self.k is not None:
@@ -565,8 +566,9 @@ class Block(nn.Module):
         target attn    a = x + gate * attn(attention_norm(x))     y = a + mlp(ffn_norm(a))
         target mlp     a = x + attn(attention_norm(x))            y = a + gate * mlp(ffn_norm(a))
         target block   y = x + gate * (block(x) - x)
+        target both    attn and mlp at once, each with a router of its own; either may be missing in a layer
 
-    The router reads the normalised input of what it gates. `forward` computes everything (routes off and mask); `gather_rows` and
+    A router reads the normalised input of what it gates. `forward` computes everything (routes off and mask); `gather_rows` and
     `gather_tokens` compute what the gate lets through and return the same y.
     """
 
@@ -576,77 +578,83 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
-        self.router: Router | None = None
+        self.register_module("router", None)  # gates the attention or the whole block; registered here, so that its order does not depend on history
+        self.register_module("mlp_router", None)  # gates the MLP
         self.routing: RouterConfig | None = None
 
-    def score(self, h: torch.Tensor, pool_lengths: torch.Tensor | None) -> torch.Tensor:
+    def score(self, router: Router, h: torch.Tensor, pool_lengths: torch.Tensor | None) -> torch.Tensor:
         """Router logits of normalised inputs h (B,T,D) -> (B,), unit sequence, or (B,T), unit token."""
-        return self.router(pool(h, pool_lengths) if self.routing.unit == "sequence" else h)
+        return router(pool(h, pool_lengths) if self.routing.unit == "sequence" else h)
 
-    def decide(self, z: torch.Tensor, gate: torch.Tensor | None, must: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
+    def decide(self, router: Router, z: torch.Tensor, gate: torch.Tensor | None, must: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
         """Gate of logits z, or the forced one. Unit token: `must` (first token of a sequence) always executes, pads never do."""
-        gate = ste_gate(z, self.router.cut) if gate is None else gate.to(z.dtype)
+        gate = ste_gate(z, router.cut) if gate is None else gate.to(z.dtype)
         if self.routing.unit == "token":
             gate = torch.where(must, torch.ones_like(gate), gate)
             gate = gate if real is None else gate * real
         return gate
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routed: bool = False, pool_lengths: torch.Tensor | None = None,
-                gate: torch.Tensor | None = None, noise: torch.Tensor | None = None, must: torch.Tensor | None = None,
-                real: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Compute everything; where `routed`, multiply by the gate. x (B,T,D) -> y, gate, z. No host sync, no data-dependent shape."""
-        target = self.routing.target if routed else None
-        z, opened, key_gate = None, None, None
+                gates: torch.Tensor | None = None, noise: torch.Tensor | None = None, must: torch.Tensor | None = None,
+                real: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Compute everything; where `routed`, multiply by the gates. x (B,T,D) -> y, gates and logits, one of each per router here. `gates` (forced) and
+        `noise` have as many rows. No host sync, no data-dependent shape."""
+        made, logits = [], []
+
+        def gate_of(router: Router, h: torch.Tensor) -> torch.Tensor:
+            z, row = self.score(router, h, pool_lengths), len(made)
+            made.append(self.decide(router, z if noise is None else z + noise[row], None if gates is None else gates[row], must, real))
+            logits.append(z)
+            return made[-1].to(x.dtype).view(x.shape[0], -1, 1)  # (B, 1|T, 1)
+
+        opened = key_gate = None
         h = self.attention_norm(x)
-        if target in ("attn", "block"):
-            z = self.score(h, pool_lengths)
-            gate = self.decide(z if noise is None else z + noise, gate, must, real)
-            opened = gate.to(x.dtype).view(x.shape[0], -1, 1)  # (B, 1|T, 1)
+        if routed and self.router is not None:
+            opened = gate_of(self.router, h)
             if self.routing.unit == "token" and self.routing.kv == "routed":
-                key_gate = gate.detach()
+                key_gate = made[0].detach()
+        whole = opened is not None and self.routing.target == "block"
         attention = self.attention(h, cos, sin, key_gate)
-        a = x + opened * attention if target == "attn" else x + attention
+        a = x + attention if opened is None or whole else x + opened * attention
         h = self.ffn_norm(a)
-        if target == "mlp":
-            z = self.score(h, pool_lengths)
-            gate = self.decide(z if noise is None else z + noise, gate, must, real)
-            opened = gate.to(x.dtype).view(x.shape[0], -1, 1)
+        mlp_opened = gate_of(self.mlp_router, h) if routed and self.mlp_router is not None else None
         mlp = self.feed_forward(h)
-        y = a + opened * mlp if target == "mlp" else a + mlp
-        if target == "block":
-            y = x + opened * (y - x)
-        return y, gate, z
+        y = a + mlp if mlp_opened is None else a + mlp_opened * mlp
+        return (x + opened * (y - x) if whole else y), made, logits
 
     def gather(self, x: torch.Tensor, io: Pass, cache: LayerCache | None, routed: bool = False, pool_lengths: torch.Tensor | None = None,
-               gate: torch.Tensor | None = None, must: torch.Tensor | None = None, real: torch.Tensor | None = None,
-               ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Compute and cache only what executes; all of it where not `routed`. x (B,T,D) -> y, gate, z; without gradient x may be overwritten."""
-        target = self.routing.target if routed else None
-        if target in (None, "mlp"):
+               gates: torch.Tensor | None = None, must: torch.Tensor | None = None, real: torch.Tensor | None = None,
+               ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Compute and cache only what executes; all of it where not `routed`. x (B,T,D) -> y, gates and logits, one of each per router that decided
+        now; without gradient x may be overwritten."""
+        attn, mlp = (routed and router is not None for router in (self.router, self.mlp_router))
+        forced = iter(() if gates is None else gates)
+        made = []  # (gate, z) of each router here
+        if attn:
+            chosen, h, everything, decision = self.choose("router", self.attention_norm, x, io, cache, pool_lengths, next(forced, None), must, real)
+            made += decision
+            if isinstance(chosen, Picked):
+                if not chosen.empty or self.routing.kv == "all":
+                    out = self.attention.tokens(h, everything, io, chosen, cache, self.routing.kv)
+            elif not chosen.empty:
+                part = io if chosen.rows is None else io.subset(chosen.rows)
+                heads = self.enter(chosen.take(x), part.cos, part.sin) if h is None else self.attention.project(h, part.cos, part.sin)
+                out = self.attention.rows(*heads, part, cache)
+            if not chosen.empty:
+                x = chosen.put(x, (self.leave if self.routing.target == "block" else self.close)(chosen.take(x), out))
+        else:
             flat = x.flatten(0, 1)  # (B, T, D) -> (B*T, D)
             out = self.attention.rows(*self.enter(flat, io.cos, io.sin), io, cache)
-            if target is None:
-                return self.leave(flat, out).view_as(x), None, None
-            x = self.close(flat, out).view_as(x)
-            chosen, h, _, gate, z = self.choose(self.ffn_norm, x, io, cache, pool_lengths, gate, must, real)
+            x = (self.close if mlp else self.leave)(flat, out).view_as(x)
+        if mlp:
+            chosen, h, _, decision = self.choose("mlp_router", self.ffn_norm, x, io, cache, pool_lengths, next(forced, None), must, real)
+            made += decision
             if not chosen.empty:
                 part = chosen.take(x)
                 x = chosen.put(x, self.feed(part) if h is None else self.feed_forward(h).add_(part))
-            return x, gate, z
-
-        chosen, h, everything, gate, z = self.choose(self.attention_norm, x, io, cache, pool_lengths, gate, must, real)
-        if isinstance(chosen, Picked):
-            if not chosen.empty or self.routing.kv == "all":
-                out = self.attention.tokens(h, everything, io, chosen, cache, self.routing.kv)
-        elif not chosen.empty:
-            io = io if chosen.rows is None else io.subset(chosen.rows)
-            heads = self.enter(chosen.take(x), io.cos, io.sin) if h is None else self.attention.project(h, io.cos, io.sin)
-            out = self.attention.rows(*heads, io, cache)
-        if target == "block":
-            return (x if chosen.empty else chosen.put(x, self.leave(chosen.take(x), out))), gate, z
-        if not chosen.empty:
-            x = chosen.put(x, self.close(chosen.take(x), out))
-        return self.feed(x.flatten(0, 1)).view_as(x), gate, z
+        elif attn and self.routing.target != "block":
+            x = self.feed(x.flatten(0, 1)).view_as(x)
+        return x, [gate for gate, _ in made], [z for _, z in made]
 
     # What runs is static from here on: flat tokens (n,D), whatever the layer, the route and the cache. compile_model compiles these.
 
@@ -666,14 +674,15 @@ class Block(nn.Module):
         """Both residuals of a block that runs as a whole."""
         return self.feed(self.close(x, out))
 
-    def choose(self, norm: RMSNorm, x: torch.Tensor, io: Pass, cache: LayerCache | None, pool_lengths: torch.Tensor | None, gate: torch.Tensor | None,
-               must: torch.Tensor | None, real: torch.Tensor | None):
-        """Who executes, their normalised input (n,D), everybody's (B,T,D), gate and z. One host sync: per prompt for unit sequence, per call for unit token."""
+    def choose(self, name: str, norm: RMSNorm, x: torch.Tensor, io: Pass, cache: LayerCache | None, pool_lengths: torch.Tensor | None,
+               gate: torch.Tensor | None, must: torch.Tensor | None, real: torch.Tensor | None):
+        """Who executes by the router of this name, their normalised input (n,D), everybody's (B,T,D), and [(gate, z)], or [] where the decision was
+        made before. One host sync: per prompt for unit sequence, per call for unit token."""
         if self.routing.unit == "sequence" and not io.fresh:  # decided with the prompt, held for every later token
-            return io.choice(cache.kept), None, None, None, None
-        h = norm(x)
-        z = self.score(h, pool_lengths)
-        gate = self.decide(z, gate, must, real)
+            return io.choice(cache.kept[name]), None, None, []
+        h, router = norm(x), getattr(self, name)
+        z = self.score(router, h, pool_lengths)
+        gate = self.decide(router, z, gate, must, real)
         if self.routing.unit == "token":
             chosen = Picked(gate.detach().bool().cpu(), x.device)  # the host sync
         else:
@@ -681,8 +690,10 @@ class Block(nn.Module):
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
             chosen = io.choice(rows)
             if cache is not None:
-                cache.kept, cache.rows = rows, None if self.routing.target == "mlp" else rows
-        return chosen, chosen.take(h), h, gate, z
+                cache.kept[name] = rows
+                if name == "router":
+                    cache.rows = rows
+        return chosen, chosen.take(h), h, [(gate, z)]
 
 
 class Transformer(nn.Module):
@@ -704,17 +715,27 @@ class Transformer(nn.Module):
 
     def add_routers(self, routing: RouterConfig | None) -> None:
         """Give the layers of `routing` a fresh router each, and take away any other; None leaves a dense model."""
-        if routing is not None and routing.layers and routing.layers[-1] >= self.config.n_layers:
-            raise ValueError(f"routed layer {routing.layers[-1]} does not exist: this model has layers 0 to {self.config.n_layers - 1}")
+        places = () if routing is None else routing.places
+        if places and places[-1].layer >= self.config.n_layers:
+            raise ValueError(f"routed layer {places[-1].layer} does not exist: this model has layers 0 to {self.config.n_layers - 1}")
         self.routing = routing
-        for layer, block in enumerate(self.layers):
-            routed = routing is not None and layer in routing.layers
-            block.routing = routing if routed else None
-            block.router = Router(self.config.dim, device=self.tok_embeddings.weight.device) if routed else None
+        for block in self.layers:
+            block.routing = block.router = block.mlp_router = None
+        for layer, target in places:
+            self.layers[layer].routing = routing
+            setattr(self.layers[layer], "mlp_router" if target == "mlp" else "router", Router(self.config.dim, device=self.tok_embeddings.weight.device))
 
     def routers(self) -> list[Router]:
-        """Routers in layer order."""
+        """Routers in the order of `routing.places`."""
         return routers_of(self)
+
+    def place_weights(self) -> torch.Tensor:
+        """What each place counts in the capacity (R,), of sum 1: all the same where a layer has one router, so that capacity is a share of (layer, unit)
+        pairs; for both_sequence the sublayer's share of the routed weight matrices, so that it is a share of compute."""
+        c, routing = self.config, self.routing
+        size = {"attn": 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads), "mlp": 3 * c.dim * c.hidden_dim}
+        weights = torch.tensor([float(size[place.target]) if routing.target == "both" else 1.0 for place in routing.places], dtype=torch.float64)
+        return weights / weights.sum()
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
@@ -737,8 +758,9 @@ class Transformer(nn.Module):
         gates           forced gates instead of the routers', shape as returned; noise: added to the router logits (route mask only)
         x, first_layer  activations (B,T,D) that enter layer `first_layer`, instead of tokens
 
-        Returned gates are 0.0/1.0 of shape (R,B), unit sequence, or (R,B,T), unit token, pads 0; None for route off. Scores are the logits z.
-        Host syncs: none for off and mask; for gather one per routed layer and prompt (unit token: and call), besides lengths on a device.
+        Returned gates are 0.0/1.0 of shape (R,B), unit sequence, or (R,B,T), unit token, pads 0; None for route off. Scores are the logits z. R counts
+        routers, from first_layer on, in the order of `routing.places`.
+        Host syncs: none for off and mask; for gather one per router and prompt (unit token: and call), besides lengths on a device.
         Raises ValueError for an unknown route, a route without routers, mask with a cache, or a cache filled under another route.
         """
         batch, width = (tokens if x is None else x).shape[:2]
@@ -773,17 +795,15 @@ class Transformer(nn.Module):
         seen, scores, index = [], [], 0
         for layer in range(first_layer, self.config.n_layers):
             block = self.layers[layer]
-            own = routed and block.router is not None
-            gate = gates[index] if own and gates is not None else None
+            own = slice(index, index + ((block.router is not None) + (block.mlp_router is not None) if routed else 0))  # rows of its routers
+            index, here = own.stop, own.stop > own.start
+            forced = gates[own] if here and gates is not None else None
             if io is None:
-                x, gate, z = block(x, cos, sin, own, pool_lengths, gate, noise[index] if own and noise is not None else None, must, real)
+                x, made, z = block(x, cos, sin, here, pool_lengths, forced, noise[own] if here and noise is not None else None, must, real)
             else:
-                x, gate, z = block.gather(x, io, None if cache is None else cache.layers[layer], own, pool_lengths, gate, must, real)
-            if own:
-                index += 1
-                if gate is not None:
-                    seen.append(gate)
-                    scores.append(z)
+                x, made, z = block.gather(x, io, None if cache is None else cache.layers[layer], here, pool_lengths, forced, must, real)
+            seen += made
+            scores += z
         gates, scores = (torch.stack(seen), torch.stack(scores)) if seen else (None, None)
         if cache is not None:
             if routed and self.routing.unit == "sequence":
@@ -798,7 +818,7 @@ class Transformer(nn.Module):
         """Activations (B,T,D) that enter the first routed layer. They depend on no router: compute once, reuse with hidden(None, x=, first_layer=)."""
         x = self.tok_embeddings(tokens)
         cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None], x.dtype)
-        for layer in range(self.routing.layers[0]):
+        for layer in range(self.routing.places[0].layer):
             x = self.layers[layer](x, cos, sin)[0]
         return x
 
@@ -890,6 +910,16 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # What a forward pass costs, from sizes alone
+
+
+def executed_shares(config: ModelConfig, routing: RouterConfig | None, shares: list[float]) -> dict[str, list[float]]:
+    """Share of units that execute in each layer, as prefill_flops and decode_bytes take it, from that of each place (R)."""
+    executed = {"attn": [1.0] * config.n_layers, "mlp": [1.0] * config.n_layers}
+    for place, share in zip(routing.places if routing else (), shares):
+        for target in ("attn", "mlp"):
+            if place.target in (target, "block"):
+                executed[target][place.layer] = share
+    return executed
 
 
 def prefill_flops(config: ModelConfig, tokens: int, attn: list[float] | None = None, mlp: list[float] | None = None, *, kv: str = "routed",
@@ -1040,7 +1070,7 @@ def load_routers(model: Transformer, path: str | Path, budget: float | None = No
     """Give a loaded base the routers of a file, strictly: same base, same layers, same shapes. Returns the file's metadata."""
     weights, meta = read_router_file(path)
     check_fingerprint(path, meta["base_fingerprint"], model.fingerprint)
-    routing = RouterConfig(**{field.name: meta[field.name] for field in fields(RouterConfig)})
+    routing = RouterConfig(**{field.name: meta[field.name] for field in fields(RouterConfig) if field.name in meta})
     thresholds = meta["thresholds"] if budget is None else thresholds_for(budget, meta["calibration"])
     model.add_routers(routing)
     load_router_weights(path, model, weights, routing)

@@ -6,14 +6,15 @@ cut = logit(threshold). The score is never multiplied into the output; the strai
 This module knows nothing of any Transformer: it works on every nn.Module that contains `Router`s, and can be copied alone.
 Source: Router-Tuning, arXiv 2410.13184, eq. 1-4 and 10.
 
-Legend: B batch, T tokens, D width, R routed layers.
+Legend: B batch, T tokens, D width, R routers.
 """
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,29 +24,45 @@ from safetensors.torch import save
 
 TARGETS = ("attn", "mlp", "block")
 UNITS = ("sequence", "token")
-GRANULARITIES = tuple(f"{target}_{unit}" for target in TARGETS for unit in UNITS)
+GRANULARITIES = (*(f"{target}_{unit}" for target in TARGETS for unit in UNITS), "both_sequence")
 FILE_FORMAT = "router-tuning/1"
+
+
+class Place(NamedTuple):
+    """Where one router stands, and what it gates: attn, mlp or block."""
+
+    layer: int
+    target: str
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which layers own a router and what it gates. `pool`: what a sequence router averages over; `kv`: what a skipped token leaves in the cache."""
+    """Which layers own a router and what it gates. `pool`: what a sequence router averages over; `kv`: what a skipped token leaves in the cache.
+
+    Granularity both_sequence has a router beside the attention of each of `layers` and one beside the MLP of each of `mlp_layers`, all under one
+    budget, which counts compute there.
+    """
 
     granularity: str = "attn_sequence"
     layers: tuple[int, ...] = ()  # ascending, 0-based
     pool: str = "prompt"  # "prompt": before the answer, no look-ahead; "all": the whole row, as the paper pools while training
     kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attn_token only): it leaves them
+    mlp_layers: tuple[int, ...] = ()  # both_sequence alone
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "mlp_layers", tuple(self.mlp_layers))
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity is {self.granularity!r}; expected one of {', '.join(GRANULARITIES)}")
         if self.pool not in ("prompt", "all"):
             raise ValueError(f"pool is {self.pool!r}; expected 'prompt' or 'all'")
         if self.kv not in ("routed", "all") or (self.kv == "all" and self.granularity != "attn_token"):
             raise ValueError(f"kv is {self.kv!r} with granularity {self.granularity!r}; expected 'routed', or 'all' with 'attn_token' alone")
-        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
-            raise ValueError(f"routed layers are {list(self.layers)}; expected ascending 0-based layer numbers, each once")
+        if self.mlp_layers and self.target != "both":
+            raise ValueError(f"mlp_layers is {list(self.mlp_layers)} with granularity {self.granularity!r}; expected it with 'both_sequence' alone")
+        for layers in (self.layers, self.mlp_layers):
+            if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
+                raise ValueError(f"routed layers are {list(layers)}; expected ascending 0-based layer numbers, each once")
 
     @property
     def target(self) -> str:
@@ -54,6 +71,25 @@ class RouterConfig:
     @property
     def unit(self) -> str:
         return self.granularity.split("_")[1]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """All routers in the order in which they are asked; gates, logits, thresholds and capacities have one row for each."""
+        if self.target != "both":
+            return tuple(Place(layer, self.target) for layer in self.layers)
+        return tuple(sorted([*(Place(layer, "attn") for layer in self.layers), *(Place(layer, "mlp") for layer in self.mlp_layers)]))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A word for each place: '5', the layer; for both_sequence '5.attn' or '5.mlp'."""
+        return tuple(f"{place.layer}.{place.target}" if self.target == "both" else str(place.layer) for place in self.places)
+
+    def at(self, names: list[str]) -> "RouterConfig":
+        """The same with routers at the places of these names."""
+        if self.target != "both":
+            return replace(self, layers=tuple(sorted(map(int, names))))
+        layers = {kind: tuple(sorted(int(name.split(".")[0]) for name in names if name.endswith(kind))) for kind in ("attn", "mlp")}
+        return replace(self, layers=layers["attn"], mlp_layers=layers["mlp"])
 
 
 def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
@@ -129,7 +165,7 @@ class Router(nn.Module):
 
 
 def routers_of(model: nn.Module) -> list[Router]:
-    """All routers of a model in layer order; found by type, never by name."""
+    """All routers of a model in the order in which they are asked; found by type, never by name."""
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
@@ -142,11 +178,11 @@ def freeze_all_but_routers(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters()) - trainable
 
 
-def capacity(gates: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """Share of (layer, unit) pairs that execute: ONE number over all layers and units. gates (R,B) or (R,B,T); real (B,T) marks non-pads."""
-    if real is None or gates.dim() == 2:
-        return gates.mean()
-    return (gates * real).sum() / (gates.shape[0] * real.sum())
+def capacity(gates: torch.Tensor, real: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of (place, unit) pairs that execute: ONE number over all places and units. gates (R,B) or (R,B,T); real (B,T) marks non-pads;
+    weights (R,) of sum 1, where places do not count alike (`Transformer.place_weights`)."""
+    each = gates.flatten(1).mean(dim=1) if real is None or gates.dim() == 2 else (gates * real).flatten(1).sum(dim=1) / real.sum()  # (R,)
+    return each.mean() if weights is None else (weights.to(each) * each).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -179,22 +215,36 @@ def thresholds_for(budget: float, calibration: dict) -> list[float]:
     return thresholds
 
 
-def quantile_cuts(z: torch.Tensor, budgets: list[float]) -> list[float]:
-    """For each budget the cut that lets this share of the logits z (any shape) through (z >= cut), midway between its neighbours."""
-    ordered = z.flatten().double().sort(descending=True).values
+def quantile_cuts(z: torch.Tensor, budgets: list[float], weights: torch.Tensor | None = None) -> list[float]:
+    """For each budget the cut that lets this share of the logits z (R,...) through (z >= cut), midway between its neighbours. weights (R,): what a
+    logit of each place counts; None: all the same."""
+    ordered, index = z.flatten().double().sort(descending=True)
+    weight = torch.ones_like(ordered) if weights is None else weights.double().repeat_interleave(z[0].numel())[index]
+    middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
     cuts = []
-    for k in (round(budget * len(ordered)) for budget in budgets):
+    for k in torch.searchsorted(middles, torch.tensor(budgets, dtype=torch.float64) * weight.sum(), right=True).tolist():
         cuts.append(math.inf if k == 0 else -math.inf if k == len(ordered) else ((ordered[k - 1] + ordered[k]) / 2).item())
     return cuts
 
 
-def quantile_cut(z: torch.Tensor, budget: float) -> float:
+def quantile_cut(z: torch.Tensor, budget: float, weights: torch.Tensor | None = None) -> float:
     """The cut of `quantile_cuts` for one budget."""
-    return quantile_cuts(z, [budget])[0]
+    return quantile_cuts(z, [budget], weights)[0]
+
+
+def closed_shares(order: list[int], weights: torch.Tensor, closed: float) -> list[float]:
+    """What share of each place (R) is off when the first ones of an order are off for everyone, so that `closed` of all `weights` (R,) is: 1 for those,
+    a fraction for the next one, 0 for the rest."""
+    shares = [0.0] * len(order)
+    for place in order:
+        share = min(max(closed / weights[place].item(), 0.0), 1.0)
+        shares[place] = 0.0 if share < 1e-6 else 1.0 if share > 1 - 1e-6 else share
+        closed -= weights[place].item()
+    return shares
 
 
 def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:
-    """Put one threshold (score units, 0..1) on each router in layer order."""
+    """Put one threshold (score units, 0..1) on each router, in order of their places."""
     routers = routers_of(model)
     assert len(routers) == len(thresholds)
     for router, threshold in zip(routers, thresholds):
@@ -205,21 +255,24 @@ def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:
 # The router file: the official code's tensor names and shapes, plus everything needed to refuse a wrong base, as JSON in the metadata
 
 
-def _key(layer: int) -> str:
-    return f"model.layers.{layer}.router.weight"
+def _key(name: str) -> str:
+    """Tensor of the place of this name. The official code knows one router per layer; the second one of both_sequence has a name of its own."""
+    layer, _, target = name.partition(".")
+    return f"model.layers.{layer}.{'mlp_router' if target == 'mlp' else 'router'}.weight"
 
 
 def save_routers(path: str | Path, model: nn.Module, routing: RouterConfig, *, fingerprint: str, thresholds: list[float], calibration: dict | None = None,
-                 recipe: str = "", step: int = 0, config: dict | None = None, orders: dict[str, list[int]] | None = None) -> None:
-    """Write routers.safetensors atomically. Tensors `model.layers.{i}.router.weight` (1,D) fp32; metadata {"router_tuning": JSON}.
+                 recipe: str = "", step: int = 0, config: dict | None = None, orders: dict[str, list[str]] | None = None) -> None:
+    """Write routers.safetensors atomically. Tensors `model.layers.{i}.router.weight` (1,D) fp32 (both_sequence: `mlp_router` beside the MLP);
+    metadata {"router_tuning": JSON}.
 
-    orders: static alternatives by name, each all routed layers, the one to drop first in front.
+    orders: static alternatives by name, each the names of all places, the one to drop first in front.
     """
     routers = routers_of(model)
-    assert len(routers) == len(routing.layers) == len(thresholds)
+    assert len(routers) == len(routing.places) == len(thresholds)
     meta = {"format": FILE_FORMAT, **asdict(routing), "thresholds": thresholds, "calibration": calibration or {}, "recipe": recipe, "step": step,
             "base_fingerprint": fingerprint, "config": config or {}, "orders": orders or {}}
-    tensors = {_key(layer): router.weight.detach().cpu().contiguous() for layer, router in zip(routing.layers, routers)}
+    tensors = {_key(name): router.weight.detach().cpu().contiguous() for name, router in zip(routing.names, routers)}
     data = save(tensors, metadata={"router_tuning": json.dumps(meta)})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,8 +287,8 @@ def save_routers(path: str | Path, model: nn.Module, routing: RouterConfig, *, f
         temporary.unlink(missing_ok=True)
 
 
-def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[int, torch.Tensor], dict]:
-    """Tensors by layer number, and the metadata ({} for an official file). Raises FileNotFoundError or ValueError with reason and mend."""
+def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors by name of the place, and the metadata ({} for an official file). Raises FileNotFoundError or ValueError with reason and mend."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no router file at {path}; expected the routers.safetensors that train.py writes: check --routers")
@@ -250,29 +303,32 @@ def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[
     if not meta and not official:
         raise ValueError(f"{path} carries no router_tuning metadata, so its granularity and base are unknown; for a file of the official code "
                          "use `train.py --import_official=FILE --granularity=...` to turn it into ours")
+    both = meta.get("granularity", "").startswith("both")
     weights = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        if len(parts) != 5 or not parts[2].isdigit() or name != _key(int(parts[2])):
-            raise ValueError(f"{path} holds a tensor {name!r}; expected only names like {_key(14)!r}: this is not a router file")
-        weights[int(parts[2])] = tensor
+    for key, tensor in tensors.items():
+        layer = key.split(".")[2] if key.count(".") == 4 else ""
+        names = (f"{layer}.attn", f"{layer}.mlp") if both else (layer,)
+        name = next((name for name in names if layer.isdigit() and key == _key(name)), None)
+        if name is None:
+            raise ValueError(f"{path} holds a tensor {key!r}; expected only names like {_key('14')!r}: this is not a router file")
+        weights[name] = tensor
     if not weights:
-        raise ValueError(f"{path} holds no router; expected tensors named like {_key(14)!r}")
-    return dict(sorted(weights.items())), meta
+        raise ValueError(f"{path} holds no router; expected tensors named like {_key('14')!r}")
+    return weights, meta
 
 
-def load_router_weights(path: str | Path, model: nn.Module, weights: dict[int, torch.Tensor], routing: RouterConfig) -> None:
+def load_router_weights(path: str | Path, model: nn.Module, weights: dict[str, torch.Tensor], routing: RouterConfig) -> None:
     """Copy the tensors of a router file into a model's routers; a missing or extra layer or a wrong shape is refused by name."""
-    if set(weights) != set(routing.layers):
-        missing, extra = sorted(set(routing.layers) - set(weights)), sorted(set(weights) - set(routing.layers))
+    if set(weights) != set(routing.names):
+        missing, extra = sorted(set(routing.names) - set(weights)), sorted(set(weights) - set(routing.names))
         raise ValueError(f"{path} does not match its own list of routed layers (missing {missing}, extra {extra}); the file is damaged: tune again")
-    for layer, router in zip(routing.layers, routers_of(model)):
-        tensor = weights[layer]
+    for name, router in zip(routing.names, routers_of(model)):
+        tensor = weights[name]
         if tuple(tensor.shape) != tuple(router.weight.shape):
-            raise ValueError(f"{path}: {_key(layer)} has shape {tuple(tensor.shape)}, this model needs {tuple(router.weight.shape)}; "
+            raise ValueError(f"{path}: {_key(name)} has shape {tuple(tensor.shape)}, this model needs {tuple(router.weight.shape)}; "
                              "it belongs to a model of another width: load it with its own base")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {_key(layer)} holds NaN or infinity; the tuning run diverged: tune again with a smaller --lr")
+            raise ValueError(f"{path}: {_key(name)} holds NaN or infinity; the tuning run diverged: tune again with a smaller --lr")
         with torch.no_grad():
             router.weight.copy_(tensor)
 

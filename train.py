@@ -12,8 +12,8 @@ the budget with a running quantile as the cut, keep the best router. recipe=pape
 Both end beside their controls: the same share of layers dropped for everyone (by greedy search, by Fisher cost, by similarity), random
 routes, and the routers' own routes made constant.
 
-Legend: B batch rows, T tokens, D width, V vocabulary, R routed layers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
-An order is a list of all R places of routed layers, the one to drop first in front.
+Legend: B batch rows, T tokens, D width, V vocabulary, R routers, n loss-carrying tokens, N units (sequences, or tokens) of a data set.
+A place is where a router stands (`RouterConfig.places`); an order is a list of the R numbers of places, the one to drop first in front.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, load_config, load_model, prefill_flops
-from router import (GRANULARITIES, RouterConfig, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, quantile_cut, quantile_cuts,
+from model import KVCache, ModelConfig, Transformer, executed_shares, load_config, load_model, prefill_flops
+from router import (GRANULARITIES, RouterConfig, capacity, closed_shares, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, quantile_cut, quantile_cuts,
                     read_router_file, save_routers, set_thresholds, thresholds_for)
 from tokenizer import encode_chat, load_tokenizer
 
@@ -78,8 +78,8 @@ class TrainConfig:
     out: str = field(default="out/demo", metadata={"help": "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors"})
     recipe: Literal["default", "paper"] = field(default="default", metadata={"help": "default: measured prior, ridge steps, quantile cut; paper: zero routers, AdamW, penalty"})
     granularity: str = field(default="attn_sequence", metadata={"help": "what a gate turns off, and for what: " + ", ".join(GRANULARITIES)})
-    layers: str | None = field(default=None, metadata={"help": "routed layers: auto:N (N cheapest), deep:N (paper), all, or numbers like 3,5,8-12"})
-    budget: float = field(default=0.5, metadata={"help": "share of routed (layer, unit) pairs that execute, between 0 and 1"})
+    layers: str | None = field(default=None, metadata={"help": "routed layers: auto:N (N cheapest; both_sequence: N sublayers), deep:N (paper), all, or numbers like 3,5,8-12"})
+    budget: float = field(default=0.5, metadata={"help": "share of routed (layer, unit) pairs that execute, between 0 and 1; both_sequence: of their compute"})
     objective: Literal["ce", "distill"] | None = field(default=None, metadata={"help": "ce: cross-entropy of the answers; distill: KL to the same model, dense"})
     pool: Literal["prompt", "all"] = field(default="prompt", metadata={"help": "what a sequence router averages over; all: also the answer, as the paper does"})
     kv: Literal["routed", "all"] | None = field(default=None, metadata={"help": "keys and values of skipped tokens; none: all for attn_token, routed else"})
@@ -392,13 +392,13 @@ def collect(parts: list, rt: runtime.Runtime) -> list:
 @torch.no_grad()
 def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, closed: tuple[int, ...] | None = None,
              random_at: float | None = None, teacher: dict[int, torch.Tensor] | None = None, trunk: "TrunkCache | None" = None) -> dict:
-    """Mean loss per loss-carrying token, and realised capacity in all and by routed layer.
+    """Mean loss per loss-carrying token, and realised capacity in all and by place.
 
-    Instead of the routers: closed, places of routed layers that nobody runs (a static control); random_at, each unit runs with that chance.
+    Instead of the routers: closed, places that nobody runs (a static control); random_at, each unit runs with that chance.
     teacher: dense final states by group, as `dense_states` gives them: the loss is then the KL to the dense model.
     """
-    n_routed = 0 if model.routing is None or route == "off" else len(model.routing.layers)
-    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, open units by layer
+    n_routed = 0 if model.routing is None or route == "off" else len(model.routing.places)
+    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, open units by place
     with dropping_layers(model) if closed is not None else contextlib.nullcontext():
         for number, group in mine(by_length(examples, EVAL_BATCH), rt):
             batch = collate(group, rt.device)
@@ -409,7 +409,7 @@ def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *
                 gates[list(closed)] = 0.0
             elif random_at is not None:
                 gates = (torch.rand(shape, generator=generator("random routes", number)) < random_at).float().to(rt.device)
-            start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.layers[0]}
+            start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.places[0].layer}
             h, gates, _ = states(model, batch, route=route, gates=gates, **start)
             sums[0] += head_loss(model, h, batch.labels, None if teacher is None else teacher[number])[0]
             sums[1] += len(batch.labels)
@@ -417,8 +417,9 @@ def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *
                 sums[2] += n_units(model.routing, batch.lengths)
                 sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
     loss, tokens, units, *opened = sum_over_ranks(sums, rt).tolist()
-    return {"loss": loss / tokens, "tokens": int(tokens), "capacity": sum(opened) / (units * n_routed) if n_routed else 1.0,
-            "capacity_per_layer": [n / units for n in opened]}
+    shares = [n / units for n in opened]
+    return {"loss": loss / tokens, "tokens": int(tokens), "capacity_per_layer": shares,
+            "capacity": capacity(torch.tensor(shares)[:, None], weights=model.place_weights()).item() if n_routed else 1.0}
 
 
 def whole_layers(routing: RouterConfig) -> RouterConfig:
@@ -431,11 +432,11 @@ def dropping_layers(model: Transformer):
     """Gates count per sequence for a while, whatever the model's unit: a layer dropped for everyone costs nothing, first tokens and keys included."""
     routing, plain = model.routing, whole_layers(model.routing)
     try:
-        for owner in (model, *(model.layers[layer] for layer in routing.layers)):
+        for owner in (model, *(model.layers[place.layer] for place in routing.places)):
             owner.routing = plain
         yield
     finally:
-        for owner in (model, *(model.layers[layer] for layer in routing.layers)):
+        for owner in (model, *(model.layers[place.layer] for place in routing.places)):
             owner.routing = routing
 
 
@@ -446,7 +447,7 @@ class TrunkCache:
 
     def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
         """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below the first routed one."""
-        weight, first = model.tok_embeddings.weight, model.routing.layers[0]
+        weight, first = model.tok_embeddings.weight, model.routing.places[0].layer
         self.place, size = {}, 0  # tokens of an example -> (number, first element)
         for example in examples if first else []:
             key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
@@ -531,7 +532,7 @@ def set_cut(model: Transformer, cut: float | list[float]) -> None:
 def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, budget: float, rounds: int = 2) -> float:
     """Set and return the global cut that realises `budget`. Routes change what deeper routers see, hence more than one round."""
     for _ in range(rounds):
-        cut = quantile_cut(route_logits(model, examples, rt), budget)
+        cut = quantile_cut(route_logits(model, examples, rt), budget, model.place_weights())
         set_cut(model, cut)
     return cut
 
@@ -542,10 +543,11 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
     the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend. With an order, budgets near one
     of ANCHORS where it loses less than the routers on the selection set get its cuts instead (`static`)."""
     routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
+    weights = model.place_weights()
 
     def blended(budget: float) -> float:
-        low = max((capacity for capacity in routes if capacity <= budget), default=min(routes))
-        high = min((capacity for capacity in routes if capacity >= budget), default=max(routes))
+        low = max((realised for realised in routes if realised <= budget), default=min(routes))
+        high = min((realised for realised in routes if realised >= budget), default=max(routes))
         a, b = routes[low][budget], routes[high][budget]
         return a if low == high or math.isinf(a) or math.isinf(b) else a + (budget - low) / (high - low) * (b - a)
 
@@ -559,34 +561,28 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
         set_cut(model, cut)
         z = route_logits(model, examples, rt)
         dense = z if i == 0 else dense
-        routes[(z >= cut).double().mean().item()] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS)))
+        routes[capacity((z >= cut).double(), weights=weights).item()] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
     cuts, cut = {1.0: -math.inf, 0.0: math.inf}, -math.inf
     for budget in reversed(BUDGETS[1:-1]):
         cut = max(cut, blended(budget))  # a smaller budget never has a lower cut
         cuts[budget] = cut
-    n_layers = len(model.routing.layers)
-    rows = {budget: [cut] * n_layers for budget, cut in cuts.items()}
+    rows = {budget: [cut] * len(weights) for budget, cut in cuts.items()}
     static = []
     for anchor in ANCHORS if order else ():
         set_cut(model, rows[anchor])
         settle(model, select, rt, anchor, rounds=1)  # compared at exactly this capacity
         routed = evaluate(model, select, rt, route="gather", trunk=trunk)["loss"]
-        set_cut(model, static_cuts(dense, order, anchor))
+        set_cut(model, static_cuts(dense, order, anchor, weights))
         if evaluate(model, select, rt, route="gather", trunk=trunk)["loss"] < routed:
             static += [budget for budget in sorted(rows) if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
-    rows |= {budget: static_cuts(dense, order, budget) for budget in static}
+    rows |= {budget: static_cuts(dense, order, budget, weights) for budget in static}
     budgets = sorted(rows)
     return {"budgets": budgets, "thresholds": [[as_threshold(cut) for cut in rows[budget]] for budget in budgets], "static": static}
 
 
-def static_cuts(z: torch.Tensor, order: list[int], budget: float) -> list[float]:
-    """Cuts (R) that close the first layers of an order for everyone and leave the others open; a fraction of a layer goes by its logits z (R,N)."""
-    n_closed, cuts = (1 - budget) * len(order), [-math.inf] * len(order)
-    for rank, place in enumerate(order):
-        share = min(max(n_closed - rank, 0.0), 1.0)  # of this layer that is to be closed
-        if share > 1e-6:
-            cuts[place] = math.inf if share > 1 - 1e-6 else quantile_cut(z[place], 1 - share)
-    return cuts
+def static_cuts(z: torch.Tensor, order: list[int], budget: float, weights: torch.Tensor) -> list[float]:
+    """Cuts (R) that close the first places of an order for everyone and leave the others open; a fraction of a place goes by its logits z (R,N)."""
+    return [quantile_cut(z[place], 1 - share) for place, share in enumerate(closed_shares(order, weights, 1 - budget))]
 
 
 def as_threshold(cut: float) -> float:
@@ -643,12 +639,12 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
 @torch.no_grad()
 def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Runtime, closed: tuple[int, ...], trunk: "TrunkCache | None" = None,
                      distill: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What running each layer is worth to each sequence (R,N) where `closed` places are dropped for everyone, and the router inputs (R,N,D) there.
+    """What running each place is worth to each sequence (R,N) where `closed` ones are dropped for everyone, and the router inputs (R,N,D) there.
 
     Benefit: the answer's loss without the layer minus its loss with it, each measured, in nats over the square root of the answer's tokens: a sum
     over n tokens is as noisy as sqrt(n), and short answers should not drown. Only what stands above the toggled layer is computed again.
     """
-    parts, layers = [], model.routing.layers
+    parts, layers = [], [place.layer for place in model.routing.places]
     assert model.routing.unit == "sequence"
     for number, group in mine(by_length(examples, EVAL_BATCH), rt):
         batch, inputs, entered = collate(group, rt.device), [], {}
@@ -656,15 +652,16 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
         gates = torch.ones(len(layers), len(group), device=rt.device)
         gates[list(closed)] = 0.0
         hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for router in model.routers()]
-        hooks += [model.layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]})) for layer in layers]
+        hooks += [model.layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]})) for layer in set(layers)]
         teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
         h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
         for hook in hooks:
             hook.remove()
         now, benefits = row_losses(model, h, batch, teacher), []
         for place, layer in enumerate(layers):
-            toggled = gates[place:].clone()
-            toggled[0] = 1 - toggled[0]
+            first = layers.index(layer)  # of the routers in this layer
+            toggled = gates[first:].clone()
+            toggled[place - first] = 1 - gates[place]
             h = states(model, batch, route="gather", gates=toggled, x=entered[layer], first_layer=layer)[0]
             benefits.append((row_losses(model, h, batch, teacher) - now) * (2 * gates[place] - 1))  # a closed layer's loss falls by what it is worth
         weight = torch.tensor([len(e.targets) for e in group], device=rt.device) ** -0.5
@@ -673,9 +670,10 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
     return torch.cat([benefits for benefits, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
 
 
-def benefit_prior(benefits: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Sequence routers (R,D) in closed form: the logit is what running the layer is worth to the sequence. benefits (R,N), inputs (R,N,D)."""
-    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, benefits)]), inputs)
+def benefit_prior(benefits: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sequence routers (R,D) in closed form: the logit is what running the place is worth to the sequence, by what it counts in the budget.
+    benefits (R,N), inputs (R,N,D), weights (R,)."""
+    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, benefits / weights[:, None])]), inputs)
 
 
 def token_prior(costs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -709,41 +707,46 @@ def ranks_of(order: list[int]) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------ drop orders
 
 
-def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtime, guess: list[float], depth: int, trunk: "TrunkCache | None" = None) -> list[int]:
-    """Drop `depth` routed layers one after another, each time the one whose loss on the examples rises least; the rest follow by estimate.
+def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtime, guess: list[float], depth: float, trunk: "TrunkCache | None" = None) -> list[int]:
+    """Drop places one after another until a share `depth` of all they count is off, each time the one whose loss on the examples rises least by what it
+    counts; the rest follow by estimate.
 
-    guess: price of each layer, in any unit. Lazy (Minoux 1978): a layer's last measured rise stands until a round finds it cheapest, and
-    what was never measured counts with its guess at the rate of those that were; a round measures at most TRIES layers.
+    guess: price of each place by what it counts, in any unit. Lazy (Minoux 1978): a place's last measured rise stands until a round finds it cheapest,
+    and what was never measured counts with its guess at the rate of those that were; a round measures at most TRIES places.
     """
     def loss(closed: list[int]) -> float:
         return evaluate(model, examples, rt, route="gather", closed=tuple(closed), trunk=trunk)["loss"]
 
     path, now, measured = [], loss([]), {}
-    rest = set(range(len(guess)))
-    while len(path) < depth:
+    rest, weights = set(range(len(guess))), (model.place_weights() * len(guess)).tolist()
+
+    def rise(place: int) -> float:
+        return (loss([*path, place]) - now) / weights[place]
+
+    while sum(weights[place] for place in path) < depth * len(guess) - 1e-6:
         fresh = {}
         if not path:  # no measured rise to go by yet: more of them, by their guesses
             for place in sorted(rest, key=lambda place: guess[place])[:2 * TRIES]:
-                fresh[place] = loss([place]) - now
+                fresh[place] = rise(place)
         else:
-            rate = sum(max(rise, 0.0) for rise in measured.values()) / max(sum(guess[place] for place in measured), 1e-12)
+            rate = sum(max(risen, 0.0) for risen in measured.values()) / max(sum(guess[place] for place in measured), 1e-12)
             while len(fresh) < TRIES:
                 cheapest = min(rest, key=lambda place: (measured.get(place, rate * guess[place]), guess[place]))
                 if cheapest in fresh:
                     break
-                fresh[cheapest] = measured[cheapest] = loss([*path, cheapest]) - now
+                fresh[cheapest] = measured[cheapest] = rise(cheapest)
         measured |= fresh
         path.append(min(fresh, key=fresh.get))
-        now += fresh[path[-1]]
+        now += fresh[path[-1]] * weights[path[-1]]
         rest.discard(path[-1])
     return path + sorted(rest, key=lambda place: (measured.get(place, math.inf), guess[place]))
 
 
 @torch.no_grad()
 def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> list[int]:
-    """Routed layers by 1 - cos(x, y), x what enters the target and y that plus its output: What Matters in Transformers, arXiv 2406.15786."""
-    routing = model.routing
-    total = torch.zeros(len(routing.layers), dtype=torch.float64, device=rt.device)
+    """Places by 1 - cos(x, y), x what enters the target and y that plus its output (What Matters in Transformers, arXiv 2406.15786), by what they count."""
+    places = model.routing.places
+    total = torch.zeros(len(places), dtype=torch.float64, device=rt.device)
     for _, group in mine(by_length(examples, EVAL_BATCH), rt):
         batch = collate(group, rt.device)
         x, width = model.tok_embeddings(batch.tokens), batch.tokens.shape[1]
@@ -752,11 +755,12 @@ def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Ru
         for layer, block in enumerate(model.layers):
             middle = x + block.attention(block.attention_norm(x), cos, sin)
             after = middle + block.feed_forward(block.ffn_norm(middle))
-            if layer in routing.layers:
-                before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[routing.target]
-                total[routing.layers.index(layer)] += (1 - F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)).sum()
+            for number, place in enumerate(places):
+                if place.layer == layer:
+                    before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[place.target]
+                    total[number] += (1 - F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)).sum()
             x = after
-    return sum_over_ranks(total, rt).argsort().tolist()
+    return (sum_over_ranks(total, rt).cpu() / model.place_weights()).argsort().tolist()
 
 
 class RidgeDescent(torch.optim.Optimizer):
@@ -765,12 +769,13 @@ class RidgeDescent(torch.optim.Optimizer):
     With prices p = -d loss / d logit of units with inputs X, the gradient is -X^T p and ridge regression gives (X^T X + e I)^-1 X^T p. So the
     gradient (with momentum) is multiplied by (C + e I)^-1, C = X^T X / N of a fixed sample of inputs and e = STRENGTH times its mean
     eigenvalue: a few massive dimensions of the residual stream no longer decide alone. A step is scaled so that the logits of that sample
-    move by `lr` (root mean square, over all routers together); the scale of the loss does not matter. inputs (R,N,D); weights R x (1,D).
+    move by `lr` (root mean square, over all routers together); the scale of the loss does not matter. inputs (R,N,D); weights R x (1,D);
+    counts (R,): what each router's units count in the budget; prices are taken by it.
     """
 
-    def __init__(self, weights: list[torch.Tensor], inputs: torch.Tensor, lr: float):
+    def __init__(self, weights: list[torch.Tensor], inputs: torch.Tensor, lr: float, counts: torch.Tensor):
         super().__init__(weights, {"lr": lr})
-        self.inputs = inputs.to(weights[0].device)
+        self.inputs, self.counts = inputs.to(weights[0].device), counts
         kernel = self.inputs @ self.inputs.transpose(1, 2)  # (R, N, N)
         self.ridge = STEP_RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]  # (R,) N e: the trace of X^T X is that of X X^T
         self.factor = torch.linalg.cholesky(kernel + torch.diag_embed(self.ridge[:, None].expand(-1, inputs.shape[1])))
@@ -783,7 +788,7 @@ class RidgeDescent(torch.optim.Optimizer):
         weights = self.param_groups[0]["params"]
         for w in weights:
             self.state[w]["exp_avg"].lerp_(w.grad, 1 - MOMENTUM)
-        mean = torch.cat([self.state[w]["exp_avg"] for w in weights])[..., None]  # (R, D, 1)
+        mean = (torch.cat([self.state[w]["exp_avg"] for w in weights]) / self.counts[:, None])[..., None]  # (R, D, 1)
         inner = torch.cholesky_solve(self.inputs @ mean, self.factor)  # (R, N, 1)
         move = (mean - self.inputs.transpose(1, 2) @ inner) / self.ridge[:, None, None]  # (R, D, 1), by Woodbury's identity
         change = self.inputs @ move  # (R, N, 1)
@@ -805,7 +810,7 @@ class Student(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor | None):
-        return states(self.model, batch, route="mask", noise=noise, x=x, first_layer=self.model.routing.layers[0])
+        return states(self.model, batch, route="mask", noise=noise, x=x, first_layer=self.model.routing.places[0].layer)
 
 
 @dataclass
@@ -819,8 +824,8 @@ class State:
     tokens: int = 0
     seconds: float = 0.0  # of the whole run so far
     step_seconds: float = 0.0  # of its optimizer steps
-    layers: list[int] = field(default_factory=list)
-    orders: dict[str, list[int]] = field(default_factory=dict)  # drop orders of the static controls, as places of routed layers
+    places: list[str] = field(default_factory=list)  # where routers stand, by name
+    orders: dict[str, list[int]] = field(default_factory=dict)  # drop orders of the static controls, as numbers of places
     best_order: str | None = None  # the one that loses least on the selection set at the budget
 
 
@@ -839,6 +844,8 @@ class Tuner:
         """Choose the routed layers, find the orders of the static controls, and set the routers' first weights."""
         cfg, model, state = self.cfg, self.model, self.state
         if cfg.import_official:
+            if cfg.granularity == "both_sequence":
+                raise ValueError("granularity is 'both_sequence' with --import_official; the official code has one router per layer: name what it gated")
             weights = read_router_file(cfg.import_official, official=True)[0]
             self.route(list(weights))
             load_router_weights(cfg.import_official, model, weights, model.routing)
@@ -847,21 +854,21 @@ class Tuner:
             return
         if cfg.recalibrate:  # the model came with its routers
             freeze_all_but_routers(model)
-            state.layers = list(model.routing.layers)
+            state.places = list(model.routing.names)
             orders = read_router_file(cfg.recalibrate)[1].get("orders", {})
-            state.orders = {name: [state.layers.index(layer) for layer in order] for name, order in orders.items()}
+            state.orders = {name: [state.places.index(str(place)) for place in order] for name, order in orders.items()}
             self.ready()
             if not orders:
                 self.search_orders(self.measure()[0])
             return
         kind, chosen = parse_layers(cfg.layers, model.config.n_layers)
         layers = list(range(model.config.n_layers)) if kind == "auto" else list(deep_layers(chosen, model.config.n_layers) if kind == "deep" else chosen)
-        self.route(layers)
+        self.route([f"{layer}.{target}" for layer in layers for target in ("attn", "mlp")] if cfg.granularity == "both_sequence" else list(map(str, layers)))
         costs, inputs = self.measure()
         if kind == "auto":
-            kept = sorted(costs.mean(dim=1).argsort()[:chosen].tolist())
+            kept = sorted((costs.mean(dim=1) / model.place_weights()).argsort()[:chosen].tolist())
             costs, inputs = costs[kept], inputs[kept]
-            self.route([layers[i] for i in kept])
+            self.route([state.places[i] for i in kept])
         if cfg.recipe == "default":
             self.inputs = inputs[:, permutation(inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
         self.ready()
@@ -872,25 +879,26 @@ class Tuner:
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Fisher costs (R,N) and router inputs (R,N,D) of the first training examples."""
         costs, inputs = measure_costs(self.model, self.train[:self.cfg.cost_samples], self.rt, self.cfg.seed)
-        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{layer}: {cost:.3g}" for layer, cost in zip(self.state.layers, costs.mean(dim=1).tolist())))
+        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{place}: {cost:.3g}" for place, cost in zip(self.state.places, costs.mean(dim=1).tolist())))
         return costs, inputs
 
     def search_orders(self, costs: torch.Tensor) -> None:
         """Find the drop orders of the static controls, as deep as the budgets in question go."""
-        cfg, model, rt, mean = self.cfg, self.model, self.rt, costs.mean(dim=1)
+        cfg, model, rt = self.cfg, self.model, self.rt
+        prices = costs.mean(dim=1) / model.place_weights()
         examples = self.train[:cfg.cost_samples]
-        depth = math.ceil((1 - min((cfg.budget, *cfg.report))) * len(mean))
-        self.state.orders = {"greedy": greedy_order(model, examples, rt, mean.tolist(), depth, self.trunk), "fisher": mean.argsort().tolist(),
+        depth = 1 - min((cfg.budget, *cfg.report))
+        self.state.orders = {"greedy": greedy_order(model, examples, rt, prices.tolist(), depth, self.trunk), "fisher": prices.argsort().tolist(),
                              "similarity": similarity_order(model, examples, rt)}
         for name, order in self.state.orders.items():
-            runtime.print0(f"layers to drop, {name}: " + ", ".join(str(self.state.layers[place]) for place in order))
+            runtime.print0(f"layers to drop, {name}: " + ", ".join(self.state.places[place] for place in order))
 
     def first_routers(self, costs: torch.Tensor, inputs: torch.Tensor) -> None:
         """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses less, from routers fitted
         to what each layer is worth to each sequence beside that order; unit token: to each token's Fisher cost, alone or mixed with the order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
-        closed = round((1 - cfg.budget) * len(costs))
-        sets = {name: tuple(sorted(order[:closed])) for name, order in state.orders.items()}  # often the same ones
+        sets = {name: tuple(place for place, share in enumerate(closed_shares(order, model.place_weights(), 1 - cfg.budget)) if share >= 0.5)
+                for name, order in state.orders.items()}  # often the same ones
         known = {dropped: evaluate(model, self.select, rt, route="gather", closed=dropped, trunk=self.trunk)["loss"] for dropped in dict.fromkeys(sets.values())}
         losses = {name: known[dropped] for name, dropped in sets.items()}
         state.best_order = best = min(losses, key=losses.get)
@@ -901,7 +909,8 @@ class Tuner:
             fisher = token_prior(costs, inputs)
             starts |= {"fisher": fisher, "fisher + static": fisher + 0.3 * starts[f"static ({best})"]}
         elif cfg.benefit_samples:
-            starts["benefits"] = benefit_prior(*measure_benefits(model, self.train[:cfg.benefit_samples], rt, sets[best], self.trunk, cfg.objective == "distill"))
+            benefits, seen = measure_benefits(model, self.train[:cfg.benefit_samples], rt, sets[best], self.trunk, cfg.objective == "distill")
+            starts["benefits"] = benefit_prior(benefits, seen, model.place_weights())
         tried = {}
         for name, weights in starts.items():
             self.put(weights)
@@ -912,20 +921,21 @@ class Tuner:
             state.best_loss = math.inf  # nothing is tried later: the last routers are taken
         state.cut = settle(model, self.select, rt, cfg.budget)
 
-    def route(self, layers: list[int]) -> None:
-        """Give exactly these layers a fresh router."""
+    def route(self, places: list[str]) -> None:
+        """Put a fresh router at exactly the places of these names."""
         cfg = self.cfg
-        self.model.add_routers(RouterConfig(cfg.granularity, tuple(layers), cfg.pool, cfg.kv))
+        self.model.add_routers(RouterConfig(cfg.granularity, (), cfg.pool, cfg.kv).at(places))
         freeze_all_but_routers(self.model)
-        self.state.layers = list(layers)
+        self.state.places = list(self.model.routing.names)
 
     def ready(self) -> None:
         """Build what stands on the routers: optimizer, distributed wrapper, activations cache."""
         self.weights = [router.weight for router in self.model.routers()]
         self.best = self.stacked()
+        self.counts = self.model.place_weights().float().to(self.rt.device)  # (R,)
         self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select, self.cfg.trunk_gb * 1e9 / self.rt.world_size)
         if self.inputs is not None:
-            self.optimizer = RidgeDescent(self.weights, self.inputs, self.cfg.lr)
+            self.optimizer = RidgeDescent(self.weights, self.inputs, self.cfg.lr, self.counts)
         else:
             self.optimizer = torch.optim.AdamW(self.weights, weight_decay=self.cfg.weight_decay)
             for w in self.weights:  # as AdamW makes them at its first step; a resumed run overwrites them
@@ -953,7 +963,7 @@ class Tuner:
         places = list(range(len(whole)))[rt.rank::rt.world_size]
         micros = [places[i:i + cfg.micro_batch] for i in range(0, len(places), cfg.micro_batch)]
         n_targets = sum(len(e.targets) for e in whole)
-        units = len(self.weights) * n_units(model.routing, [len(e.tokens) for e in whole])
+        units = n_units(model.routing, [len(e.tokens) for e in whole])
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(state.step, self.steps, cfg.lr, cfg.warmup)
 
@@ -970,18 +980,18 @@ class Tuner:
                 teacher = None
                 if cfg.objective == "distill":
                     with torch.no_grad():
-                        teacher = states(model, batch, route="off", x=x, first_layer=model.routing.layers[0])[0]
+                        teacher = states(model, batch, route="off", x=x, first_layer=model.routing.places[0].layer)[0]
                 # gradients are averaged over ranks by the wrapper, hence the factor world_size on what is a sum
                 part, gradient = head_loss(model, h, batch.labels, teacher, scale=rt.world_size / n_targets)
                 roots, gradients = [h], [gradient]
                 if cfg.lambda_:
                     if over is None:
-                        over = sum_over_ranks(gates.detach().sum(), rt).item() / units > cfg.budget
+                        over = sum_over_ranks(self.opened(gates), rt).item() / units > cfg.budget
                     roots.append(gates)
-                    gradients.append(torch.full_like(gates, cfg.lambda_ * over * rt.world_size / units))
+                    gradients.append((cfg.lambda_ * over * rt.world_size / units * self.counts).view(-1, *[1] * (gates.dim() - 1)).expand_as(gates))
                 torch.autograd.backward(roots, gradients)
             loss += part
-            opened += gates.detach().sum()
+            opened += self.opened(gates)
             logits.append((micro[0], real_logits(z if noise is None else z + noise, batch.lengths)))
         norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip)
         loss, opened = sum_over_ranks(torch.stack([loss, opened]), rt).tolist()
@@ -990,14 +1000,18 @@ class Tuner:
         rise = self.optimizer.step()
         self.optimizer.zero_grad()
         if cfg.recipe == "default":
-            cut = quantile_cut(torch.cat(collect(logits, rt), dim=1), cfg.budget)
+            cut = quantile_cut(torch.cat(collect(logits, rt), dim=1), cfg.budget, self.counts.cpu())
             state.cut = (CUT_MEMORY * state.cut + (1 - CUT_MEMORY) * cut if math.isfinite(cut) else state.cut) + rise
             set_cut(model, state.cut)
         state.step += 1
         state.tokens += sum(len(e.tokens) for e in whole)
         lengths = [len(e.tokens) for e in whole]
         return {"loss": loss / n_targets, "capacity": opened / units, "lr": lr_at(state.step - 1, self.steps, cfg.lr, cfg.warmup), "grad_norm": norm.item(),
-                "tokens": sum(lengths), "flops": step_flops(model.config, state.layers[0], lengths, n_targets, cfg.objective == "distill")}
+                "tokens": sum(lengths), "flops": step_flops(model.config, model.routing.places[0].layer, lengths, n_targets, cfg.objective == "distill")}
+
+    def opened(self, gates: torch.Tensor) -> torch.Tensor:
+        """How many units of gates (R,B) or (R,B,T) execute, on average over places by what they count."""
+        return (gates.detach().flatten(1).sum(dim=1) * self.counts).sum()
 
     @torch.no_grad()
     def capacity(self, whole: list[Example], micros: list[list[int]], units: int) -> float:
@@ -1005,7 +1019,7 @@ class Tuner:
         opened = torch.zeros((), device=self.rt.device)
         for micro in micros:
             batch = collate([whole[i] for i in micro], self.rt.device, 64 if self.compiled() else 1)
-            opened += states(self.model, batch, route="mask", noise=self.noise(batch, micro))[1].sum()
+            opened += self.opened(states(self.model, batch, route="mask", noise=self.noise(batch, micro))[1])
         return sum_over_ranks(opened, self.rt).item() / units
 
     def noise(self, batch: Batch, places: list[int]) -> torch.Tensor | None:
@@ -1057,13 +1071,14 @@ class Tuner:
         try:
             with safe_open(path, framework="pt") as file:
                 saved = {key: json.loads(file.metadata()[key]) for key in ("state", "identity")}
+                state = State(**saved["state"])
                 tensors = {name: file.get_tensor(name).to(self.rt.device) for name in file.keys()}
         except (SafetensorError, TypeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with --overwrite") from None
         refuse_other(path.parent, saved["identity"], self.identity())
-        self.state = State(**saved["state"])
+        self.state = state
         self.begun = time.perf_counter() - self.state.seconds
-        self.route(self.state.layers)
+        self.route(self.state.places)
         self.inputs = tensors.get("inputs")
         self.ready()
         self.put(tensors["weights"])
@@ -1137,12 +1152,8 @@ def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: i
 
 
 def routed_flops(config: ModelConfig, routing: RouterConfig, shares: list[float], tokens: int, logits: int = 0) -> float:
-    """FLOPs of a prompt of `tokens` tokens when the routed layers execute these shares of their units."""
-    layers = [1.0] * config.n_layers
-    for layer, share in zip(routing.layers, shares):
-        layers[layer] = share
-    return prefill_flops(config, tokens, attn=None if routing.target == "mlp" else layers, mlp=None if routing.target == "attn" else layers, kv=routing.kv,
-                         unit=routing.unit, logits=logits)
+    """FLOPs of a prompt of `tokens` tokens when the places (R) execute these shares of their units."""
+    return prefill_flops(config, tokens, **executed_shares(config, routing, shares), kv=routing.kv, unit=routing.unit, logits=logits)
 
 
 @torch.no_grad()
@@ -1164,7 +1175,7 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
     shares = gates.flatten(1).mean(1).tolist()  # (R,1) or (R,1,T) -> (R,)
     ceiling = prefill_flops(model.config, length) / routed_flops(model.config, model.routing, shares, length, logits=1)
     return {"prefill_speedup": statistics.median(seconds["off"]) / statistics.median(seconds["gather"]), "prefill_ceiling": ceiling,
-            "prefill_context": length, "prefill_capacity": gates.mean().item()}
+            "prefill_context": length, "prefill_capacity": capacity(gates, weights=model.place_weights()).item()}
 
 
 class Controls:
@@ -1175,44 +1186,45 @@ class Controls:
         self.dense = evaluate(model, examples, rt, route="off")
         self.known = {(): self.dense["loss"]}
 
-    def static(self, order: list[int], n_closed: float) -> float:
-        """Loss with the first n_closed layers of an order off for everyone; a number that is not whole is interpolated between its neighbours."""
-        low = math.floor(n_closed + 1e-6)
+    def static(self, order: list[int], share: float) -> float:
+        """Loss with the first places of an order off for everyone, `share` of all they count; where that ends within a place it is interpolated."""
+        shares = closed_shares(order, self.model.place_weights(), share)
+        part = next((closed for closed in shares if 0.0 < closed < 1.0), 0.0)
         losses = []
-        for n in range(low, low + 1 + (n_closed - low > 1e-6)):
-            closed = tuple(sorted(order[:n]))
+        for least in (1.0, part)[:1 + (part > 0.0)]:
+            closed = tuple(place for place, closed in enumerate(shares) if closed >= least)
             if closed not in self.known:
                 self.known[closed] = evaluate(self.model, self.examples, self.rt, route="gather", closed=closed)["loss"]
             losses.append(self.known[closed])
-        return losses[0] + (n_closed - low) * (losses[-1] - losses[0])
+        return losses[0] + part * (losses[-1] - losses[0])
 
-    def layers_saved(self, shares: list[float]) -> tuple[float, float]:
-        """How many whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
+    def share_saved(self, shares: list[float]) -> tuple[float, float]:
+        """What share of whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
         routing = self.model.routing
 
         def flops(routing: RouterConfig, shares: list[float]) -> float:
             return sum(routed_flops(self.model.config, routing, shares, len(example.tokens)) for example in self.examples)
 
-        plain, others = whole_layers(routing), [1.0] * (len(shares) - 1)
-        dense, routed = flops(plain, [1.0, *others]), flops(routing, shares)
-        return (dense - routed) / (dense - flops(plain, [0.0, *others])), dense / routed
+        plain = whole_layers(routing)
+        dense, routed, none = flops(plain, [1.0] * len(shares)), flops(routing, shares), flops(plain, [0.0] * len(shares))
+        return (dense - routed) / (dense - none), dense / routed
 
     def row(self, budget: float) -> dict:
         """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static ones) at equal ceiling."""
-        routed, n_routed = evaluate(self.model, self.examples, self.rt, route="gather"), len(self.model.routing.layers)
-        shares, n_closed = routed["capacity_per_layer"], (1 - routed["capacity"]) * n_routed
-        n_equal, ceiling = self.layers_saved(shares)
-        losses = {name: self.static(order, n_closed) for name, order in self.orders.items()}
-        cheap = {name: self.static(order, n_equal) for name, order in self.orders.items()}
+        routed = evaluate(self.model, self.examples, self.rt, route="gather")
+        shares, skipped = routed["capacity_per_layer"], 1 - routed["capacity"]
+        saved, ceiling = self.share_saved(shares)
+        losses = {name: self.static(order, skipped) for name, order in self.orders.items()}
+        cheap = {name: self.static(order, saved) for name, order in self.orders.items()}
         best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.dense["loss"]
-        own = sorted(range(n_routed), key=lambda place: shares[place])
+        own = sorted(range(len(shares)), key=lambda place: shares[place])
 
         def closed(static: float) -> float | None:
             """Share of the gap between static and dense that routing closes; None where dropping layers costs nothing."""
             return (static - routed["loss"]) / (static - dense) if static > dense else None
 
         return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
-                "mean_route": self.static(own, n_closed),
+                "mean_route": self.static(own, skipped),
                 "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"])["loss"],
                 "gap_closed": closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": closed(best_cheap)}
 
@@ -1227,14 +1239,13 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     if table["static"]:
         runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
                        "loses less on the selection set than the routers, and stands in the table")
-    n_routed = len(model.routing.layers)
-    thresholds = [0.5] * n_routed if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
+    thresholds = [0.5] * len(tuner.weights) if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
     path = out / "routers.safetensors"
     if rt.is_master:
         settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
         save_routers(path, model, model.routing, fingerprint=model.fingerprint, thresholds=thresholds, calibration=table, recipe=cfg.recipe,
                      step=state.best_step if cfg.recipe == "default" else state.step, config=settings,
-                     orders={name: [state.layers[place] for place in order] for name, order in state.orders.items()})
+                     orders={name: [state.places[place] for place in order] for name, order in state.orders.items()})
     controls, rows = Controls(model, held, rt, state.orders), []
     for budget in (*(b for b in cfg.report if b != cfg.budget), cfg.budget):  # its own last: the speed below is of that route
         set_thresholds(model, thresholds if budget == cfg.budget else thresholds_for(budget, table))
@@ -1245,7 +1256,7 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     summary = {
         "heldout_loss_dense": own["dense"], "heldout_loss_routed": own["routed"], "heldout_loss_static": min(own[name] for name in state.orders),
         "heldout_tokens": controls.dense["tokens"], "capacity": own["capacity"], "budget": cfg.budget, "capacity_per_layer": own["capacity_per_layer"],
-        "granularity": cfg.granularity, "layers": list(model.routing.layers), "kv": cfg.kv, "recipe": cfg.recipe, "objective": cfg.objective,
+        "granularity": cfg.granularity, "layers": list(model.routing.names if model.routing.target == "both" else model.routing.layers), "kv": cfg.kv, "recipe": cfg.recipe, "objective": cfg.objective,
         "steps": state.step, "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
         **speed, "peak_memory_bytes": runtime.peak_memory_bytes(rt.device), "device": runtime.device_name(rt.device), "routers": str(path),
         "seconds": time.perf_counter() - tuner.begun, "report": sorted(rows, key=lambda row: row["budget"]), "identity": tuner.identity(),
@@ -1299,7 +1310,7 @@ def train(cfg: TrainConfig) -> dict:
     model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
     if cfg.recalibrate:
         routing = model.routing
-        cfg = replace(cfg, granularity=routing.granularity, layers=",".join(map(str, routing.layers)), pool=routing.pool, kv=routing.kv)
+        cfg = replace(cfg, granularity=routing.granularity, layers=",".join(routing.names), pool=routing.pool, kv=routing.kv)
     tuner = Tuner(cfg, rt, model, train_set, select)
     checkpoint = out / "checkpoint.safetensors"
     if cfg.overwrite and rt.is_master:
@@ -1327,7 +1338,7 @@ def describe(tuner: Tuner) -> None:
     trainable, total = sum(w.numel() for w in tuner.weights), sum(p.numel() for p in model.parameters())
     runtime.print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {str(rt.dtype).removeprefix('torch.')}, compile {tuner.compiled()}")
     runtime.print0(f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint {model.fingerprint}")
-    runtime.print0(f"routed layers: {', '.join(map(str, model.routing.layers))} of {model.config.n_layers}; {cfg.granularity}, pool {cfg.pool}, kv {cfg.kv}; "
+    runtime.print0(f"routed layers: {', '.join(model.routing.names)} of {model.config.n_layers}; {cfg.granularity}, pool {cfg.pool}, kv {cfg.kv}; "
                    f"budget {cfg.budget}")
     runtime.print0(f"steps: {tuner.steps} of {cfg.batch_size} examples ({cfg.batch_size // rt.world_size} a rank, {cfg.micro_batch} at a time); "
                    f"recipe {cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}, noise {cfg.noise}")

@@ -26,9 +26,13 @@ BUDGETS = (0.0, 0.25, 0.5, 1.0)
 WIDTH = 24
 
 
+def routing_of(granularity: str, kv: str = "routed", layers=(1, 2, 3, 4)) -> RouterConfig:
+    return RouterConfig(granularity, layers, kv=kv, mlp_layers=layers if granularity == "both_sequence" else ())
+
+
 def build(granularity: str, kv: str = "routed", config: ModelConfig = CONFIG) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(config, RouterConfig(granularity, (1, 2, 3, 4), kv=kv))
+    model = Transformer(config, routing_of(granularity, kv))
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             parameter.data.normal_(0, 0.2)
@@ -58,7 +62,7 @@ def test_prefill_flops_are_what_torch_counts(granularity, kv, budget):
         h, realised = model.hidden(tokens_of(batch, WIDTH), route="gather", gates=gates)
         model.head(h[:, -1])
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    counted -= len(model.routing.layers) * batch * 2 * CONFIG.dim * (WIDTH if model.routing.unit == "token" else 1)  # the routers
+    counted -= len(model.routing.places) * batch * 2 * CONFIG.dim * (WIDTH if model.routing.unit == "token" else 1)  # the routers
     executed = shares(CONFIG, model.routing, realised)
     pairs = [p if model.routing.unit == "sequence" or kv == "all" else p * p for p in executed["attn"]]
     scores = sum(pairs) * 4 * CONFIG.n_heads * CONFIG.head_dim * WIDTH * (WIDTH + 1) / 2
@@ -96,10 +100,10 @@ def test_cache_bytes_follow_the_executed_layers_to_the_byte(budget, mixed):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_forced_gates_realise_the_budget(granularity):
-    routing = RouterConfig(granularity, tuple(range(16)))
+    routing = routing_of(granularity, layers=tuple(range(16)))
     for budget in (0.0, 0.25, 0.5, 0.75, 1.0):
         gates = forced_gates(routing, budget, 4, 200, mixed=True)
-        assert gates.shape == ((16, 4, 200) if routing.unit == "token" else (16, 4))
+        assert gates.shape == ((16, 4, 200) if routing.unit == "token" else (len(routing.places), 4))
         assert gates.mean().item() == pytest.approx(budget, abs=0.02 if routing.unit == "token" else 0)
         assert set(gates.unique().tolist()) <= {0.0, 1.0}
 
@@ -132,7 +136,7 @@ def test_ceilings_of_llama_3_8b_agree_with_an_independent_roofline(phase, batch,
 
 def test_ceilings_are_ordered_and_open_at_full_capacity():
     for granularity, kv in CASES:
-        routing = RouterConfig(granularity, (1, 2, 3, 4), kv=kv)
+        routing = routing_of(granularity, kv)
         prefill, decode = [], []
         for budget in BUDGETS:
             gates, step = forced_gates(routing, budget, 1, 400), forced_gates(routing, budget, 1, 1)

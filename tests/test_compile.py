@@ -23,7 +23,7 @@ FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bi
 
 def build(granularity: str, kv: str = "routed", family: str = "llama") -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{**vars(CONFIG), "family": family, **FAMILIES[family]}), RouterConfig(granularity, LAYERS, kv=kv))
+    model = Transformer(ModelConfig(**{**vars(CONFIG), "family": family, **FAMILIES[family]}), RouterConfig(granularity, LAYERS, kv=kv, mlp_layers=LAYERS if granularity == "both_sequence" else ()))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
@@ -35,7 +35,7 @@ def tokens_of(batch: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def gates_of(model: Transformer, batch: int, width: int, seed: int, share: float = 0.5) -> torch.Tensor:
-    shape = (len(LAYERS), batch) + ((width,) if model.routing.unit == "token" else ())
+    shape = (len(model.routing.places), batch) + ((width,) if model.routing.unit == "token" else ())
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share).float()
 
 
@@ -178,9 +178,9 @@ def test_the_counter_counts():
 @pytest.mark.parametrize("granularity, kv", CASES)
 @pytest.mark.parametrize("lengths", [None, [9, 4, 6]])
 def test_host_waits(granularity, kv, lengths):
-    """None for off and mask; for gather one per routed layer and prompt, and for later tokens none where one decision serves a sequence."""
+    """None for off and mask; for gather one per router and prompt, and for later tokens none where one decision serves a sequence."""
     model, tokens = build(granularity, kv), tokens_of(3, 9).as_subclass(OnDevice)
-    routers, by_token = len(LAYERS), granularity.endswith("token")
+    routers, by_token = len(model.routing.places), granularity.endswith("token")
     assert waits(lambda: model(tokens, lengths=lengths)) == 0
     assert waits(lambda: model(tokens, lengths=lengths, route="mask")) == 0
     for route, first, later in (("off", 0, 0), ("gather", routers, routers if by_token else 0)):

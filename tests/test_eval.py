@@ -128,7 +128,7 @@ def data(base, tmp_path):
 def routed(base, granularity: str, kv: str = "routed", pool: str = "prompt") -> Transformer:
     """The base with random routers in layers 1-3, each cut at its median score over a few texts, so that routes differ between items."""
     model = load_model(base / "base")
-    model.add_routers(RouterConfig(granularity, (1, 2, 3), pool=pool, kv=kv))
+    model.add_routers(RouterConfig(granularity, (1, 2, 3), pool=pool, kv=kv, mlp_layers=(2,) if granularity == "both_sequence" else ()))
     model.requires_grad_(False)
     torch.manual_seed(0)
     texts = (b"Question: Which is hot?\nAnswer:", b"Pot 3 met pan 3, the pot broke.", b"Open a jar, turn the lid. Open ")
@@ -498,6 +498,29 @@ def test_controls_force_their_routes(base, tok, tmp_path):
         for control in ("greedy", "similarity", "random:5"):
             with pytest.raises(ValueError, match="--control"):
                 result(control)
+
+
+def test_controls_of_both_count_compute(base, tok, tmp_path):
+    """An MLP counts more than an attention: orders, random routes and mean routes keep to the budget in what places count, and keys and values go by
+    attentions alone."""
+    model = routed(base, "both_sequence")
+    names, weights = model.routing.names, model.place_weights().tolist()
+    assert names == ("1.attn", "2.attn", "2.mlp", "3.attn") and weights[2] > weights[0] == weights[1] == weights[3]
+    items = works(base, tok, "piqa", share=False)[0].items * 60
+    items = [replace(item, queries=[replace(item.queries[0], owner=("piqa", i))]) for i, item in enumerate(items)]
+
+    def result(control: str, budget=None) -> dict:
+        run = Run(model, tok, "gather", scoring.make_control(control, model, budget, {"greedy": ["2.mlp", "1.attn", "2.attn", "3.attn"]}))
+        return scoring.summarise(score(run, items), ("acc", "acc_norm"), weights)
+
+    drop, dense = result("static:2.mlp"), result("greedy", 1.0)
+    assert drop["capacity"] == pytest.approx(1 - weights[2]) and drop["capacity_per_layer"] == [1.0, 1.0, 0.0, 1.0] and drop["kv_bytes"] == dense["kv_bytes"]
+    assert result("greedy", 1 - weights[2]) == drop and result("static:1.attn")["kv_bytes"] < dense["kv_bytes"]
+    assert result("random:5", 0.6)["capacity"] == pytest.approx(0.6, abs=0.06)
+    (tmp_path / "r.json").write_text(json.dumps({"results": {"piqa": {"capacity_per_layer": [0.9, 1.0, 0.1, 0.9]}}}))
+    assert result(f"mean:{tmp_path / 'r.json'}") == drop
+    with pytest.raises(ValueError, match="expected numbers of routed layers, which are 1.attn"):
+        result("static:2")
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])

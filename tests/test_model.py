@@ -26,7 +26,9 @@ def build(family: str = "llama", granularity: str | None = None, kv: str = "rout
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**{**BASE, "family": family, **FAMILIES[family]}))
     if granularity is not None:
-        model.add_routers(RouterConfig(granularity, tuple(layers), kv=kv))
+        # with both: one layer that gates both, one that gates its attention alone, one its MLP
+        model.add_routers(RouterConfig(granularity, tuple(layers), kv=kv) if granularity != "both_sequence" else
+                          RouterConfig(granularity, tuple(layers)[:-1], mlp_layers=tuple(layers)[1:]))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
@@ -42,7 +44,7 @@ def tokens_of(batch: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def random_gates(model: Transformer, batch: int, width: int, seed: int, share: float) -> torch.Tensor:
-    shape = (len(model.routing.layers), batch) + ((width,) if model.routing.unit == "token" else ())
+    shape = (len(model.routing.places), batch) + ((width,) if model.routing.unit == "token" else ())
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share).float()
 
 
@@ -147,15 +149,15 @@ def test_all_off_leaves_no_work_and_no_cache(granularity):
         for part in (model.layers[layer].attention.wq, model.layers[layer].attention.wo, model.layers[layer].feed_forward.w1):
             part.register_forward_hook(lambda module, args, out: calls.append(module))
     cache = KVCache(model, 2)
-    gates = torch.zeros(3, 2)
+    gates = torch.zeros(len(model.routing.places), 2)
     model(tokens_of(2, 6), cache=cache, route="gather", gates=gates)
     model(tokens_of(2, 1), cache=cache, route="gather")
-    per_call = {"attn_sequence": 3, "mlp_sequence": 6, "block_sequence": 0}[granularity]
+    per_call = {"attn_sequence": 3, "mlp_sequence": 6, "block_sequence": 0, "both_sequence": 1 + 2}[granularity]
     assert len(calls) == 2 * per_call
     dense = KVCache(model, 2)
     model(tokens_of(2, 6), cache=dense)
     model(tokens_of(2, 1), cache=dense)
-    held = 4 if granularity == "mlp_sequence" else 1
+    held = {"mlp_sequence": 4, "both_sequence": 2}.get(granularity, 1)
     assert cache.bytes() * 4 == dense.bytes() * held and cache.used_bytes() * 4 == dense.used_bytes() * held
 
 
@@ -273,7 +275,8 @@ def test_gradient_reaches_the_routers_only_through_the_score(case):
     loss = h.square().mean()
     slope = torch.autograd.grad(loss, [gates, z, *[router.weight for router in model.routers()]], retain_graph=True, allow_unused=True)
     assert all(g is not None and g.abs().sum() > 0 for g in slope[2:])
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == [f"layers.{i}.router.weight" for i in (1, 2, 3)]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        f"layers.{place.layer}.{'mlp_router' if place.target == 'mlp' else 'router'}.weight" for place in model.routing.places]
 
 
 def test_trunk_can_be_computed_once():

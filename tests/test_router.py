@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import router as router_module
-from router import (GRANULARITIES, Router, RouterConfig, capacity, check_fingerprint, deep_layers, freeze_all_but_routers, load_router_weights, logit,
-                    parse_layers, pool, read_router_file, save_routers, set_thresholds, ste_gate, thresholds_for)
+from router import (GRANULARITIES, Router, RouterConfig, capacity, check_fingerprint, closed_shares, deep_layers, freeze_all_but_routers,
+                    load_router_weights, logit, parse_layers, pool, quantile_cut, read_router_file, save_routers, set_thresholds, ste_gate, thresholds_for)
 
 
 class Toy(nn.Module):
@@ -97,14 +97,42 @@ def test_layers_by_name():
 
 @pytest.mark.parametrize("settings_, message", [
     (dict(granularity="atn_token"), "expected one of"), (dict(granularity="attn_sequence", kv="all"), "attn_token"), (dict(pool="mean"), "pool"),
-    (dict(layers=(3, 2)), "ascending"), (dict(layers=(-1, 2)), "ascending")])
+    (dict(layers=(3, 2)), "ascending"), (dict(layers=(-1, 2)), "ascending"), (dict(mlp_layers=(1,)), "both_sequence"),
+    (dict(granularity="both_sequence", mlp_layers=(3, 2)), "ascending")])
 def test_a_wrong_setting_is_refused_not_guessed(settings_, message):
     with pytest.raises(ValueError, match=message):
         RouterConfig(**settings_)
 
 
-def test_granularities_are_the_six():
-    assert GRANULARITIES == ("attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token")
+def test_granularities_are_the_six_and_both_under_one_budget():
+    assert GRANULARITIES == ("attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token", "both_sequence")
+
+
+def test_places_stand_in_the_order_in_which_they_are_asked():
+    routing = RouterConfig("both_sequence", (1, 4), mlp_layers=(0, 1))
+    assert routing.places == ((0, "mlp"), (1, "attn"), (1, "mlp"), (4, "attn")) and routing.names == ("0.mlp", "1.attn", "1.mlp", "4.attn")
+    assert RouterConfig("both_sequence").at(list(reversed(routing.names))) == routing
+    plain = RouterConfig("mlp_token", (2, 5))
+    assert plain.places == ((2, "mlp"), (5, "mlp")) and plain.names == ("2", "5") and RouterConfig("mlp_token").at(["5", "2"]) == plain
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 99))
+def test_a_weighted_cut_lets_the_share_through_to_half_a_logit(weights, budget, seed):
+    weights = torch.tensor(weights, dtype=torch.float64)
+    weights /= weights.sum()
+    z = torch.randn(len(weights), 7, generator=torch.Generator().manual_seed(seed))
+    through = capacity((z >= quantile_cut(z, budget, weights)).double(), weights=weights).item()
+    assert abs(through - budget) <= weights.max().item() / 7 / 2 + 1e-9
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1))
+def test_closed_shares_close_what_is_asked_in_order(weights, closed):
+    weights = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    order = list(reversed(range(len(weights))))
+    shares = closed_shares(order, weights, closed)
+    assert sum(w * s for w, s in zip(weights.tolist(), shares)) == pytest.approx(closed, abs=1e-5)
+    in_order = [shares[place] for place in order]
+    assert in_order == sorted(in_order, reverse=True) and sum(0 < share < 1 for share in shares) <= 1
 
 
 @given(st.floats(0, 1))
@@ -153,11 +181,24 @@ def test_file_round_trip_keeps_bits_and_metadata(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["routers.safetensors"]
 
 
+def test_two_routers_of_a_layer_have_tensors_of_their_own(tmp_path):
+    routing, toy = RouterConfig("both_sequence", (3,), mlp_layers=(3,)), Toy(2)
+    for i, part in enumerate(toy.parts):
+        part.weight.data.fill_(i + 1)
+    save_routers(tmp_path / "r", toy, routing, fingerprint="abc", thresholds=[0.5] * 2)
+    assert set(load_file(tmp_path / "r")) == {"model.layers.3.router.weight", "model.layers.3.mlp_router.weight"}
+    weights, meta = read_router_file(tmp_path / "r")
+    assert RouterConfig(meta["granularity"], meta["layers"], mlp_layers=meta["mlp_layers"]) == routing
+    other = Toy(2)
+    load_router_weights("f", other, weights, routing)
+    assert [part.weight.unique().tolist() for part in other.parts] == [[1.0], [2.0]]
+
+
 def test_official_file_is_read_when_asked_for(tmp_path):
     """The official code writes the same names and shapes without metadata."""
     save_file({"model.layers.14.router.weight": torch.ones(1, 6, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     weights, meta = read_router_file(tmp_path / "model.safetensors", official=True)
-    assert meta == {} and list(weights) == [14]
+    assert meta == {} and list(weights) == ["14"]
     with pytest.raises(ValueError, match="no router_tuning metadata"):
         read_router_file(tmp_path / "model.safetensors")
 
@@ -180,8 +221,9 @@ def test_every_kind_of_wrong_file_is_refused_with_a_reason(tmp_path):
     with pytest.raises(ValueError, match="expected only names like"):
         read_router_file(path)
     routing = RouterConfig("attn_sequence", (3, 5))
-    for weights, message in (({3: torch.ones(1, 6)}, "missing \\[5\\]"), ({3: torch.ones(1, 6), 5: torch.ones(1, 6), 9: torch.ones(1, 6)}, "extra \\[9\\]"),
-                             ({3: torch.ones(1, 6), 5: torch.ones(1, 7)}, "shape \\(1, 7\\)"), ({3: torch.ones(1, 6), 5: torch.full((1, 6), math.nan)}, "NaN")):
+    for weights, message in (({"3": torch.ones(1, 6)}, "missing \\['5'\\]"), ({"3": torch.ones(1, 6), "5": torch.ones(1, 6), "9": torch.ones(1, 6)}, "extra \\['9'\\]"),
+                             ({"3": torch.ones(1, 6), "5": torch.ones(1, 7)}, "shape \\(1, 7\\)"),
+                             ({"3": torch.ones(1, 6), "5": torch.full((1, 6), math.nan)}, "NaN")):
         with pytest.raises(ValueError, match=message):
             load_router_weights(path, Toy(2), weights, routing)
     with pytest.raises(ValueError, match="tuned on a base with fingerprint abc"):
