@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 
 import runtime
-from model import KVCache, Transformer, load_model
-from router import closed_shares, parse_layers, quantile_cut, read_router_file
+from model import KVCache, Transformer, load_model, load_routers
+from router import closed_shares, parse_layers, quantile_cut
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -1066,9 +1066,13 @@ def calibrate(run: Run, work: Work, count: int, budget: float, cuts: list[float]
     where it is asked for. Deeper logits depend on the route, hence several rounds. Every rank does the same.
     """
     contexts = sorted((query.context for item in work.items[:count] for query in item.queries), key=len)
-    routers, offsets, rise = run.model.routers(), torch.tensor(cuts)[:, None], None
-    for router, cut in zip(routers, cuts):
-        router.cut.fill_(cut)
+    offsets, rise = torch.tensor(cuts)[:, None], None
+
+    def move(rise: float) -> None:
+        for router, cut in zip(run.model.routers(), cuts):
+            router.cut.fill_(cut + rise)
+
+    move(0.0)
     for _ in range(CALIBRATION_ROUNDS if 0.0 < budget < 1.0 else 0):
         above = []  # by how much each unit's logit exceeds its layer's cut
         for a in range(0, len(contexts), CALIBRATION_ROWS):
@@ -1081,8 +1085,7 @@ def calibrate(run: Run, work: Work, count: int, budget: float, cuts: list[float]
                 above.append(own)
         found = quantile_cut(torch.cat(above, dim=1), budget, run.model.place_weights())
         rise = found if rise is None else 0.5 * (rise + found)  # half way, so that two routes do not take turns
-        for router, cut in zip(routers, cuts):
-            router.cut.fill_(cut + rise)
+        move(rise)
 
 
 def run_work(run: Run, work: Work, done: dict[int, dict], stamp: str, samples: Samples, progress: Progress, rt: runtime.Runtime,
@@ -1156,8 +1159,8 @@ def check(cfg: EvalConfig) -> None:
     """Refuse settings that contradict each other before anything is loaded."""
     if not cfg.tasks and not cfg.custom and cfg.perplexity is None:
         raise ValueError("there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or --perplexity=FILE.jsonl")
-    if cfg.routers is None and (cfg.route in ("mask", "gather") or cfg.control != "none"):
-        raise ValueError(f"--route={cfg.route} --control={cfg.control} needs routed layers, and no router file was given: give --routers")
+    if cfg.routers is None and (cfg.route in ("mask", "gather") or cfg.control != "none" or cfg.budget is not None):
+        raise ValueError(f"--route={cfg.route} --control={cfg.control} --budget={cfg.budget} needs routed layers, and no router file was given: give --routers")
     if cfg.calibrate is not None and (cfg.routers is None or cfg.budget is None or cfg.control != "none" or cfg.route == "off"):
         raise ValueError(f"--calibrate={cfg.calibrate} moves the routers' cuts to a budget, and there is no router file, no budget, or a control in its place; "
                          "give --routers and --budget, and neither --control nor --route=off")
@@ -1196,9 +1199,9 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
-    model, tok = load_model(cfg.model, routers=cfg.routers, budget=budget, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
+    model, tok = load_model(cfg.model, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
+    orders = load_routers(model, cfg.routers, budget).get("orders", {}) if cfg.routers else {}
     route = cfg.route if cfg.route != "auto" else "gather" if cfg.routers else "off"
-    orders = read_router_file(cfg.routers)[1].get("orders", {}) if cfg.routers else {}
     run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget, orders), cfg.max_batch_tokens)
     works = prepare(cfg, run, tasks, shots, paths)
     other = read_other(cfg.against, works) if cfg.against else None

@@ -295,34 +295,30 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tens
     return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
 
 
-def head_loss(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None, *,
-              scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss of final states h (n,D) and, with a `scale`, the gradient of scale * loss with respect to h.
+def head_blocks(model: Transformer, n: int) -> list[slice]:
+    """The rows of n final states, so many at a time that no more than LOGITS_AT_ONCE logits exist; none should outlive its block."""
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    return [slice(a, a + size) for a in range(0, n, size)]
 
-    Runs over blocks of rows, so that no more than LOGITS_AT_ONCE logits exist at a time, and none outlives its block.
-    """
-    block = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+
+@torch.no_grad()
+def head_losses(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None) -> torch.Tensor:
+    """Loss of each token (n,) of final states h (n,D)."""
+    return torch.cat([token_losses(model.head(h[part]), labels[part], None if teacher_h is None else model.head(teacher_h[part]))
+                      for part in head_blocks(model, len(h))])
+
+
+def head_gradient(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None, *,
+                  scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of final states h (n,D), and the gradient (n,D) of scale * loss with respect to them."""
     total, gradients = h.new_zeros((), dtype=torch.float32), []
-    for a in range(0, len(h), block):
-        part = h[a:a + block].detach().requires_grad_(scale is not None)
-        teacher = None if teacher_h is None else model.head(teacher_h[a:a + block]).detach()
-        with torch.set_grad_enabled(scale is not None):
-            loss = token_losses(model.head(part), labels[a:a + block], teacher).sum()
+    for part in head_blocks(model, len(h)):
+        own = h[part].detach().requires_grad_()
+        teacher = None if teacher_h is None else model.head(teacher_h[part]).detach()
+        loss = token_losses(model.head(own), labels[part], teacher).sum()
         total += loss.detach()
-        if scale is not None:
-            gradients.append(torch.autograd.grad(loss * scale, part)[0])
-    return total, torch.cat(gradients) if gradients else None
-
-
-def row_losses(model: Transformer, h: torch.Tensor, batch: Batch, teacher_h: torch.Tensor | None = None) -> torch.Tensor:
-    """Loss (B,) of each row's answer, summed over its tokens, of final states h (n,D); no gradient. Blocks as in `head_loss`."""
-    block = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    total = torch.zeros(len(batch.lengths), device=h.device)
-    for a in range(0, len(h), block):
-        teacher = None if teacher_h is None else model.head(teacher_h[a:a + block])
-        losses = token_losses(model.head(h[a:a + block]), batch.labels[a:a + block], teacher)
-        total.index_add_(0, batch.at[a:a + block] // batch.tokens.shape[1], losses)
-    return total
+        gradients.append(torch.autograd.grad(loss * scale, own)[0])
+    return total, torch.cat(gradients)
 
 
 def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
@@ -411,7 +407,7 @@ def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *
                 gates = (torch.rand(shape, generator=generator("random routes", number)) < random_at).float().to(rt.device)
             start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.places[0].layer}
             h, gates, _ = states(model, batch, route=route, gates=gates, **start)
-            sums[0] += head_loss(model, h, batch.labels, None if teacher is None else teacher[number])[0]
+            sums[0] += head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
             sums[1] += len(batch.labels)
             if n_routed:
                 sums[2] += n_units(model.routing, batch.lengths)
@@ -596,11 +592,10 @@ def as_threshold(cut: float) -> float:
 def draw_labels(model: Transformer, h: torch.Tensor, *key) -> torch.Tensor:
     """One label (n,) per final state (n,D), drawn from the model's own distribution."""
     u = torch.rand(len(h), 1, generator=generator(*key)).to(h.device)
-    block = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     drawn = []
-    for a in range(0, len(h), block):
-        rising = model.head(h[a:a + block].detach()).softmax(-1).cumsum(-1)  # (n', V)
-        drawn.append(torch.searchsorted(rising, u[a:a + block] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
+    for part in head_blocks(model, len(h)):
+        rising = model.head(h[part].detach()).softmax(-1).cumsum(-1)  # (n', V)
+        drawn.append(torch.searchsorted(rising, u[part] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
     return torch.cat(drawn)
 
 
@@ -623,7 +618,7 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
         costs = torch.zeros_like(gates)
         for sample in range(LABEL_SAMPLES):
             labels = draw_labels(model, h, seed, "labels", number, sample)
-            gradient = head_loss(model, h, labels, scale=1.0)[1]
+            gradient = head_gradient(model, h, labels, scale=1.0)[1]
             costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
         costs, inputs = costs.detach().cpu(), torch.stack(inputs).cpu()
         if model.routing.unit == "token":
@@ -657,13 +652,18 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
         h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
         for hook in hooks:
             hook.remove()
-        now, benefits = row_losses(model, h, batch, teacher), []
+
+        def by_row(h: torch.Tensor) -> torch.Tensor:  # (n,D) -> (B,) loss of each answer
+            losses = head_losses(model, h, batch.labels, teacher)
+            return losses.new_zeros(len(group)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
+
+        now, benefits = by_row(h), []
         for place, layer in enumerate(layers):
             first = layers.index(layer)  # of the routers in this layer
             toggled = gates[first:].clone()
             toggled[place - first] = 1 - gates[place]
             h = states(model, batch, route="gather", gates=toggled, x=entered[layer], first_layer=layer)[0]
-            benefits.append((row_losses(model, h, batch, teacher) - now) * (2 * gates[place] - 1))  # a closed layer's loss falls by what it is worth
+            benefits.append((by_row(h) - now) * (2 * gates[place] - 1))  # a closed layer's loss falls by what it is worth
         weight = torch.tensor([len(e.targets) for e in group], device=rt.device) ** -0.5
         parts.append((number, ((torch.stack(benefits) * weight).cpu(), torch.stack(inputs).cpu())))
     parts = collect(parts, rt)
@@ -982,7 +982,7 @@ class Tuner:
                     with torch.no_grad():
                         teacher = states(model, batch, route="off", x=x, first_layer=model.routing.places[0].layer)[0]
                 # gradients are averaged over ranks by the wrapper, hence the factor world_size on what is a sum
-                part, gradient = head_loss(model, h, batch.labels, teacher, scale=rt.world_size / n_targets)
+                part, gradient = head_gradient(model, h, batch.labels, teacher, scale=rt.world_size / n_targets)
                 roots, gradients = [h], [gradient]
                 if cfg.lambda_:
                     if over is None:

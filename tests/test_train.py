@@ -113,28 +113,14 @@ def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
     h, other, labels = torch.randn(7, 32), torch.randn(7, 32), torch.randint(0, 258, (7,))
     for teacher in (None, other):
         monkeypatch.setattr(train, "LOGITS_AT_ONCE", 3 * 258)
-        loss, gradient = train.head_loss(model, h, labels, teacher, scale=0.5)
+        loss, gradient = train.head_gradient(model, h, labels, teacher, scale=0.5)
         leaf = h.clone().requires_grad_()
         whole = (torch.nn.functional.cross_entropy(model.head(leaf), labels, reduction="sum") if teacher is None else
                  (model.head(teacher).softmax(-1) * (model.head(teacher).log_softmax(-1) - model.head(leaf).log_softmax(-1))).sum())
         (whole * 0.5).backward()
         torch.testing.assert_close(loss, whole.detach())
         torch.testing.assert_close(gradient, leaf.grad)
-        assert train.head_loss(model, h, labels, teacher)[1] is None
-
-
-def test_losses_by_row_add_up(base, monkeypatch):
-    made = tuner(base, steps=0)
-    batch = train.collate(made.train[:5], CPU.device)
-    h = train.states(made.model, batch, route="off")[0]
-    monkeypatch.setattr(train, "LOGITS_AT_ONCE", 3 * made.model.config.vocab_size)  # blocks that end inside a row
-    rows = train.row_losses(made.model, h, batch)
-    torch.testing.assert_close(rows.sum(), train.head_loss(made.model, h, batch.labels)[0])
-    for row, example in enumerate(made.train[:5]):
-        alone = train.evaluate(made.model, [example], CPU, route="off")["loss"] * len(example.targets)
-        assert rows[row].item() == pytest.approx(alone, rel=1e-4)
-    teacher = train.states(made.model, batch, route="gather")[0]
-    assert train.row_losses(made.model, teacher, batch, teacher).abs().max() < 1e-4
+        torch.testing.assert_close(train.head_losses(model, h, labels, teacher).sum(), loss)
 
 
 def test_ridge_fits_and_shrinks():
