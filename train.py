@@ -54,7 +54,8 @@ RECIPES = {
 FREE = ("out", "save_every", "overwrite", "trunk_gb")  # settings that may differ between a run and its continuation, and do not change the result
 
 EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
-LOGITS_AT_ONCE = 2**24  # logits held at a time, 64 MiB in fp32: the head and its loss run over blocks of rows
+LOGITS_AT_ONCE = 2**22  # logits held at a time, 16 MiB in fp32 (on a GPU 16 times that): the head and its loss run over blocks of rows
+COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
 STEP_RIDGE = 1.0  # strength of the ridge in the default recipe's steps, in mean eigenvalues of the inputs' covariance
@@ -295,24 +296,24 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tens
     return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
 
 
-def head_blocks(model: Transformer, n: int) -> list[slice]:
-    """The rows of n final states, so many at a time that no more than LOGITS_AT_ONCE logits exist; none should outlive its block."""
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    return [slice(a, a + size) for a in range(0, n, size)]
+def head_blocks(model: Transformer, h: torch.Tensor) -> list[slice]:
+    """The rows of final states h (n,D), so many at a time that no more than LOGITS_AT_ONCE logits exist; none should outlive its block."""
+    size = max(1, LOGITS_AT_ONCE * (1 if h.device.type == "cpu" else 16) // model.config.vocab_size)
+    return [slice(a, a + size) for a in range(0, len(h), size)]
 
 
 @torch.no_grad()
 def head_losses(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None) -> torch.Tensor:
     """Loss of each token (n,) of final states h (n,D)."""
     return torch.cat([token_losses(model.head(h[part]), labels[part], None if teacher_h is None else model.head(teacher_h[part]))
-                      for part in head_blocks(model, len(h))])
+                      for part in head_blocks(model, h)])
 
 
 def head_gradient(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None, *,
                   scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss of final states h (n,D), and the gradient (n,D) of scale * loss with respect to them."""
     total, gradients = h.new_zeros((), dtype=torch.float32), []
-    for part in head_blocks(model, len(h)):
+    for part in head_blocks(model, h):
         own = h[part].detach().requires_grad_()
         teacher = None if teacher_h is None else model.head(teacher_h[part]).detach()
         loss = token_losses(model.head(own), labels[part], teacher).sum()
@@ -589,13 +590,12 @@ def as_threshold(cut: float) -> float:
 # --------------------------------------------------------------------------------------------------------- measured prior
 
 
-def draw_labels(model: Transformer, h: torch.Tensor, *key) -> torch.Tensor:
-    """One label (n,) per final state (n,D), drawn from the model's own distribution."""
-    u = torch.rand(len(h), 1, generator=generator(*key)).to(h.device)
+def draw_labels(model: Transformer, h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """One label (n,) per final state (n,D), drawn from the model's own distribution by uniform numbers u (n,)."""
     drawn = []
-    for part in head_blocks(model, len(h)):
+    for part in head_blocks(model, h):
         rising = model.head(h[part].detach()).softmax(-1).cumsum(-1)  # (n', V)
-        drawn.append(torch.searchsorted(rising, u[part] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
+        drawn.append(torch.searchsorted(rising, u[part, None] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
     return torch.cat(drawn)
 
 
@@ -606,27 +606,28 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
     and without that unit. Unit token: a seeded sample of at most COST_TOKENS tokens; first tokens, which always execute, are left out.
     """
     share = -(-COST_TOKENS // len(examples))
-    parts = []
+    parts, token = [], model.routing.unit == "token"
     for number, group in mine(by_length(examples, 4), rt):
-        batch, inputs = collate(group, rt.device), []
-        hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float())) for router in model.routers()]
-        shape = batch.tokens.shape if model.routing.unit == "token" else batch.tokens.shape[:1]
-        gates = torch.ones(len(hooks), *shape, device=rt.device, requires_grad=True)
-        h = states(model, batch, route="mask", gates=gates)[0]
-        for hook in hooks:
-            hook.remove()
-        costs = torch.zeros_like(gates)
-        for sample in range(LABEL_SAMPLES):
-            labels = draw_labels(model, h, seed, "labels", number, sample)
-            gradient = head_gradient(model, h, labels, scale=1.0)[1]
-            costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
-        costs, inputs = costs.detach().cpu(), torch.stack(inputs).cpu()
-        if model.routing.unit == "token":
-            picks = [[1 + i for i in permutation(length - 1, seed, "tokens", number, row)[:share]] for row, length in enumerate(batch.lengths)]
-            rows = [row for row, columns in enumerate(picks) for _ in columns]
-            columns = [column for columns in picks for column in columns]
-            costs, inputs = costs[:, rows, columns], inputs[:, rows, columns]  # (R,B,T) -> (R,N), (R,B,T,D) -> (R,N,D)
-        parts.append((number, (costs, inputs)))
+        draws = [torch.rand(sum(len(e.targets) for e in group), generator=generator(seed, "labels", number, sample)).to(rt.device) for sample in range(LABEL_SAMPLES)]
+        for first in range(0, len(group), COST_ROWS):
+            batch, inputs = collate(group[first:first + COST_ROWS], rt.device), []
+            hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float())) for router in model.routers()]
+            gates = torch.ones(len(hooks), *(batch.tokens.shape if token else batch.tokens.shape[:1]), device=rt.device, requires_grad=True)
+            h = states(model, batch, route="mask", gates=gates)[0]
+            for hook in hooks:
+                hook.remove()
+            costs, begin = torch.zeros_like(gates), sum(len(e.targets) for e in group[:first])
+            for u in draws:
+                labels = draw_labels(model, h, u[begin:begin + len(h)])
+                gradient = head_gradient(model, h, labels, scale=1.0)[1]
+                costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
+            costs, inputs = costs.detach().cpu(), torch.stack(inputs).cpu()
+            if token:
+                picks = [[1 + i for i in permutation(length - 1, seed, "tokens", number, first + row)[:share]] for row, length in enumerate(batch.lengths)]
+                rows = [row for row, columns in enumerate(picks) for _ in columns]
+                columns = [column for columns in picks for column in columns]
+                costs, inputs = costs[:, rows, columns], inputs[:, rows, columns]  # (R,B,T) -> (R,N), (R,B,T,D) -> (R,N,D)
+            parts.append(((number, first), (costs, inputs)))
     parts = collect(parts, rt)
     return torch.cat([costs for costs, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
 
