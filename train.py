@@ -65,7 +65,7 @@ INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
-PASSES = 9  # routes that calibration runs to fill it
+PASSES = 7  # routes that calibration runs to fill it
 ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets at which it compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
