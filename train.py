@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from model import KVCache, ModelConfig, Transformer, executed_shares, load_config, load_model, prefill_flops
-from router import (GRANULARITIES, RouterConfig, capacity, closed_shares, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers, quantile_cut, quantile_cuts,
-                    read_router_file, save_routers, set_thresholds, thresholds_for)
+from router import (GRANULARITIES, RouterConfig, capacity, closed_shares, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers,
+                    quantile_cut, quantile_cuts, read_router_file, save_routers, set_thresholds, thresholds_for)
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
