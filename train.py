@@ -608,7 +608,8 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
     share = -(-COST_TOKENS // len(examples))
     parts, token = [], model.routing.unit == "token"
     for number, group in mine(by_length(examples, 4), rt):
-        draws = [torch.rand(sum(len(e.targets) for e in group), generator=generator(seed, "labels", number, sample)).to(rt.device) for sample in range(LABEL_SAMPLES)]
+        n_targets = sum(len(e.targets) for e in group)
+        draws = [torch.rand(n_targets, generator=generator(seed, "labels", number, sample)).to(rt.device) for sample in range(LABEL_SAMPLES)]
         for first in range(0, len(group), COST_ROWS):
             batch, inputs = collate(group[first:first + COST_ROWS], rt.device), []
             hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float())) for router in model.routers()]
@@ -934,7 +935,8 @@ class Tuner:
         self.weights = [router.weight for router in self.model.routers()]
         self.best = self.stacked()
         self.counts = self.model.place_weights().float().to(self.rt.device)  # (R,)
-        self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select, self.cfg.trunk_gb * 1e9 / self.rt.world_size)
+        self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select,
+                                self.cfg.trunk_gb * 1e9 / self.rt.world_size)
         if self.inputs is not None:
             self.optimizer = RidgeDescent(self.weights, self.inputs, self.cfg.lr, self.counts)
         else:
@@ -1257,7 +1259,8 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     summary = {
         "heldout_loss_dense": own["dense"], "heldout_loss_routed": own["routed"], "heldout_loss_static": min(own[name] for name in state.orders),
         "heldout_tokens": controls.dense["tokens"], "capacity": own["capacity"], "budget": cfg.budget, "capacity_per_layer": own["capacity_per_layer"],
-        "granularity": cfg.granularity, "layers": list(model.routing.names if model.routing.target == "both" else model.routing.layers), "kv": cfg.kv, "recipe": cfg.recipe, "objective": cfg.objective,
+        "granularity": cfg.granularity, "layers": [name if "." in name else int(name) for name in state.places], "kv": cfg.kv, "recipe": cfg.recipe,
+        "objective": cfg.objective,
         "steps": state.step, "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
         **speed, "peak_memory_bytes": runtime.peak_memory_bytes(rt.device), "device": runtime.device_name(rt.device), "routers": str(path),
         "seconds": time.perf_counter() - tuner.begun, "report": sorted(rows, key=lambda row: row["budget"]), "identity": tuner.identity(),
