@@ -65,7 +65,7 @@ INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
-PASSES = 7  # routes that calibration runs to fill it
+PASSES = 9  # routes that calibration runs to fill it
 ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets at which it compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
@@ -534,11 +534,11 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
     return cut
 
 
-def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, select: list[Example] = (), order: list[int] | None = None,
+def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, own: float, select: list[Example] = (), order: list[int] | None = None,
               trunk: TrunkCache | None = None) -> dict:
-    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts, each for
-    the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend. With an order, budgets near one
-    of ANCHORS where it loses less than the routers on the selection set get its cuts instead (`static`)."""
+    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts: twice
+    for the budget `own`, else for the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend.
+    With an order, budgets near one of ANCHORS where it loses less than the routers on the selection set get its cuts instead (`static`)."""
     routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
     weights = model.place_weights()
 
@@ -554,7 +554,8 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
         else:
             ends = sorted(routes)
             low, high = max(zip(ends, ends[1:]), key=lambda gap: gap[1] - gap[0])
-            cut = blended(min(BUDGETS, key=lambda budget: abs(budget - (low + high) / 2)))
+            wanted = own if i in (2, PASSES - 1) else (low + high) / 2
+            cut = blended(min(BUDGETS, key=lambda budget: abs(budget - wanted)))
         set_cut(model, cut)
         z = route_logits(model, examples, rt)
         dense = z if i == 0 else dense
@@ -1238,7 +1239,7 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
     if cfg.recipe == "default" and state.best_loss < math.inf:
         tuner.put(tuner.best)
     calibration = [*tuner.select, *reversed(tuner.train)][:max(cfg.calibrate_samples, len(tuner.select))]  # last first: the least fitted ones
-    table = calibrate(model, calibration, rt, tuner.select, state.orders.get(state.best_order), tuner.trunk)
+    table = calibrate(model, calibration, rt, cfg.budget, tuner.select, state.orders.get(state.best_order), tuner.trunk)
     if table["static"]:
         runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
                        "loses less on the selection set than the routers, and stands in the table")

@@ -412,7 +412,7 @@ def test_one_table_serves_every_budget(base, granularity):
     torch.manual_seed(1)
     for w in made.weights:  # routers that really tell inputs apart
         w.data.normal_(std=1.0)
-    table = train.calibrate(made.model, made.select, CPU)
+    table = train.calibrate(made.model, made.select, CPU, 0.5)
     assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(train.BUDGETS)
     n = train.route_logits(made.model, made.select, CPU).shape[1] * 4
     for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
@@ -431,13 +431,13 @@ def test_calibration_falls_back_on_the_static_order(base):
     inputs = made.inputs
     wrong = train.order_prior(train.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
     made.put(wrong)
-    table = train.calibrate(made.model, made.select, CPU, made.select, order)
+    table = train.calibrate(made.model, made.select, CPU, 0.5, made.select, order)
     assert 0.5 in table["static"]
     router.set_thresholds(made.model, router.thresholds_for(0.5, table))
     static = train.evaluate(made.model, made.select, CPU, route="gather", closed=tuple(order[:2]))
     found = train.evaluate(made.model, made.select, CPU, route="gather")
     assert found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
-    assert not train.calibrate(made.model, made.select, CPU)["static"]
+    assert not train.calibrate(made.model, made.select, CPU, 0.5)["static"]
 
 
 def test_static_cuts_close_in_order_and_split_a_layer():
