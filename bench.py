@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 import runtime
-from model import (KVCache, ModelConfig, Transformer, compile_model, decode_bytes, executed_shares, load_model, load_routers, prefill_flops)
+from model import KVCache, ModelConfig, Transformer, compile_model, decode_bytes, executed_shares, load_model, load_routers, prefill_flops
 from router import RouterConfig, capacity, deep_layers, parse_layers, set_thresholds, thresholds_for
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 import runtime
 from model import KVCache, Transformer, load_model, load_routers
-from router import closed_shares, parse_layers, quantile_cut
+from router import closed_places, closed_shares, parse_layers, quantile_cut
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -816,7 +816,8 @@ def make_control(text: str, model: Transformer, budget: float | None, orders: di
         return torch.tensor([float(share <= chance) for share in closed_shares(torch.randperm(len(names), generator=generator).tolist(), weights, 1 - budget)])
 
     def left(order: list[int], closed: float) -> list[bool]:
-        return [share < 0.5 for share in closed_shares(order, weights, closed)]
+        off = closed_places(order, weights, closed)
+        return [place not in off for place in range(len(names))]
 
     def constant(kept: Callable[[str], Sequence[bool]]) -> Control:
         def gates(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:

@@ -243,6 +243,11 @@ def closed_shares(order: list[int], weights: torch.Tensor, closed: float) -> lis
     return shares
 
 
+def closed_places(order: list[int], weights: torch.Tensor, closed: float) -> tuple[int, ...]:
+    """The places that `closed_shares` closes, to the nearest whole one, ascending."""
+    return tuple(place for place, share in enumerate(closed_shares(order, weights, closed)) if share >= 0.5)
+
+
 def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:
     """Put one threshold (score units, 0..1) on each router, in order of their places."""
     routers = routers_of(model)

@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from model import KVCache, ModelConfig, Transformer, executed_shares, load_config, load_model, prefill_flops
-from router import (GRANULARITIES, RouterConfig, capacity, closed_shares, deep_layers, freeze_all_but_routers, load_router_weights, parse_layers,
-                    quantile_cut, quantile_cuts, read_router_file, save_routers, set_thresholds, thresholds_for)
+from router import (GRANULARITIES, RouterConfig, capacity, closed_places, closed_shares, deep_layers, freeze_all_but_routers, load_router_weights,
+                    parse_layers, quantile_cut, quantile_cuts, read_router_file, save_routers, set_thresholds, thresholds_for)
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -900,8 +900,7 @@ class Tuner:
         """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses less, from routers fitted
         to what each layer is worth to each sequence beside that order; unit token: to each token's Fisher cost, alone or mixed with the order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
-        sets = {name: tuple(place for place, share in enumerate(closed_shares(order, model.place_weights(), 1 - cfg.budget)) if share >= 0.5)
-                for name, order in state.orders.items()}  # often the same ones
+        sets = {name: closed_places(order, model.place_weights(), 1 - cfg.budget) for name, order in state.orders.items()}  # often the same ones
         known = {dropped: evaluate(model, self.select, rt, route="gather", closed=dropped, trunk=self.trunk)["loss"] for dropped in dict.fromkeys(sets.values())}
         losses = {name: known[dropped] for name, dropped in sets.items()}
         state.best_order = best = min(losses, key=losses.get)
