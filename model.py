@@ -1,11 +1,11 @@
 """Llama, Mistral and Qwen in one file, with MindSkip: routers decide what runs, and what is skipped costs nothing.
 
 One `Transformer` serves Llama 2/3/3.1/3.2, Mistral, Qwen2/2.5 and Qwen3; families differ by fields of ModelConfig only. Each routed
-layer owns a Router (router.py). Three route modes compute the same function:
+layer owns a Router (router.py), or two. Three route modes compute the same function:
     off     dense: routers are ignored
     mask    everything is computed, then multiplied by the gate: differentiable, static shapes, for training
     gather  only what executes is computed and cached: no projections, no scores, no keys and values for what is skipped
-Where work is skipped: `Block.gather_rows` (one decision per sequence) and `Block.gather_tokens` (one per token).
+Where work is skipped: `Block.gather`, by the choice of `Block.choose`: `Rows` (one decision per sequence) or `Picked` (one per token).
 No module keeps state in forward; what must persist lives in the KVCache, which the caller owns. Needs torch, safetensors and router.py.
 
 Legend: B batch rows, T tokens, D width, H heads, K kv heads, h head width, G = H/K, V vocabulary, S cache slots, R routers, n packed tokens.
@@ -568,8 +568,8 @@ class Block(nn.Module):
         target block   y = x + gate * (block(x) - x)
         target both    attn and mlp at once, each with a router of its own; either may be missing in a layer
 
-    A router reads the normalised input of what it gates. `forward` computes everything (routes off and mask); `gather_rows` and
-    `gather_tokens` compute what the gate lets through and return the same y.
+    A router reads the normalised input of what it gates. `forward` computes everything (routes off and mask); `gather`
+    computes what the gates let through and returns the same y.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
