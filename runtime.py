@@ -73,13 +73,18 @@ class Runtime:
 def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtime:
     """Choose device and dtype, seed torch, and join the process group when started by torchrun (nccl on CUDA, gloo else).
 
-    auto: CUDA where there is one, else CPU; bfloat16 where the GPU computes in it, else float32. TF32 stays off: float32 means float32.
+    auto: CUDA where there is one, else CPU; bfloat16 where the device has units for its matrix products (a GPU, or a CPU with AMX, which is two to
+    three times as fast in it), else float32. TF32 stays off: float32 means float32.
     Raises ValueError for a device that is not there and for an unknown dtype.
     """
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     chosen = _device(device, local_rank)
     if dtype == "auto":
-        kind = torch.bfloat16 if chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        if chosen.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = chosen.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        kind = torch.bfloat16 if native else torch.float32
     elif dtype in DTYPES:
         kind = DTYPES[dtype]
     else:

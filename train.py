@@ -63,10 +63,11 @@ PRIOR_RIDGE = 1.0  # and where routers are fitted in closed form, in variances o
 MOMENTUM = 0.9  # of the same
 INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
+SEARCH_SAMPLES = 96  # examples, at most, on which drop orders are searched
 TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 PASSES = 9  # routes that calibration runs to fill it
-ANCHORS = (0.1, 0.3, 0.5, 0.7, 0.9)  # budgets at which it compares the routers with the static order
+ANCHORS = (0.25, 0.5, 0.75)  # budgets at which it compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
 
@@ -100,7 +101,7 @@ class TrainConfig:
     warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
-    cost_samples: int = field(default=24, metadata={"help": "training examples on which costs are measured and drop orders searched"})
+    cost_samples: int = field(default=24, metadata={"help": "training examples on which costs are measured and (96 at most) drop orders searched"})
     benefit_samples: int = field(default=80, metadata={"help": "training examples whose loss is measured with each layer toggled, unit sequence; 0: none"})
     select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router"})
     calibrate_samples: int = field(default=64, metadata={"help": "those and more training examples whose prompts calibrate the cuts; more: steadier capacity"})
@@ -534,11 +535,11 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
     return cut
 
 
-def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, own: float, select: list[Example] = (), order: list[int] | None = None,
-              trunk: TrunkCache | None = None) -> dict:
+def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, own: float, controls: "Controls | None" = None,
+              order: list[int] | None = None) -> dict:
     """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts: twice
     for the budget `own`, else for the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend.
-    With an order, budgets near one of ANCHORS where it loses less than the routers on the selection set get its cuts instead (`static`)."""
+    With an order, budgets near one of ANCHORS where it loses less than the routers on the controls' examples get its cuts instead (`static`)."""
     routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
     weights = model.place_weights()
 
@@ -568,10 +569,8 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
     static = []
     for anchor in ANCHORS if order else ():
         set_cut(model, rows[anchor])
-        settle(model, select, rt, anchor, rounds=1)  # compared at exactly this capacity
-        routed = evaluate(model, select, rt, route="gather", trunk=trunk)["loss"]
-        set_cut(model, static_cuts(dense, order, anchor, weights))
-        if evaluate(model, select, rt, route="gather", trunk=trunk)["loss"] < routed:
+        settle(model, controls.examples, rt, anchor, rounds=1)  # compared at exactly this capacity
+        if controls.static(order, 1 - anchor) < evaluate(model, controls.examples, rt, route="gather", trunk=controls.trunk)["loss"]:
             static += [budget for budget in sorted(rows) if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
     rows |= {budget: static_cuts(dense, order, budget, weights) for budget in static}
     budgets = sorted(rows)
@@ -589,6 +588,18 @@ def as_threshold(cut: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- measured prior
+
+
+@contextlib.contextmanager
+def inputs_of(modules: list[nn.Module]):
+    """A list that collects, for a while, what each of these modules is given, in the order in which they run."""
+    given = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: given.append(args[0].detach())) for module in modules]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def draw_labels(model: Transformer, h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -612,18 +623,16 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
         n_targets = sum(len(e.targets) for e in group)
         draws = [torch.rand(n_targets, generator=generator(seed, "labels", number, sample)).to(rt.device) for sample in range(LABEL_SAMPLES)]
         for first in range(0, len(group), COST_ROWS):
-            batch, inputs = collate(group[first:first + COST_ROWS], rt.device), []
-            hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().float())) for router in model.routers()]
-            gates = torch.ones(len(hooks), *(batch.tokens.shape if token else batch.tokens.shape[:1]), device=rt.device, requires_grad=True)
-            h = states(model, batch, route="mask", gates=gates)[0]
-            for hook in hooks:
-                hook.remove()
+            batch = collate(group[first:first + COST_ROWS], rt.device)
+            gates = torch.ones(len(model.routers()), *(batch.tokens.shape if token else batch.tokens.shape[:1]), device=rt.device, requires_grad=True)
+            with inputs_of(model.routers()) as inputs:
+                h = states(model, batch, route="mask", gates=gates)[0]
             costs, begin = torch.zeros_like(gates), sum(len(e.targets) for e in group[:first])
             for u in draws:
                 labels = draw_labels(model, h, u[begin:begin + len(h)])
                 gradient = head_gradient(model, h, labels, scale=1.0)[1]
                 costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
-            costs, inputs = costs.detach().cpu(), torch.stack(inputs).cpu()
+            costs, inputs = costs.detach().cpu(), torch.stack(inputs).float().cpu()
             if token:
                 picks = [[1 + i for i in permutation(length - 1, seed, "tokens", number, first + row)[:share]] for row, length in enumerate(batch.lengths)]
                 rows = [row for row, columns in enumerate(picks) for _ in columns]
@@ -645,16 +654,14 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
     parts, layers = [], [place.layer for place in model.routing.places]
     assert model.routing.unit == "sequence"
     for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch, inputs, entered = collate(group, rt.device), [], {}
+        batch = collate(group, rt.device)
         x = model.trunk(batch.tokens) if trunk is None else trunk(model, group, batch)
+        teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
         gates = torch.ones(len(layers), len(group), device=rt.device)
         gates[list(closed)] = 0.0
-        hooks = [router.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for router in model.routers()]
-        hooks += [model.layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]})) for layer in set(layers)]
-        teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
-        h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
-        for hook in hooks:
-            hook.remove()
+        with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in dict.fromkeys(layers)]) as entered:
+            h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
+        entered = dict(zip(dict.fromkeys(layers), entered))  # layer -> (B,T,D)
 
         def by_row(h: torch.Tensor) -> torch.Tensor:  # (n,D) -> (B,) loss of each answer
             losses = head_losses(model, h, batch.labels, teacher)
@@ -679,13 +686,19 @@ def benefit_prior(benefits: torch.Tensor, inputs: torch.Tensor, weights: torch.T
     return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, benefits / weights[:, None])]), inputs)
 
 
-def token_prior(costs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Token routers (R,D) in closed form: the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D).
+def log_costs(costs: torch.Tensor) -> torch.Tensor:
+    """Log of Fisher costs (R,N). A cost estimated from few labels is often near zero by chance: a tenth of the place's mean keeps its log in bounds."""
+    return (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
 
-    A cost estimated from few labels is often near zero by chance: a tenth of the layer's mean keeps its log in bounds.
-    """
-    target = (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
-    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, target)]), inputs)
+
+def typical_costs(costs: torch.Tensor) -> torch.Tensor:
+    """(R,) geometric mean of Fisher costs (R,N). An arithmetic one follows the few units that cost the most: the ranking by it changes with the sample."""
+    return log_costs(costs).mean(dim=1).exp()
+
+
+def token_prior(costs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Token routers (R,D) in closed form: the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D)."""
+    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, log_costs(costs))]), inputs)
 
 
 def order_prior(ranks: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -835,8 +848,8 @@ class State:
 class Tuner:
     """Model, data, optimizer and state of one run."""
 
-    def __init__(self, cfg: TrainConfig, rt: runtime.Runtime, model: Transformer, train: list[Example], select: list[Example]):
-        self.cfg, self.rt, self.model, self.train, self.select = cfg, rt, model, train, select
+    def __init__(self, cfg: TrainConfig, rt: runtime.Runtime, model: Transformer, train: list[Example], select: list[Example], held: list[Example] = ()):
+        self.cfg, self.rt, self.model, self.train, self.select, self.held = cfg, rt, model, train, select, list(held)
         self.steps = 0 if cfg.import_official or cfg.recalibrate else cfg.steps if cfg.steps is not None else math.ceil(cfg.epochs * len(train) / cfg.batch_size)
         self.state, self.begun = State(), time.perf_counter()
         self.inputs: torch.Tensor | None = None  # (R,N,D) router inputs that RidgeDescent measures its steps on
@@ -869,7 +882,7 @@ class Tuner:
         self.route([f"{layer}.{target}" for layer in layers for target in ("attn", "mlp")] if cfg.granularity == "both_sequence" else list(map(str, layers)))
         costs, inputs = self.measure()
         if kind == "auto":
-            kept = sorted((costs.mean(dim=1) / model.place_weights()).argsort()[:chosen].tolist())
+            kept = sorted((typical_costs(costs) / model.place_weights()).argsort()[:chosen].tolist())
             costs, inputs = costs[kept], inputs[kept]
             self.route([state.places[i] for i in kept])
         if cfg.recipe == "default":
@@ -882,14 +895,14 @@ class Tuner:
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Fisher costs (R,N) and router inputs (R,N,D) of the first training examples."""
         costs, inputs = measure_costs(self.model, self.train[:self.cfg.cost_samples], self.rt, self.cfg.seed)
-        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{place}: {cost:.3g}" for place, cost in zip(self.state.places, costs.mean(dim=1).tolist())))
+        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{place}: {cost:.3g}" for place, cost in zip(self.state.places, typical_costs(costs).tolist())))
         return costs, inputs
 
     def search_orders(self, costs: torch.Tensor) -> None:
         """Find the drop orders of the static controls, as deep as the budgets in question go."""
         cfg, model, rt = self.cfg, self.model, self.rt
-        prices = costs.mean(dim=1) / model.place_weights()
-        examples = self.train[:cfg.cost_samples]
+        prices = typical_costs(costs) / model.place_weights()
+        examples = self.train[:min(cfg.cost_samples, SEARCH_SAMPLES)]
         depth = 1 - min((cfg.budget, *cfg.report))
         self.state.orders = {"greedy": greedy_order(model, examples, rt, prices.tolist(), depth, self.trunk), "fisher": prices.argsort().tolist(),
                              "similarity": similarity_order(model, examples, rt)}
@@ -900,9 +913,8 @@ class Tuner:
         """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses less, from routers fitted
         to what each layer is worth to each sequence beside that order; unit token: to each token's Fisher cost, alone or mixed with the order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
-        sets = {name: closed_places(order, model.place_weights(), 1 - cfg.budget) for name, order in state.orders.items()}  # often the same ones
-        known = {dropped: evaluate(model, self.select, rt, route="gather", closed=dropped, trunk=self.trunk)["loss"] for dropped in dict.fromkeys(sets.values())}
-        losses = {name: known[dropped] for name, dropped in sets.items()}
+        sets = {name: closed_places(order, model.place_weights(), 1 - cfg.budget) for name, order in state.orders.items()}
+        losses = {name: self.controls.loss(closed) for name, closed in sets.items()}
         state.best_order = best = min(losses, key=losses.get)
         runtime.print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         static = ranks_of(state.orders[best])[:, None].expand(-1, inputs.shape[1])  # (R,N)
@@ -935,8 +947,9 @@ class Tuner:
         self.weights = [router.weight for router in self.model.routers()]
         self.best = self.stacked()
         self.counts = self.model.place_weights().float().to(self.rt.device)  # (R,)
-        self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select,
+        self.trunk = TrunkCache(Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.model, self.train + self.select + self.held,
                                 self.cfg.trunk_gb * 1e9 / self.rt.world_size)
+        self.controls = Controls(self.model, self.select, self.rt, self.trunk)
         if self.inputs is not None:
             self.optimizer = RidgeDescent(self.weights, self.inputs, self.cfg.lr, self.counts)
         else:
@@ -1182,23 +1195,23 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
 
 
 class Controls:
-    """What simple alternatives reach on held-out examples at the capacity that a router realised. Each set of dropped layers is measured once."""
+    """What simple alternatives reach on the same examples at the capacity that a router realised. Each set of dropped layers is measured once."""
 
-    def __init__(self, model: Transformer, examples: list[Example], rt: runtime.Runtime, orders: dict[str, list[int]]):
-        self.model, self.examples, self.rt, self.orders = model, examples, rt, orders
-        self.dense = evaluate(model, examples, rt, route="off")
-        self.known = {(): self.dense["loss"]}
+    def __init__(self, model: Transformer, examples: list[Example], rt: runtime.Runtime, trunk: TrunkCache | None = None):
+        self.model, self.examples, self.rt, self.trunk, self.known = model, examples, rt, trunk, {}
+
+    def loss(self, closed: tuple[int, ...]) -> float:
+        """Loss with these places off for everyone."""
+        closed = tuple(sorted(closed))
+        if closed not in self.known:
+            self.known[closed] = evaluate(self.model, self.examples, self.rt, route="gather", closed=closed, trunk=self.trunk)["loss"]
+        return self.known[closed]
 
     def static(self, order: list[int], share: float) -> float:
         """Loss with the first places of an order off for everyone, `share` of all they count; where that ends within a place it is interpolated."""
         shares = closed_shares(order, self.model.place_weights(), share)
         part = next((closed for closed in shares if 0.0 < closed < 1.0), 0.0)
-        losses = []
-        for least in (1.0, part)[:1 + (part > 0.0)]:
-            closed = tuple(place for place, closed in enumerate(shares) if closed >= least)
-            if closed not in self.known:
-                self.known[closed] = evaluate(self.model, self.examples, self.rt, route="gather", closed=closed)["loss"]
-            losses.append(self.known[closed])
+        losses = [self.loss(tuple(place for place, closed in enumerate(shares) if closed >= least)) for least in (1.0, part)[:1 + (part > 0.0)]]
         return losses[0] + part * (losses[-1] - losses[0])
 
     def share_saved(self, shares: list[float]) -> tuple[float, float]:
@@ -1212,14 +1225,14 @@ class Controls:
         dense, routed, none = flops(plain, [1.0] * len(shares)), flops(routing, shares), flops(plain, [0.0] * len(shares))
         return (dense - routed) / (dense - none), dense / routed
 
-    def row(self, budget: float) -> dict:
-        """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static ones) at equal ceiling."""
-        routed = evaluate(self.model, self.examples, self.rt, route="gather")
+    def row(self, budget: float, orders: dict[str, list[int]]) -> dict:
+        """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static orders) at equal ceiling."""
+        routed = evaluate(self.model, self.examples, self.rt, route="gather", trunk=self.trunk)
         shares, skipped = routed["capacity_per_layer"], 1 - routed["capacity"]
         saved, ceiling = self.share_saved(shares)
-        losses = {name: self.static(order, skipped) for name, order in self.orders.items()}
-        cheap = {name: self.static(order, saved) for name, order in self.orders.items()}
-        best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.dense["loss"]
+        losses = {name: self.static(order, skipped) for name, order in orders.items()}
+        cheap = {name: self.static(order, saved) for name, order in orders.items()}
+        best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.loss(())
         own = sorted(range(len(shares)), key=lambda place: shares[place])
 
         def closed(static: float) -> float | None:
@@ -1228,17 +1241,17 @@ class Controls:
 
         return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
                 "mean_route": self.static(own, skipped),
-                "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"])["loss"],
+                "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"], trunk=self.trunk)["loss"],
                 "gap_closed": closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": closed(best_cheap)}
 
 
-def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
+def finish(tuner: Tuner, out: Path) -> dict:
     """Calibrate, write the router file, measure on held-out examples, write the summary and return it."""
     cfg, rt, model, state = tuner.cfg, tuner.rt, tuner.model, tuner.state
     if cfg.recipe == "default" and state.best_loss < math.inf:
         tuner.put(tuner.best)
     calibration = [*tuner.select, *reversed(tuner.train)][:max(cfg.calibrate_samples, len(tuner.select))]  # last first: the least fitted ones
-    table = calibrate(model, calibration, rt, cfg.budget, tuner.select, state.orders.get(state.best_order), tuner.trunk)
+    table = calibrate(model, calibration, rt, cfg.budget, tuner.controls, state.orders.get(state.best_order))
     if table["static"]:
         runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
                        "loses less on the selection set than the routers, and stands in the table")
@@ -1249,16 +1262,16 @@ def finish(tuner: Tuner, held: list[Example], out: Path) -> dict:
         save_routers(path, model, model.routing, fingerprint=model.fingerprint, thresholds=thresholds, calibration=table, recipe=cfg.recipe,
                      step=state.best_step if cfg.recipe == "default" else state.step, config=settings,
                      orders={name: [state.places[place] for place in order] for name, order in state.orders.items()})
-    controls, rows = Controls(model, held, rt, state.orders), []
+    controls, rows = Controls(model, tuner.held, rt, tuner.trunk), []
     for budget in (*(b for b in cfg.report if b != cfg.budget), cfg.budget):  # its own last: the speed below is of that route
         set_thresholds(model, thresholds if budget == cfg.budget else thresholds_for(budget, table))
-        rows.append(controls.row(budget))
+        rows.append(controls.row(budget, state.orders))
         runtime.print0(f"held out at budget {budget:.3f}: capacity {rows[-1]['capacity']:.3f}, loss {rows[-1]['routed']:.4f}")
     own = rows[-1]
-    speed = measure_prefill(model, held, rt) if rt.is_master else {}
+    speed = measure_prefill(model, tuner.held, rt) if rt.is_master else {}
     summary = {
         "heldout_loss_dense": own["dense"], "heldout_loss_routed": own["routed"], "heldout_loss_static": min(own[name] for name in state.orders),
-        "heldout_tokens": controls.dense["tokens"], "capacity": own["capacity"], "budget": cfg.budget, "capacity_per_layer": own["capacity_per_layer"],
+        "heldout_tokens": sum(len(e.targets) for e in tuner.held), "capacity": own["capacity"], "budget": cfg.budget, "capacity_per_layer": own["capacity_per_layer"],
         "granularity": cfg.granularity, "layers": [name if "." in name else int(name) for name in state.places], "kv": cfg.kv, "recipe": cfg.recipe,
         "objective": cfg.objective,
         "steps": state.step, "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
@@ -1315,7 +1328,7 @@ def train(cfg: TrainConfig) -> dict:
     if cfg.recalibrate:
         routing = model.routing
         cfg = replace(cfg, granularity=routing.granularity, layers=",".join(routing.names), pool=routing.pool, kv=routing.kv)
-    tuner = Tuner(cfg, rt, model, train_set, select)
+    tuner = Tuner(cfg, rt, model, train_set, select, held)
     checkpoint = out / "checkpoint.safetensors"
     if cfg.overwrite and rt.is_master:
         for name in ("checkpoint.safetensors", "routers.safetensors", "summary.json", "log.jsonl"):
@@ -1333,7 +1346,7 @@ def train(cfg: TrainConfig) -> dict:
         tuner.begin()
     describe(tuner)
     tune(tuner, out)
-    return finish(tuner, held, out)
+    return finish(tuner, out)
 
 
 def describe(tuner: Tuner) -> None:

@@ -101,8 +101,10 @@ def one_side(cfg: TuningConfig) -> dict:
     steps = 2 * cfg.steps + 1
     if cfg.side == "ours":
         rt = runtime.setup("cpu", "float32", tuning.seed)
-        tuner = train.Tuner(tuning, rt, load_model(cfg.model), examples, select)
-        tuner.begin()
+        model = load_model(cfg.model)
+        tuner = train.Tuner(tuning, rt, model, examples, select)
+        tuner.route([str(layer) for layer in deep_layers(cfg.routed, model.config.n_layers)])  # without the search of drop orders, which is no part of a step
+        tuner.ready()
         do = lambda batch: tuner.step()["loss"]  # noqa: E731
     else:
         from compare_transformers import reference_of

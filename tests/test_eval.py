@@ -140,7 +140,7 @@ def routed(base, granularity: str, kv: str = "routed", pool: str = "prompt") -> 
 
 
 def settings(base, **changes) -> EvalConfig:
-    return EvalConfig(**{"model": str(base / "base"), "data": str(base / "data"), "device": "cpu", **changes})
+    return EvalConfig(**{"model": str(base / "base"), "data": str(base / "data"), "device": "cpu", "dtype": "float32", **changes})
 
 
 def examples(base, name: str) -> list:
@@ -609,7 +609,7 @@ def test_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
 
 def command(base, *extra: str, ranks: int = 0) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else [sys.executable]
-    given = [str(ROOT / "eval.py"), f"--model={base / 'base'}", f"--data={base / 'data'}", "--device=cpu", "--threads=1"]
+    given = [str(ROOT / "eval.py"), f"--model={base / 'base'}", f"--data={base / 'data'}", "--device=cpu", "--dtype=float32", "--threads=1"]
     return subprocess.run([*start, *given, *extra], capture_output=True, text=True, timeout=120)
 
 

@@ -81,12 +81,19 @@ def test_help_lists_every_setting_with_default(capsys):
 
 def test_setup_without_torchrun(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    rt = runtime.setup(device="cpu", seed=3)
+    rt = runtime.setup(device="cpu", dtype="float32", seed=3)
     first = torch.rand(())
     assert rt == runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
     runtime.setup(device="cpu", dtype="bfloat16", seed=3)
     assert torch.rand(()) == first and not torch.distributed.is_initialized()
     runtime.cleanup()  # without a process group: nothing to do
+
+
+@pytest.mark.parametrize("capabilities, dtype", [({"amx_bf16": True}, torch.bfloat16), ({"amx_bf16": False, "avx512_bf16": True}, torch.float32), ({}, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, capabilities, dtype):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert runtime.setup(device="cpu").dtype == dtype
 
 
 @pytest.mark.parametrize("arguments, part", [({"device": "gpu"}, "'gpu'"), ({"device": "cuda:99"}, "cuda:99"), ({"device": "cpu", "dtype": "fp8"}, "'fp8'")])

@@ -62,7 +62,7 @@ def base(tmp_path_factory):
 
 def settings(base, out, **changes):
     return train.TrainConfig(**{"model": str(base), "data": (str(base / "data.jsonl"),), "out": str(out), "layers": "1-3", "granularity": "attn_sequence",
-                                "batch_size": 8, "micro_batch": 4, "steps": 6, "select_samples": 12, "cost_samples": 8, "clip": math.inf, **changes})
+                                "batch_size": 8, "micro_batch": 4, "steps": 6, "select_samples": 12, "cost_samples": 8, "clip": math.inf, "dtype": "float32", **changes})
 
 
 def tuner(base, **changes):
@@ -298,6 +298,15 @@ def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
         torch.testing.assert_close(costs[layer], by_row, rtol=0.25, atol=1e-4)
 
 
+def test_typical_cost_follows_all_units_not_the_dearest():
+    costs = torch.rand(4, 100, generator=torch.Generator().manual_seed(0)) + torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    costs[:, :10] = 0.0  # what few labels make of a small cost
+    assert torch.allclose(train.typical_costs(7 * costs), 7 * train.typical_costs(costs))
+    costs[0, 50] = 500.0
+    assert costs.mean(dim=1).argmin() != 0
+    assert train.typical_costs(costs).argsort().tolist() == [0, 1, 2, 3]
+
+
 def test_drawn_labels_follow_the_model(base):
     model = load_model(base)
     h = torch.randn(1, 32) * 3
@@ -311,7 +320,7 @@ def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, g
     made = tuner(base, granularity=granularity, layers="0-3", budget=0.5)
     z, weights = train.route_logits(made.model, made.select, CPU), made.model.place_weights()
     assert (capacity((z >= made.state.cut).float(), weights=weights) - 0.5).abs() < 0.02
-    controls = train.Controls(made.model, made.select, CPU, made.state.orders)
+    controls = train.Controls(made.model, made.select, CPU)
     static = [controls.static(order, 0.5) for order in made.state.orders.values()]
     # first tokens always execute, so a token router at the same capacity closes a few units of the next layer instead
     assert made.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.01)
@@ -431,7 +440,7 @@ def test_calibration_falls_back_on_the_static_order(base):
     inputs = made.inputs
     wrong = train.order_prior(train.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
     made.put(wrong)
-    table = train.calibrate(made.model, made.select, CPU, 0.5, made.select, order)
+    table = train.calibrate(made.model, made.select, CPU, 0.5, made.controls, order)
     assert 0.5 in table["static"]
     router.set_thresholds(made.model, router.thresholds_for(0.5, table))
     static = train.evaluate(made.model, made.select, CPU, route="gather", closed=tuple(order[:2]))
@@ -460,7 +469,7 @@ def test_evaluation_does_not_depend_on_the_route_mode(base):
 def test_static_control_interpolates_between_whole_layers(base):
     made = tuner(base, layers="0-3")
     losses = [train.evaluate(made.model, made.select, CPU, route="gather", closed=closed)["loss"] for closed in ((2,), (2, 0))]
-    controls = train.Controls(made.model, made.select, CPU, made.state.orders)
+    controls = train.Controls(made.model, made.select, CPU)
     assert controls.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
     assert controls.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
 
@@ -469,7 +478,7 @@ def test_static_control_interpolates_between_whole_layers(base):
 def test_share_saved_counts_flops(base, granularity, kv):
     """Two layers off for everyone save two layers; half of all tokens of every layer save less than half of them where keys and values stay."""
     made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
-    controls = train.Controls(made.model, made.select, CPU, {})
+    controls = train.Controls(made.model, made.select, CPU)
     saved, ceiling = controls.share_saved([0.0, 1.0, 0.0, 1.0])
     assert ceiling > 1 and (saved < 0.5 if kv == "all" else saved == pytest.approx(0.5))
     assert controls.share_saved([1.0] * 4) == (0.0, 1.0)
@@ -597,7 +606,7 @@ def run_cli(arguments, *, ranks=None, prelude=None):
 
 
 def flags(base, out, **changes):
-    cfg = {"model": base, "data": base / "data.jsonl", "out": out, "layers": "1-3", "batch_size": 8, "micro_batch": 2, "steps": 8, "select_samples": 12,
+    cfg = {"model": base, "data": base / "data.jsonl", "out": out, "dtype": "float32", "layers": "1-3", "batch_size": 8, "micro_batch": 2, "steps": 8, "select_samples": 12,
            "cost_samples": 8, "save_every": 3, "noise": 1.0, "lr": 0.1, **changes}
     return [f"--{name}={value}" for name, value in cfg.items()]
 
