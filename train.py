@@ -536,10 +536,10 @@ def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, bud
 
 
 def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, own: float, controls: "Controls | None" = None,
-              order: list[int] | None = None) -> dict:
+              orders: dict[str, list[int]] | None = None) -> dict:
     """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts: twice
     for the budget `own`, else for the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend.
-    With an order, budgets near one of ANCHORS where it loses less than the routers on the controls' examples get its cuts instead (`static`)."""
+    With drop orders, budgets near one of ANCHORS where one loses less than the routers on the controls' examples get its cuts instead (`static`: budget -> its name)."""
     routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
     weights = model.place_weights()
 
@@ -566,13 +566,16 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
         cut = max(cut, blended(budget))  # a smaller budget never has a lower cut
         cuts[budget] = cut
     rows = {budget: [cut] * len(weights) for budget, cut in cuts.items()}
-    static = []
-    for anchor in ANCHORS if order else ():
+    static = {}
+    for anchor in ANCHORS if orders else ():
         set_cut(model, rows[anchor])
         settle(model, controls.examples, rt, anchor, rounds=1)  # compared at exactly this capacity
-        if controls.static(order, 1 - anchor) < evaluate(model, controls.examples, rt, route="gather", trunk=controls.trunk)["loss"]:
-            static += [budget for budget in sorted(rows) if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
-    rows |= {budget: static_cuts(dense, order, budget, weights) for budget in static}
+        routed = evaluate(model, controls.examples, rt, route="gather", trunk=controls.trunk)["loss"]
+        losses = {name: controls.static(order, 1 - anchor) for name, order in orders.items()}
+        best = min(losses, key=losses.get)
+        if losses[best] < routed:
+            static |= {budget: best for budget in rows if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor}
+    rows |= {budget: static_cuts(dense, orders[name], budget, weights) for budget, name in static.items()}
     budgets = sorted(rows)
     return {"budgets": budgets, "thresholds": [[as_threshold(cut) for cut in rows[budget]] for budget in budgets], "static": static}
 
@@ -842,7 +845,6 @@ class State:
     step_seconds: float = 0.0  # of its optimizer steps
     places: list[str] = field(default_factory=list)  # where routers stand, by name
     orders: dict[str, list[int]] = field(default_factory=dict)  # drop orders of the static controls, as numbers of places
-    best_order: str | None = None  # the one that loses least on the selection set at the budget
 
 
 class Tuner:
@@ -915,7 +917,7 @@ class Tuner:
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
         sets = {name: closed_places(order, model.place_weights(), 1 - cfg.budget) for name, order in state.orders.items()}
         losses = {name: self.controls.loss(closed) for name, closed in sets.items()}
-        state.best_order = best = min(losses, key=losses.get)
+        best = min(losses, key=losses.get)
         runtime.print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         static = ranks_of(state.orders[best])[:, None].expand(-1, inputs.shape[1])  # (R,N)
         starts = {f"static ({best})": order_prior(static, inputs)}
@@ -1251,10 +1253,9 @@ def finish(tuner: Tuner, out: Path) -> dict:
     if cfg.recipe == "default" and state.best_loss < math.inf:
         tuner.put(tuner.best)
     calibration = [*tuner.select, *reversed(tuner.train)][:max(cfg.calibrate_samples, len(tuner.select))]  # last first: the least fitted ones
-    table = calibrate(model, calibration, rt, cfg.budget, tuner.controls, state.orders.get(state.best_order))
-    if table["static"]:
-        runtime.print0(f"calibration: at budgets {', '.join(f'{b:g}' for b in ANCHORS if b in table['static'])} and around, the static order ({state.best_order}) "
-                       "loses less on the selection set than the routers, and stands in the table")
+    table = calibrate(model, calibration, rt, cfg.budget, tuner.controls, state.orders if cfg.recipe == "default" and not cfg.import_official else None)
+    for anchor in set(ANCHORS).intersection(table["static"]):
+        runtime.print0(f"calibration: around budget {anchor:g} the static order {table['static'][anchor]} loses less on the selection set than the routers, and stands in the table")
     thresholds = [0.5] * len(tuner.weights) if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
     path = out / "routers.safetensors"
     if rt.is_master:
