@@ -104,7 +104,7 @@ class TrainConfig:
     cost_samples: int = field(default=24, metadata={"help": "training examples on which costs are measured and (96 at most) drop orders searched"})
     benefit_samples: int = field(default=80, metadata={"help": "training examples whose loss is measured with each layer toggled, unit sequence; 0: none"})
     select_samples: int = field(default=32, metadata={"help": "training examples set aside to choose the best router"})
-    calibrate_samples: int = field(default=64, metadata={"help": "those and more training examples whose prompts calibrate the cuts; more: steadier capacity"})
+    calibrate_samples: int = field(default=128, metadata={"help": "those and more training examples whose prompts calibrate the cuts; more: steadier capacity"})
     evaluations: int = field(default=1, metadata={"help": "times during tuning that the router is tried on those; the best is kept"})
     report: tuple[float, ...] = field(default=(), metadata={"help": "more budgets at which the finished routers are compared with their controls"})
     trunk_gb: float = field(default=1.0, metadata={"help": "most disk space (GB, in --out) for activations below the first routed layer, computed once per example; 0: none"})
