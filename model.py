@@ -29,6 +29,7 @@ from router import (Router, RouterConfig, check_fingerprint, load_router_weights
 
 ROUTES = ("off", "mask", "gather")
 ROPE_TYPES = ("linear", "llama3", "yarn")
+ROWS_MULTIPLE = 64  # number of picked tokens is made a multiple of it in bfloat16 on a CPU
 QUERY_BLOCK = 256  # queries a masked attention handles at once: bounds the mask's memory and skips keys that no query of the block can see
 
 
@@ -322,34 +323,42 @@ class Rows:
 
 
 class Picked:
-    """The tokens of a (B,T) call that execute (unit token), chosen on the host. Packed means: without gaps, padded to the longest row (M)."""
+    """The tokens of a (B,T) call that execute (unit token), chosen on the host. Packed means: without gaps, padded to the longest row (M).
 
-    def __init__(self, chosen: torch.Tensor, device):
+    Where n tokens execute, what is taken has n + p rows: the last one repeats until their number is a multiple of `multiple`, and put and pack leave
+    those out. Every layer has another n, and a CPU's bfloat16 kernels are built anew for each number of rows they meet, which takes longer than their product.
+    """
+
+    def __init__(self, chosen: torch.Tensor, device, multiple: int = 1):
         self.columns = [row.nonzero().squeeze(1).tolist() for row in chosen]  # ascending columns per row
         counts = [len(columns) for columns in self.columns]
         self.batch, self.width, self.empty, self.device = len(counts), max(counts), not any(counts), device
-        self.flat = chosen.flatten().nonzero().squeeze(1).to(device)  # (n,) into B*T
-        self.places = None  # (n,) into B*M; None: every row has M tokens, so packing is a view
-        if min(counts) < self.width:
-            self.places = torch.tensor([row * self.width + rank for row, count in enumerate(counts) for rank in range(count)], device=device)
+        self.count = sum(counts)
+        pads = -self.count % multiple if self.count >= multiple else 0  # few rows have few numbers
+        flat = chosen.flatten().nonzero().squeeze(1)
+        self.flat = torch.cat([flat, flat[-1:].expand(pads)]).to(device)  # (n + p,) into B*T
+        self.places = None  # (n + p,) into B*M; None: every row has M tokens and nothing repeats, so packing is a view
+        if min(counts) < self.width or pads:
+            places = [row * self.width + rank for row, count in enumerate(counts) for rank in range(count)]
+            self.places = torch.tensor(places + places[-1:] * pads, device=device)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B,T,...) -> its executing tokens, flat (n, ...)"""
+        """x (B,T,...) -> its executing tokens, flat (n + p, ...)"""
         return x.flatten(0, 1)[self.flat]
 
     def put(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """x (B,T,D) with its executing tokens replaced by part (n,D); in place where no gradient needs the old x."""
-        flat = x.flatten(0, 1)
-        return (flat.index_copy(0, self.flat, part) if torch.is_grad_enabled() else flat.index_copy_(0, self.flat, part)).view_as(x)
+        """x (B,T,D) with its executing tokens replaced by part (n + p, D); in place where no gradient needs the old x."""
+        flat, places, part = x.flatten(0, 1), self.flat[:self.count], part[:self.count]
+        return (flat.index_copy(0, places, part) if torch.is_grad_enabled() else flat.index_copy_(0, places, part)).view_as(x)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, ...) -> (B, M, ...)"""
+        """(n + p, ...) -> (B, M, ...)"""
         if self.places is not None:
-            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.places, x)
+            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.places[:self.count], x[:self.count])
         return x.unflatten(0, (self.batch, self.width))
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, ...) -> (n, ...)"""
+        """(B, M, ...) -> (n + p, ...)"""
         x = x.flatten(0, 1)
         return x if self.places is None else x[self.places]
 
@@ -495,7 +504,7 @@ class Attention(nn.Module):
         return attend(q, k, v, slots, lows, [(max(0, low - self.window + 1), high) for low, high in spans], masks)
 
     def tokens(self, x: torch.Tensor, everything: torch.Tensor, io: Pass, picked: Picked, cache: LayerCache | None, kv: str) -> torch.Tensor:
-        """Attention of the picked tokens only: x (n,D), cut out of everything (B,T,D), -> heads' outputs (n, H*h).
+        """Attention of the picked tokens only: x (n,D), taken out of everything (B,T,D), -> heads' outputs (n, H*h). n counts what repeats, too.
 
         kv "routed": only executing tokens have keys and values, stored without gaps. kv "all": every token has them, and a skipped one is
         spared its query, its scores and its output projection.
@@ -684,7 +693,7 @@ class Block(nn.Module):
         z = self.score(router, h, pool_lengths)
         gate = self.decide(router, z, gate, must, real)
         if self.routing.unit == "token":
-            chosen = Picked(gate.detach().bool().cpu(), x.device)  # the host sync
+            chosen = Picked(gate.detach().bool().cpu(), x.device, ROWS_MULTIPLE if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1)  # the host sync
         else:
             opened = gate.tolist()  # the host sync
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]

@@ -320,6 +320,33 @@ def test_misuse_is_refused_with_a_reason():
         generate(model, [[1] * 126], 4)
 
 
+@pytest.mark.parametrize("granularity, kv", [("attn_token", "routed"), ("attn_token", "all"), ("mlp_token", "routed"), ("block_token", "routed")])
+@pytest.mark.parametrize("grad", [False, True])
+def test_tokens_that_round_their_number_up_change_nothing(granularity, kv, grad, monkeypatch):
+    """In bfloat16 on a CPU the products of picked tokens see a multiple of rows; logits, cache and gradients are those without."""
+    net = build("llama", granularity, kv, dtype=torch.bfloat16)
+    tokens, gates, seen, results = tokens_of(2, 13), random_gates(net, 2, 13, 3, 0.6), [], []
+    linears = [net.layers[place.layer].attention.wo if place.target != "mlp" else net.layers[place.layer].feed_forward.w2 for place in net.routing.places]
+    for multiple in (4, 1000):
+        monkeypatch.setattr(model_module, "ROWS_MULTIPLE", multiple)
+        hooks = [linear.register_forward_pre_hook(lambda _, args: seen.append((multiple, args[0].shape[0]))) for linear in linears]
+        x = net.tok_embeddings(tokens).requires_grad_(grad)
+        cache = None if grad else KVCache(net, 2, 20)
+        with torch.set_grad_enabled(grad):
+            h = net.hidden(tokens, route="gather", gates=gates, cache=cache, x=x)[0]
+        if grad:
+            h.float().square().sum().backward()
+        else:
+            later = net.hidden(tokens_of(2, 3, 7), route="gather", gates=random_gates(net, 2, 3, 5, 0.6), cache=cache)[0]
+        results.append([h.detach(), x.grad if grad else later])
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(results[0][0], results[1][0]) or (results[0][0] - results[1][0]).abs().max() < 0.1
+    assert (results[0][1] - results[1][1]).abs().max() < 0.05 * results[1][1].abs().max().clamp(min=2)
+    counts = {multiple: [n for m, n in seen if m == multiple] for multiple in (4, 1000)}
+    assert any(n % 4 for n in counts[1000]) and all(n % 4 == 0 or n < 4 for n in counts[4])
+
+
 def test_moving_dtype_keeps_routers_and_frequencies_exact():
     model = build("llama", "attn_sequence")
     weight, inverse = model.routers()[0].weight.clone(), model.rope.inverse.clone()
