@@ -1176,24 +1176,27 @@ def routed_flops(config: ModelConfig, routing: RouterConfig, shares: list[float]
 
 @torch.no_grad()
 def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
-    """Measured and possible speed-up of one prompt, `gather` against `off`, timed in turn; the ceiling is the ratio of FLOPs for the route taken."""
+    """Measured and possible speed-up of prompts that were not seen before, `gather` against `off`, each timed in turn: kernels meet new shapes, as they
+    do in use. The ceiling is the ratio of FLOPs for the routes taken."""
     stream = [token for example in examples for token in example.tokens]
-    length = min(SPEED_CONTEXT, model.config.max_seq_len)
-    tokens = torch.tensor([(stream * (length // len(stream) + 1))[:length]], device=rt.device)  # (1, T)
-    seconds = {"off": [], "gather": []}
-    for trial in range(6):
+    length, trials = min(SPEED_CONTEXT, model.config.max_seq_len), 6
+    stream *= length * trials // len(stream) + 1
+    seconds, shares = {"off": [], "gather": []}, []
+    for trial in range(trials):
+        tokens = torch.tensor([stream[trial * length:(trial + 1) * length]], device=rt.device)  # (1, T)
         for route, times in seconds.items():
             runtime.synchronize(rt.device)
             started = time.perf_counter()
             h, gates = model.hidden(tokens, route=route, cache=KVCache(model, 1, length))
             model.head(h[:, -1:])
             runtime.synchronize(rt.device)
-            if trial:  # the first one warms up
-                times.append(time.perf_counter() - started)
-    shares = gates.flatten(1).mean(1).tolist()  # (R,1) or (R,1,T) -> (R,)
-    ceiling = prefill_flops(model.config, length) / routed_flops(model.config, model.routing, shares, length, logits=1)
-    return {"prefill_speedup": statistics.median(seconds["off"]) / statistics.median(seconds["gather"]), "prefill_ceiling": ceiling,
-            "prefill_context": length, "prefill_capacity": capacity(gates, weights=model.place_weights()).item()}
+            times.append(time.perf_counter() - started)
+        shares.append(gates.flatten(1).mean(1))  # (R,1) or (R,1,T) -> (R,)
+    shares = torch.stack(shares[1:]).mean(0)  # (R,); the first trial warms up
+    speedup = statistics.median(off / gather for off, gather in zip(seconds["off"][1:], seconds["gather"][1:]))
+    ceiling = prefill_flops(model.config, length) / routed_flops(model.config, model.routing, shares.tolist(), length, logits=1)
+    return {"prefill_speedup": speedup, "prefill_ceiling": ceiling, "prefill_context": length,
+            "prefill_capacity": capacity(shares[:, None], weights=model.place_weights()).item()}
 
 
 class Controls:
