@@ -1257,8 +1257,9 @@ def finish(tuner: Tuner, out: Path) -> dict:
         tuner.put(tuner.best)
     calibration = [*tuner.select, *reversed(tuner.train)][:max(cfg.calibrate_samples, len(tuner.select))]  # last first: the least fitted ones
     table = calibrate(model, calibration, rt, cfg.budget, tuner.controls, state.orders if cfg.recipe == "default" and not cfg.import_official else None)
-    for anchor in set(ANCHORS).intersection(table["static"]):
-        runtime.print0(f"calibration: around budget {anchor:g} the static order {table['static'][anchor]} loses less on the selection set than the routers, and stands in the table")
+    for anchor, name in table["static"].items():
+        if anchor in ANCHORS:
+            runtime.print0(f"calibration: around budget {anchor:g} the static order {name} loses less on the selection set than the routers, and stands in the table")
     thresholds = [0.5] * len(tuner.weights) if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
     path = out / "routers.safetensors"
     if rt.is_master:
