@@ -662,9 +662,10 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
         teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
         gates = torch.ones(len(layers), len(group), device=rt.device)
         gates[list(closed)] = 0.0
-        with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in dict.fromkeys(layers)]) as entered:
+        distinct = list(dict.fromkeys(layers))
+        with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in distinct]) as entered:
             h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
-        entered = dict(zip(dict.fromkeys(layers), entered))  # layer -> (B,T,D)
+        entered = dict(zip(distinct, entered))  # layer -> (B,T,D)
 
         def by_row(h: torch.Tensor) -> torch.Tensor:  # (n,D) -> (B,) loss of each answer
             losses = head_losses(model, h, batch.labels, teacher)
@@ -733,14 +734,12 @@ def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtim
     guess: price of each place by what it counts, in any unit. Lazy (Minoux 1978): a place's last measured rise stands until a round finds it cheapest,
     and what was never measured counts with its guess at the rate of those that were; a round measures at most TRIES places.
     """
-    def loss(closed: list[int]) -> float:
-        return evaluate(model, examples, rt, route="gather", closed=tuple(closed), trunk=trunk)["loss"]
-
-    path, now, measured = [], loss([]), {}
+    loss = Controls(model, examples, rt, trunk).loss
+    path, now, measured = [], loss(()), {}
     rest, weights = set(range(len(guess))), (model.place_weights() * len(guess)).tolist()
 
     def rise(place: int) -> float:
-        return (loss([*path, place]) - now) / weights[place]
+        return (loss((*path, place)) - now) / weights[place]
 
     while sum(weights[place] for place in path) < depth * len(guess) - 1e-6:
         fresh = {}
@@ -1190,10 +1189,12 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
             h, gates = model.hidden(tokens, route=route, cache=KVCache(model, 1, length))
             model.head(h[:, -1:])
             runtime.synchronize(rt.device)
-            times.append(time.perf_counter() - started)
-        shares.append(gates.flatten(1).mean(1))  # (R,1) or (R,1,T) -> (R,)
-    shares = torch.stack(shares[1:]).mean(0)  # (R,); the first trial warms up
-    speedup = statistics.median(off / gather for off, gather in zip(seconds["off"][1:], seconds["gather"][1:]))
+            if trial:  # the first one warms up
+                times.append(time.perf_counter() - started)
+        if trial:
+            shares.append(gates.flatten(1).mean(1))  # (R,1) or (R,1,T) -> (R,)
+    shares = torch.stack(shares).mean(0)  # (R,)
+    speedup = statistics.median(off / gather for off, gather in zip(seconds["off"], seconds["gather"]))
     ceiling = prefill_flops(model.config, length) / routed_flops(model.config, model.routing, shares.tolist(), length, logits=1)
     return {"prefill_speedup": speedup, "prefill_ceiling": ceiling, "prefill_context": length,
             "prefill_capacity": capacity(shares[:, None], weights=model.place_weights()).item()}
@@ -1206,7 +1207,7 @@ class Controls:
         self.model, self.examples, self.rt, self.trunk, self.known = model, examples, rt, trunk, {}
 
     def loss(self, closed: tuple[int, ...]) -> float:
-        """Loss with these places off for everyone."""
+        """Loss with these places, in any order, off for everyone."""
         closed = tuple(sorted(closed))
         if closed not in self.known:
             self.known[closed] = evaluate(self.model, self.examples, self.rt, route="gather", closed=closed, trunk=self.trunk)["loss"]

@@ -341,7 +341,7 @@ def test_tokens_that_round_their_number_up_change_nothing(granularity, kv, grad,
         results.append([h.detach(), x.grad if grad else later])
         for hook in hooks:
             hook.remove()
-    assert torch.equal(results[0][0], results[1][0]) or (results[0][0] - results[1][0]).abs().max() < 0.1
+    assert (results[0][0] - results[1][0]).abs().max() < 0.1
     assert (results[0][1] - results[1][1]).abs().max() < 0.05 * results[1][1].abs().max().clamp(min=2)
     counts = {multiple: [n for m, n in seen if m == multiple] for multiple in (4, 1000)}
     assert any(n % 4 for n in counts[1000]) and all(n % 4 == 0 or n < 4 for n in counts[4])
