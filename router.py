@@ -1,18 +1,19 @@
-"""Routers of Router-Tuning: score, gate, pooling, capacity, and the router file.
+"""Routers of Router-Tuning: score, gate, pooling, capacity, cuts, routes that no router made, and the router file.
 
-A router is one linear map d -> 1 without bias, kept in fp32, beside a layer of a frozen model. Its logit z = w . x decides whether the
-layer's target (attention, MLP or the whole block) runs: gate = sigmoid(z) >= threshold, held here as z >= cut with
-cut = logit(threshold). The score is never multiplied into the output; the straight-through estimator hands the gate's gradient to it.
-This module knows nothing of any Transformer: it works on every nn.Module that contains `Router`s, and can be copied alone.
-Source: Router-Tuning, arXiv 2410.13184, eq. 1-4 and 10.
+A router is one linear map d -> 1 without bias, kept in fp32, beside a layer of a frozen model. Its logit z = w . x
+decides whether the layer's target (attention, MLP or the whole block) runs: gate = sigmoid(z) >= threshold, held here
+as z >= cut with cut = logit(threshold). The score is never multiplied into the output; the straight-through estimator
+hands the gate's gradient to it. This module knows nothing of any Transformer: it works on every nn.Module that
+contains `Router`s, and can be copied alone. Source: Router-Tuning, arXiv 2410.13184, eq. 1-4 and 10.
 
-Legend: B batch, T tokens, D width, R routers.
+Legend: B batch, T tokens, D width, R routers. A place is where one router stands; gates, logits, cuts and capacities
+have one row for each. An order lists the R numbers of places, the one to skip first in front.
 """
 
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,86 +22,109 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-TARGETS = ("attn", "mlp", "block")
 UNITS = ("sequence", "token")
-GRANULARITIES = (*(f"{target}_{unit}" for target in TARGETS for unit in UNITS), "both_sequence")
-FILE_FORMAT = "router-tuning/1"
+TARGETS = {"attn": ("attn",), "mlp": ("mlp",), "block": ("block",), "both": ("attn", "mlp")}  # by granularity
+GRANULARITIES = tuple(f"{target}_{unit}" for target in TARGETS for unit in UNITS)
+FILE_FORMAT = "router-tuning/2"
+OLD_FORMAT = "router-tuning/1"  # named a granularity and layers instead of places
+
+
+# -----------------------------------------------------------------------------
+# Where routers stand
 
 
 class Place(NamedTuple):
-    """Where one router stands, and what it gates: attn, mlp or block."""
+    """Where one router stands, and what it gates: attn, mlp or block of a layer."""
 
     layer: int
     target: str
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which layers own a router and what it gates. `pool`: what a sequence router averages over; `kv`: what a skipped token leaves in the cache.
+    """Where routers stand and how they decide."""
 
-    Granularity both_sequence has a router beside the attention of each of `layers` and one beside the MLP of each of `mlp_layers`, all under one
-    budget, which counts compute there.
-    """
-
-    granularity: str = "attn_sequence"
-    layers: tuple[int, ...] = ()  # ascending, 0-based
-    pool: str = "prompt"  # "prompt": before the answer, no look-ahead; "all": the whole row, as the paper pools while training
-    kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attn_token only): it leaves them
-    mlp_layers: tuple[int, ...] = ()  # both_sequence alone
+    places: tuple[Place, ...]  # in the order in which they are asked
+    unit: str = "sequence"  # what one gate decides for: a sequence, or a token
+    pool: str = "prompt"  # what a sequence router averages over: the prompt, or "all": the whole row, as the paper does
+    kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attention per token): it leaves them
+    reads: str = "own"  # whose normalised input a router reads
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "mlp_layers", tuple(self.mlp_layers))
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity is {self.granularity!r}; expected one of {', '.join(GRANULARITIES)}")
-        if self.pool not in ("prompt", "all"):
-            raise ValueError(f"pool is {self.pool!r}; expected 'prompt' or 'all'")
-        if self.kv not in ("routed", "all") or (self.kv == "all" and self.granularity != "attn_token"):
-            raise ValueError(f"kv is {self.kv!r} with granularity {self.granularity!r}; expected 'routed', or 'all' with 'attn_token' alone")
-        if self.mlp_layers and self.target != "both":
-            raise ValueError(f"mlp_layers is {list(self.mlp_layers)} with granularity {self.granularity!r}; expected it with 'both_sequence' alone")
-        for layers in (self.layers, self.mlp_layers):
-            if list(layers) != sorted(set(layers)) or any(layer < 0 for layer in layers):
-                raise ValueError(f"routed layers are {list(layers)}; expected ascending 0-based layer numbers, each once")
+        object.__setattr__(self, "places", tuple(sorted(Place(*place) for place in self.places)))
+        layers = [place.layer for place in self.places]
+        if not layers or min(layers) < 0 or len(set(self.places)) < len(layers):
+            raise ValueError(f"routers stand at {list(map(tuple, self.places))}; expected one or more 0-based layers, "
+                             "each place once")
+        kinds = {place.target for place in self.places}
+        if not kinds <= {"attn", "mlp", "block"}:
+            raise ValueError(f"targets are {sorted(kinds)}; expected attn, mlp or block")
+        blocks = {place.layer for place in self.places if place.target == "block"}
+        if shared := sorted(layer for layer in blocks if layers.count(layer) > 1):
+            raise ValueError(f"layer {shared[0]} has a router for the block and another one; expected one of the two: "
+                             "a block that is skipped skips its attention and MLP")
+        if any(place.expert is not None for place in self.places):
+            raise ValueError("a place names an expert; expected none: routers of experts are not supported")
+        for name, allowed in (("unit", UNITS), ("pool", ("prompt", "all")), ("reads", ("own",))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        keeps = self.unit == "token" and "attn" in kinds and "block" not in kinds
+        if self.kv not in ("routed", "all") or (self.kv == "all" and not keeps):
+            raise ValueError(f"kv is {self.kv!r} with granularity {self.granularity!r}; expected 'routed', or 'all' "
+                             "with 'attn_token' and 'both_token' alone")
+
+    @classmethod
+    def of(cls, granularity: str, layers, **more) -> "RouterConfig":
+        """Routers of a named granularity at all of these layers. Raises ValueError for an unknown name."""
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity is {granularity!r}; expected one of {', '.join(GRANULARITIES)}")
+        target, unit = granularity.split("_")
+        return cls(tuple(Place(layer, kind) for layer in layers for kind in TARGETS[target]), unit, **more)
 
     @property
     def target(self) -> str:
-        return self.granularity.split("_")[0]
+        """attn, mlp, block, both (attention and MLP), or the targets joined by +."""
+        kinds = sorted({place.target for place in self.places})
+        return "both" if kinds == ["attn", "mlp"] else "+".join(kinds)
 
     @property
-    def unit(self) -> str:
-        return self.granularity.split("_")[1]
+    def granularity(self) -> str:
+        return f"{self.target}_{self.unit}"
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """All routers in the order in which they are asked; gates, logits, thresholds and capacities have one row for each."""
-        if self.target != "both":
-            return tuple(Place(layer, self.target) for layer in self.layers)
-        return tuple(sorted([*(Place(layer, "attn") for layer in self.layers), *(Place(layer, "mlp") for layer in self.mlp_layers)]))
+    def layers(self) -> tuple[int, ...]:
+        """Layers that own a router, ascending."""
+        return tuple(sorted({place.layer for place in self.places}))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A word for each place: '5', the layer; for both_sequence '5.attn' or '5.mlp'."""
-        return tuple(f"{place.layer}.{place.target}" if self.target == "both" else str(place.layer) for place in self.places)
+        """A word for each place: '5', the layer, where all targets are alike; else '5.attn' or '5.mlp'."""
+        alike = len({place.target for place in self.places}) == 1
+        return tuple(str(place.layer) if alike else f"{place.layer}.{place.target}" for place in self.places)
 
-    def at(self, names: list[str]) -> "RouterConfig":
-        """The same with routers at the places of these names."""
-        if self.target != "both":
-            return replace(self, layers=tuple(sorted(map(int, names))))
-        layers = {kind: tuple(sorted(int(name.split(".")[0]) for name in names if name.endswith(kind))) for kind in ("attn", "mlp")}
-        return replace(self, layers=layers["attn"], mlp_layers=layers["mlp"])
+    def rows_of(self, layer: int) -> slice:
+        """Rows of gates, logits, cuts and capacities that belong to a layer's routers."""
+        before = sum(place.layer < layer for place in self.places)
+        return slice(before, before + sum(place.layer == layer for place in self.places))
+
+    def at(self, numbers) -> "RouterConfig":
+        """The same with routers at these of its places alone."""
+        return replace(self, places=tuple(self.places[number] for number in numbers))
 
 
 def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
     """The deepest n layers except the last one: the paper's choice (arXiv 2410.13184, section 4)."""
     if not 1 <= n <= n_layers - 1:
-        raise ValueError(f"deep:{n} asks for {n} layers; a model of {n_layers} layers has 1 to {n_layers - 1} before its last one")
+        raise ValueError(f"deep:{n} asks for {n} layers; a model of {n_layers} layers has 1 to {n_layers - 1} before "
+                         "its last one")
     return tuple(range(n_layers - 1 - n, n_layers - 1))
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[str, int | tuple[int, ...]]:
-    """Read a `--layers` setting: 'deep:16' and 'auto:16' give (kind, n); '3,5,7' or '3-7' or 'all' give ('list', layers)."""
+    """Read a `--layers` setting: 'deep:16', 'auto:16' give (kind, n); '3,5,7', '3-7', 'all' give ('list', layers)."""
     kind, _, number = text.partition(":")
     if kind in ("deep", "auto") and number.isdigit():
         if not 1 <= int(number) <= n_layers:
@@ -118,24 +142,24 @@ def parse_layers(text: str, n_layers: int) -> tuple[str, int | tuple[int, ...]]:
     return "list", tuple(layers)
 
 
-def logit(score: float) -> float:
-    """Inverse sigmoid of a threshold; 0 gives -inf (every unit executes), anything above 1 - 1e-16 gives +inf (none does)."""
-    if not 0.0 <= score <= 1.0:
-        raise ValueError(f"threshold is {score}; expected a score from 0 to 1")
-    return -math.inf if score == 0.0 else math.inf if score == 1.0 else math.log(score) - math.log1p(-score)
+# -----------------------------------------------------------------------------
+# Score, gate, capacity
 
 
-def pool(x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over each row's first `lengths` tokens, in fp32. x (B,T,D), lengths (B,) or None for all T -> (B,D). Pads never count."""
+def pool(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Mean over each row's first `lengths` tokens, in fp32; pads never count.
+
+    x (B,T,D), lengths (B,) or None for all T -> (B,D).
+    """
     if lengths is None:
         return x.mean(dim=1, dtype=torch.float32)  # (B,T,D) -> (B,D)
     real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B,T)
     weight = real.float() / lengths[:, None]  # (B,T)
-    return torch.bmm(weight[:, None], x.float().masked_fill(~real[..., None], 0.0)).squeeze(1)  # (B,1,T) x (B,T,D) -> (B,D)
+    return torch.bmm(weight[:, None], x.float().masked_fill(~real[..., None], 0.0)).squeeze(1)  # (B,1,T) x (B,T,D)
 
 
-def ste_gate(z: torch.Tensor, cut: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """Gate z >= cut as 0.0/1.0; its gradient goes unchanged to the score sigmoid(z) (straight-through estimator, eq. 4). Any shape."""
+def ste_gate(z: Tensor, cut: Tensor | float = 0.0) -> Tensor:
+    """Gate z >= cut as 0.0/1.0, any shape; its gradient goes unchanged to the score sigmoid(z) (eq. 4)."""
     hard = (z >= cut).to(z.dtype)
     if not (torch.is_grad_enabled() and z.requires_grad):
         return hard
@@ -144,19 +168,20 @@ def ste_gate(z: torch.Tensor, cut: torch.Tensor | float = 0.0) -> torch.Tensor:
 
 
 class Router(nn.Module):
-    """One linear map d -> 1 without bias, fp32, zero at birth: sigmoid(0) = 0.5 >= 0.5, so a new router executes everything."""
+    """One linear map d -> 1 without bias, fp32, zero at birth: sigmoid(0) = 0.5 >= 0.5, so a new router skips nothing."""
 
     def __init__(self, dim: int, device=None):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, dim, dtype=torch.float32, device=device))
-        self.register_buffer("cut", torch.zeros((), dtype=torch.float32, device=device), persistent=False)  # logit(threshold)
+        cut = torch.zeros((), dtype=torch.float32, device=device)  # logit(threshold)
+        self.register_buffer("cut", cut, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Logits of pooled sequences (B,D) -> (B,) or of tokens (B,T,D) -> (B,T), fp32."""
         return F.linear(x.float(), self.weight).squeeze(-1)
 
     def _apply(self, fn, recurse=True):
-        """Follow the model to its device but stay in fp32: a bf16 router could not be tuned, and would flip gates near the cut."""
+        """Follow the model to its device but stay in fp32: a bf16 router would flip gates near the cut."""
         weight, cut = self.weight.data, self.cut
         super()._apply(fn, recurse)
         if self.weight.dtype != torch.float32:
@@ -178,107 +203,194 @@ def freeze_all_but_routers(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(p.numel() for p in model.parameters()) - trainable
 
 
-def capacity(gates: torch.Tensor, real: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Share of (place, unit) pairs that execute: ONE number over all places and units. gates (R,B) or (R,B,T); real (B,T) marks non-pads;
-    weights (R,) of sum 1, where places do not count alike (`Transformer.place_weights`)."""
-    each = gates.flatten(1).mean(dim=1) if real is None or gates.dim() == 2 else (gates * real).flatten(1).sum(dim=1) / real.sum()  # (R,)
+def capacity(gates: Tensor, real: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """Share of (place, unit) pairs that execute: ONE number over all places and units.
+
+    gates (R,B) or (R,B,T); real (B,T) marks non-pads; weights (R,) of sum 1, where places do not count alike.
+    """
+    if real is None or gates.dim() == 2:
+        each = gates.flatten(1).mean(dim=1)  # (R,)
+    else:
+        each = (gates * real).flatten(1).sum(dim=1) / real.sum()
     return each.mean() if weights is None else (weights.to(each) * each).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Calibration: one router, every budget. A table of (budget, threshold per routed layer); between two entries the logits interpolate.
+# -----------------------------------------------------------------------------
+# Cuts. Files hold thresholds (scores, 0..1), code holds cuts (logits)
 
 
-def thresholds_for(budget: float, calibration: dict) -> list[float]:
-    """Threshold per routed layer that realises `budget`, from a table {"budgets": [...], "thresholds": [[per layer] per budget]}.
+def cut_of(threshold: float) -> float:
+    """Inverse sigmoid; 0 gives -inf (nothing is skipped), 1 gives +inf (everything is)."""
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"threshold is {threshold}; expected a score from 0 to 1")
+    if threshold in (0.0, 1.0):
+        return math.inf if threshold else -math.inf
+    return math.log(threshold) - math.log1p(-threshold)
 
-    Between two budgets the cuts interpolate linearly in logit space; 0 and 1 mean exactly nothing and everything.
-    Raises ValueError for a budget outside 0..1 or an empty table.
+
+def threshold_of(cut: float) -> float:
+    """Sigmoid of a cut."""
+    return 1.0 / (1.0 + math.exp(-cut)) if abs(cut) < 700 else float(cut > 0)
+
+
+def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None) -> list[float]:
+    """For each budget the cut that lets this share of the logits z (R,...) through, midway between its neighbours.
+
+    weights (R,): what a logit of each place counts; None: all the same.
     """
-    if not 0.0 <= budget <= 1.0:
-        raise ValueError(f"budget is {budget}; expected a share from 0 (skip every routed unit) to 1 (skip none)")
-    budgets, table = calibration.get("budgets", []), calibration.get("thresholds", [])
-    n_layers = len(table[0]) if table else 0
-    if budget in (0.0, 1.0) and n_layers:
-        return [1.0 - budget] * n_layers
-    if not budgets:
-        raise ValueError("this router file carries no calibration table, so a budget cannot be set; leave --budget away or tune with train.py")
-    points = sorted(zip(budgets, table))
-    low = max((p for p in points if p[0] <= budget), key=lambda p: p[0], default=points[0])
-    high = min((p for p in points if p[0] >= budget), key=lambda p: p[0], default=points[-1])
-    share = 0.0 if high[0] == low[0] else (budget - low[0]) / (high[0] - low[0])
-    thresholds = []
-    for a, b in zip(low[1], high[1]):
-        cut_a, cut_b = logit(a), logit(b)
-        cut = cut_a if a == b or math.isinf(cut_a) or math.isinf(cut_b) else cut_a + share * (cut_b - cut_a)
-        thresholds.append(1.0 / (1.0 + math.exp(-cut)) if abs(cut) < 700 else float(cut > 0))
-    return thresholds
-
-
-def quantile_cuts(z: torch.Tensor, budgets: list[float], weights: torch.Tensor | None = None) -> list[float]:
-    """For each budget the cut that lets this share of the logits z (R,...) through (z >= cut), midway between its neighbours. weights (R,): what a
-    logit of each place counts; None: all the same."""
     ordered, index = z.flatten().double().sort(descending=True)
     weight = torch.ones_like(ordered) if weights is None else weights.double().repeat_interleave(z[0].numel())[index]
     middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
-    cuts = []
-    for k in torch.searchsorted(middles, torch.tensor(budgets, dtype=torch.float64) * weight.sum(), right=True).tolist():
-        cuts.append(math.inf if k == 0 else -math.inf if k == len(ordered) else ((ordered[k - 1] + ordered[k]) / 2).item())
-    return cuts
+    wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
+    ends = [math.inf, *ordered.tolist(), -math.inf]
+    through = torch.searchsorted(middles, wanted, right=True).tolist()
+    return [ends[-1] if k == len(ordered) else ends[0] if k == 0 else (ends[k] + ends[k + 1]) / 2 for k in through]
 
 
-def quantile_cut(z: torch.Tensor, budget: float, weights: torch.Tensor | None = None) -> float:
+def quantile_cut(z: Tensor, budget: float, weights: Tensor | None = None) -> float:
     """The cut of `quantile_cuts` for one budget."""
     return quantile_cuts(z, [budget], weights)[0]
 
 
-def closed_shares(order: list[int], weights: torch.Tensor, closed: float) -> list[float]:
-    """What share of each place (R) is off when the first ones of an order are off for everyone, so that `closed` of all `weights` (R,) is: 1 for those,
-    a fraction for the next one, 0 for the rest."""
+def cuts_for(budget: float, calibration: dict) -> list[float]:
+    """Cut of each place that realises `budget`, from {"budgets": [...], "thresholds": [[per place] per budget]}.
+
+    Between two budgets the cuts interpolate linearly; 0 and 1 mean exactly nothing and everything. Raises ValueError
+    for a budget outside 0..1 or an empty table.
+    """
+    if not 0.0 <= budget <= 1.0:
+        raise ValueError(f"budget is {budget}; expected a share from 0 (skip every routed unit) to 1 (skip none)")
+    points = sorted(zip(calibration.get("budgets", []), calibration.get("thresholds", [])))
+    if points and budget in (0.0, 1.0):
+        return [cut_of(1.0 - budget)] * len(points[0][1])
+    if not points:
+        raise ValueError("this router file carries no calibration table, so a budget cannot be set; leave --budget "
+                         "away or tune with train.py")
+    low = max((p for p in points if p[0] <= budget), key=lambda p: p[0], default=points[0])
+    high = min((p for p in points if p[0] >= budget), key=lambda p: p[0], default=points[-1])
+    share = 0.0 if high[0] == low[0] else (budget - low[0]) / (high[0] - low[0])
+    return [_between(cut_of(a), cut_of(b), share) for a, b in zip(low[1], high[1])]
+
+
+def _between(a: float, b: float, share: float) -> float:
+    """a + share (b - a), and a where an end is infinite."""
+    return a if a == b or math.isinf(a) or math.isinf(b) else a + share * (b - a)
+
+
+def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
+    """One cut for all routers, or one for each in order of their places."""
+    routers = routers_of(model)
+    cuts = cuts if isinstance(cuts, list) else [cuts] * len(routers)
+    assert len(routers) == len(cuts)
+    for router, cut in zip(routers, cuts):
+        router.cut.fill_(cut)
+
+
+# -----------------------------------------------------------------------------
+# Routes that no router made: the controls
+
+
+def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
+    """Share to skip of each place (R) when places are skipped for everyone, in order, until `skip` of all they count is.
+
+    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one at which that ends, 0 for the rest.
+    """
     shares = [0.0] * len(order)
     for place in order:
-        share = min(max(closed / weights[place].item(), 0.0), 1.0)
+        share = min(max(skip / weights[place].item(), 0.0), 1.0)
         shares[place] = 0.0 if share < 1e-6 else 1.0 if share > 1 - 1e-6 else share
-        closed -= weights[place].item()
+        skip -= weights[place].item()
     return shares
 
 
-def closed_places(order: list[int], weights: torch.Tensor, closed: float) -> tuple[int, ...]:
-    """The places that `closed_shares` closes, to the nearest whole one, ascending."""
-    return tuple(place for place, share in enumerate(closed_shares(order, weights, closed)) if share >= 0.5)
+def skipped_places(order: list[int], weights: Tensor, skip: float) -> tuple[int, ...]:
+    """The places that `skipped_shares` skips, to the nearest whole one, ascending."""
+    return tuple(place for place, share in enumerate(skipped_shares(order, weights, skip)) if share >= 0.5)
 
 
-def set_thresholds(model: nn.Module, thresholds: list[float]) -> None:
-    """Put one threshold (score units, 0..1) on each router, in order of their places."""
-    routers = routers_of(model)
-    assert len(routers) == len(thresholds)
-    for router, threshold in zip(routers, thresholds):
-        router.cut.fill_(logit(threshold))
+def static_route(order: list[int], weights: Tensor, budget: float, rng: torch.Generator) -> Tensor:
+    """Gates (R,) of one sequence under a static list: the same places are skipped for everyone.
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The router file: the official code's tensor names and shapes, plus everything needed to refuse a wrong base, as JSON in the metadata
-
-
-def _key(name: str) -> str:
-    """Tensor of the place of this name. The official code knows one router per layer; the second one of both_sequence has a name of its own."""
-    layer, _, target = name.partition(".")
-    return f"model.layers.{layer}.{'mlp_router' if target == 'mlp' else 'router'}.weight"
-
-
-def save_routers(path: str | Path, model: nn.Module, routing: RouterConfig, *, fingerprint: str, thresholds: list[float], calibration: dict | None = None,
-                 recipe: str = "", step: int = 0, config: dict | None = None, orders: dict[str, list[str]] | None = None) -> None:
-    """Write routers.safetensors atomically. Tensors `model.layers.{i}.router.weight` (1,D) fp32 (both_sequence: `mlp_router` beside the MLP);
-    metadata {"router_tuning": JSON}.
-
-    orders: static alternatives by name, each the names of all places, the one to drop first in front.
+    The place at which the list ends is skipped by chance, so that the average over sequences is the budget.
     """
-    routers = routers_of(model)
-    assert len(routers) == len(routing.places) == len(thresholds)
-    meta = {"format": FILE_FORMAT, **asdict(routing), "thresholds": thresholds, "calibration": calibration or {}, "recipe": recipe, "step": step,
-            "base_fingerprint": fingerprint, "config": config or {}, "orders": orders or {}}
-    tensors = {_key(name): router.weight.detach().cpu().contiguous() for name, router in zip(routing.names, routers)}
-    data = save(tensors, metadata={"router_tuning": json.dumps(meta)})
+    chance = torch.rand((), generator=rng).item()
+    return torch.tensor([float(share <= chance) for share in skipped_shares(order, weights, 1 - budget)])
+
+
+def random_route(weights: Tensor, budget: float, rng: torch.Generator, tokens: int | None = None) -> Tensor:
+    """Gates (R,) of one sequence, or (R,T) of its tokens, by chance: the control that knows nothing.
+
+    A sequence skips places in a random order until the budget is met; a token skips each place by chance.
+    """
+    if tokens is None:
+        return static_route(torch.randperm(len(weights), generator=rng).tolist(), weights, budget, rng)
+    return (torch.rand(tokens, len(weights), generator=rng) < budget).float().T  # (T,R) -> (R,T)
+
+
+def mean_order(shares: list[float]) -> list[int]:
+    """The mean route as an order: places by the share of units that ran them, rarest first. shares (R)."""
+    return sorted(range(len(shares)), key=lambda place: (shares[place], place))
+
+
+# -----------------------------------------------------------------------------
+# The router file: the official code's tensor names and shapes, and all that is needed to refuse a wrong base
+
+
+@dataclass
+class RouterMeta:
+    """What a router file says of its routers, as JSON in its metadata."""
+
+    routing: RouterConfig
+    thresholds: list[float]
+    base_fingerprint: str
+    calibration: dict = field(default_factory=dict)
+    recipe: str = ""
+    step: int = 0
+    config: dict = field(default_factory=dict)
+    orders: dict[str, list[str]] = field(default_factory=dict)  # static lists: names of all places, first to skip in front
+
+    def to_json(self) -> str:
+        routing, rest = asdict(self.routing), {**vars(self)}
+        del rest["routing"]
+        return json.dumps({"format": FILE_FORMAT, "granularity": self.routing.granularity, **routing, **rest})
+
+    @classmethod
+    def from_json(cls, text: str) -> "RouterMeta":
+        """Read format 2, or 1. Raises ValueError for another format, KeyError or TypeError for what lacks a field."""
+        meta = json.loads(text)
+        if meta.get("format") == OLD_FORMAT:
+            routing = _old_routing(meta)
+        elif meta.get("format") == FILE_FORMAT:
+            names = ("unit", "pool", "kv", "reads")
+            routing = RouterConfig(tuple(map(tuple, meta["places"])), **{name: meta[name] for name in names})
+        else:
+            raise ValueError(f"format {meta.get('format')!r}; this code reads {FILE_FORMAT!r} and {OLD_FORMAT!r}")
+        orders = {name: list(map(str, order)) for name, order in meta.get("orders", {}).items()}
+        own = {name: meta[name] for name in ("calibration", "recipe", "step", "config") if name in meta}
+        return cls(routing, meta["thresholds"], meta["base_fingerprint"], orders=orders, **own)
+
+
+def _old_routing(meta: dict) -> RouterConfig:
+    """Places of a file of format 1: a granularity, the layers of its target, of `both` the MLPs' layers beside them."""
+    target, unit = meta["granularity"].split("_")
+    places = [Place(layer, TARGETS[target][0]) for layer in meta["layers"]]
+    places += [Place(layer, "mlp") for layer in meta.get("mlp_layers", ())]
+    return RouterConfig(tuple(places), unit, meta["pool"], meta["kv"])
+
+
+def _key(place: Place, routing: RouterConfig) -> str:
+    """Tensor of a place. The official code knows one router per layer; an MLP's beside attentions' has its own name."""
+    second = place.target == "mlp" and routing.target != "mlp"
+    return f"model.layers.{place.layer}.{'mlp_router' if second else 'router'}.weight"
+
+
+def save_routers(path: str | Path, model: nn.Module, meta: RouterMeta) -> None:
+    """Write routers.safetensors atomically: tensors (1,D) fp32, metadata {"router_tuning": JSON}."""
+    routers, places = routers_of(model), meta.routing.places
+    assert len(routers) == len(places) == len(meta.thresholds)
+    tensors = {_key(place, meta.routing): router.weight.detach().cpu().contiguous()
+               for place, router in zip(places, routers)}
+    data = save(tensors, metadata={"router_tuning": meta.to_json()})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -292,48 +404,67 @@ def save_routers(path: str | Path, model: nn.Module, routing: RouterConfig, *, f
         temporary.unlink(missing_ok=True)
 
 
-def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors by name of the place, and the metadata ({} for an official file). Raises FileNotFoundError or ValueError with reason and mend."""
+def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[str, Tensor], RouterMeta | None]:
+    """Tensors by key, and the metadata (None for an official file, which has none).
+
+    Raises FileNotFoundError or ValueError with the reason and what to do.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no router file at {path}; expected the routers.safetensors that train.py writes: check --routers")
+        raise FileNotFoundError(f"no router file at {path}; expected the routers.safetensors that train.py writes: "
+                                "check --routers")
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("router_tuning", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a router file ({error}); it is truncated or something else: tune again or copy it again") from None
-    if meta and meta.get("format") != FILE_FORMAT:
-        raise ValueError(f"{path} has format {meta.get('format')!r}; this code reads {FILE_FORMAT!r}")
-    if not meta and not official:
-        raise ValueError(f"{path} carries no router_tuning metadata, so its granularity and base are unknown; for a file of the official code "
-                         "use `train.py --import_official=FILE --granularity=...` to turn it into ours")
-    both = meta.get("granularity", "").startswith("both")
-    weights = {}
-    for key, tensor in tensors.items():
-        layer = key.split(".")[2] if key.count(".") == 4 else ""
-        names = (f"{layer}.attn", f"{layer}.mlp") if both else (layer,)
-        name = next((name for name in names if layer.isdigit() and key == _key(name)), None)
-        if name is None:
-            raise ValueError(f"{path} holds a tensor {key!r}; expected only names like {_key('14')!r}: this is not a router file")
-        weights[name] = tensor
-    if not weights:
-        raise ValueError(f"{path} holds no router; expected tensors named like {_key('14')!r}")
-    return weights, meta
+            text = (file.metadata() or {}).get("router_tuning")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as a router file ({error}); it is truncated or something else: tune "
+                         "again or copy it again") from None
+    if text is None and not official:
+        raise ValueError(f"{path} carries no router_tuning metadata, so its granularity and base are unknown; for a "
+                         "file of the official code use `train.py --import_official=FILE --granularity=...`")
+    for key in tensors:
+        parts = key.split(".")
+        if key.count(".") != 4 or not parts[2].isdigit() or parts[3] not in ("router", "mlp_router"):
+            raise ValueError(f"{path} holds a tensor {key!r}; expected only names like 'model.layers.14.router.weight': "
+                             "this is not a router file")
+    if not tensors:
+        raise ValueError(f"{path} holds no router; expected tensors named like 'model.layers.14.router.weight'")
+    return tensors, None if text is None else _read_meta(path, text)
 
 
-def load_router_weights(path: str | Path, model: nn.Module, weights: dict[str, torch.Tensor], routing: RouterConfig) -> None:
-    """Copy the tensors of a router file into a model's routers; a missing or extra layer or a wrong shape is refused by name."""
-    if set(weights) != set(routing.names):
-        missing, extra = sorted(set(routing.names) - set(weights)), sorted(set(weights) - set(routing.names))
-        raise ValueError(f"{path} does not match its own list of routed layers (missing {missing}, extra {extra}); the file is damaged: tune again")
-    for name, router in zip(routing.names, routers_of(model)):
-        tensor = weights[name]
+def _read_meta(path: Path, text: str) -> RouterMeta:
+    try:
+        return RouterMeta.from_json(text)
+    except json.JSONDecodeError as error:
+        reason = f"is not JSON ({error})"
+    except KeyError as error:
+        reason = f"lacks {error}"
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = f"cannot be used: {error}"
+    raise ValueError(f"{path}: its metadata {reason}; expected what train.py writes: tune again or copy it again")
+
+
+def official_layers(tensors: dict[str, Tensor]) -> list[int]:
+    """Layers of a router file of the official code, ascending."""
+    return sorted(int(key.split(".")[2]) for key in tensors)
+
+
+def load_router_weights(path: str | Path, model: nn.Module, tensors: dict[str, Tensor], routing: RouterConfig) -> None:
+    """Copy a file's tensors into a model's routers; a missing or extra place or a wrong shape is refused by name."""
+    keys = [_key(place, routing) for place in routing.places]
+    if set(tensors) != set(keys):
+        missing, extra = sorted(set(keys) - set(tensors)), sorted(set(tensors) - set(keys))
+        raise ValueError(f"{path} does not match its own list of routed layers (missing {missing}, extra {extra}); the "
+                         "file is damaged: tune again")
+    for key, router in zip(keys, routers_of(model)):
+        tensor = tensors[key]
         if tuple(tensor.shape) != tuple(router.weight.shape):
-            raise ValueError(f"{path}: {_key(name)} has shape {tuple(tensor.shape)}, this model needs {tuple(router.weight.shape)}; "
-                             "it belongs to a model of another width: load it with its own base")
+            raise ValueError(f"{path}: {key} has shape {tuple(tensor.shape)}, this model needs "
+                             f"{tuple(router.weight.shape)}; it belongs to a model of another width: load its own base")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {_key(name)} holds NaN or infinity; the tuning run diverged: tune again with a smaller --lr")
+            raise ValueError(f"{path}: {key} holds NaN or infinity; the tuning run diverged: tune again with a smaller "
+                             "--lr")
         with torch.no_grad():
             router.weight.copy_(tensor)
 
@@ -341,5 +472,5 @@ def load_router_weights(path: str | Path, model: nn.Module, weights: dict[str, t
 def check_fingerprint(path: str | Path, found: str, expected: str) -> None:
     """Refuse a router file that was tuned beside another base model."""
     if found != expected:
-        raise ValueError(f"{path} was tuned on a base with fingerprint {found}, this base has {expected}; load the base it was tuned on, or tune again with "
-                         "train.py --model=THIS_BASE")
+        raise ValueError(f"{path} was tuned on a base with fingerprint {found}, this base has {expected}; load the "
+                         "base it was tuned on, or tune again with train.py --model=THIS_BASE")
