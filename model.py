@@ -1,36 +1,57 @@
 """Llama, Mistral and Qwen in one file, with MindSkip: routers decide what runs, and what is skipped costs nothing.
 
-One `Transformer` serves Llama 2/3/3.1/3.2, Mistral, Qwen2/2.5 and Qwen3; families differ by fields of ModelConfig only. Each routed
-layer owns a Router (router.py), or two. Three route modes compute the same function:
+One `Transformer` serves Llama 2/3/3.1/3.2, Mistral, Qwen2/2.5 and Qwen3; families differ by fields of ModelConfig
+only. Each routed layer owns a Router (router.py), or two. Three route modes compute the same function:
     off     dense: routers are ignored
     mask    everything is computed, then multiplied by the gate: differentiable, static shapes, for training
     gather  only what executes is computed and cached: no projections, no scores, no keys and values for what is skipped
-Where work is skipped: `Block.gather`, by the choice of `Block.choose`: `Rows` (one decision per sequence) or `Picked` (one per token).
-No module keeps state in forward; what must persist lives in the KVCache, which the caller owns. Needs torch, safetensors and router.py.
+Where work is skipped: `Block.forward` asks a router, gets a `Selection` of the tokens that run, and gives these alone
+to the attention or the feed-forward. No module keeps state in forward; what must persist lives in the KVCache, which
+the caller owns. Needs torch, safetensors and router.py.
 
-Legend: B batch rows, T tokens, D width, H heads, K kv heads, h head width, G = H/K, V vocabulary, S cache slots, R routers, n packed tokens.
+Legend: B batch rows, T tokens, D width, H heads, K kv heads, h head width, V vocabulary, S cache slots, R routers;
+n tokens that run; packed into (N,M): N rows of M columns without gaps, padded to the longest.
 """
 
-import bisect
 import copy
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import Tensor
 
-from router import (Router, RouterConfig, check_fingerprint, load_router_weights, pool, read_router_file, routers_of, set_thresholds, ste_gate,
-                    thresholds_for)
+from router import (
+    Router,
+    RouterConfig,
+    RouterMeta,
+    check_fingerprint,
+    cut_of,
+    cuts_for,
+    load_router_weights,
+    pool,
+    read_router_file,
+    routers_of,
+    set_cuts,
+    ste_gate,
+)
 
 ROUTES = ("off", "mask", "gather")
 ROPE_TYPES = ("linear", "llama3", "yarn")
-ROWS_MULTIPLE = 64  # number of picked tokens is made a multiple of it in bfloat16 on a CPU
-QUERY_BLOCK = 256  # queries a masked attention handles at once: bounds the mask's memory and skips keys that no query of the block can see
+NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
+QUERY_BLOCK = 256  # queries whose mask exists at once
+ROWS_MULTIPLE = 64  # see Selection.tokens
+
+
+# -----------------------------------------------------------------------------
+# Sizes
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,8 @@ class ModelConfig:
     def __post_init__(self):
         if self.window_layers is not None:
             object.__setattr__(self, "window_layers", tuple(self.window_layers))
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_seq_len"):
+        sizes = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len".split()
+        for name in sizes:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected a positive integer")
         if self.n_heads % self.n_kv_heads:
@@ -66,7 +88,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one")
         if self.rope_scaling is not None and self.rope_scaling.get("type") not in ROPE_TYPES:
-            raise ValueError(f"config: rope_scaling type is {self.rope_scaling.get('type')!r}; supported: {', '.join(ROPE_TYPES)}, or null")
+            raise ValueError(f"config: rope_scaling type is {self.rope_scaling.get('type')!r}; supported: "
+                             f"{', '.join(ROPE_TYPES)}, or null")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"config: sliding_window is {self.sliding_window}; expected a positive integer or null")
 
@@ -75,10 +98,11 @@ class ModelConfig:
         """Build from a JSON object; an unknown or missing key is refused by name."""
         known = {field.name for field in fields(cls)}
         required = {name for name in known if name not in cls.__dict__}  # fields without a default
+        remedy = "this is not a config written by convert_hf.py: convert the folder first"
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"config has unknown keys {unknown}; this is not a config written by convert_hf.py: convert the folder first")
+            raise ValueError(f"config has unknown keys {unknown}; {remedy}")
         if missing := sorted(required - set(values)):
-            raise ValueError(f"config lacks {missing}; this is not a config written by convert_hf.py: convert the folder first")
+            raise ValueError(f"config lacks {missing}; {remedy}")
         return cls(**values)
 
     def window(self, layer: int) -> int | None:
@@ -86,14 +110,14 @@ class ModelConfig:
         return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Rotary position embeddings, half-split layout (dimension i turns with i + h/2), as in Hugging Face checkpoints
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Inverse frequencies (h/2,) fp32 and the factor on cos and sin.
 
-    Sources: RoPE arXiv 2104.09864; linear: arXiv 2306.15595; llama3: Llama 3.1 model card's scaled RoPE; yarn: arXiv 2309.00071.
+    Sources: RoPE arXiv 2104.09864; linear: arXiv 2306.15595; llama3: Llama 3.1 model card's scaled RoPE.
     """
     h, scaling = config.head_dim, config.rope_scaling
     inverse = config.rope_theta ** (-torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)
@@ -102,28 +126,37 @@ def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
     factor = float(scaling["factor"])
     if scaling["type"] == "linear":
         return inverse / factor, 1.0
+    if scaling["type"] == "yarn":
+        return yarn_frequencies(config, inverse)
+    # long wavelengths are stretched by `factor`, short ones kept, a ramp in between
     original = scaling.get("original_max_position_embeddings") or config.max_seq_len
-    if scaling["type"] == "llama3":  # long wavelengths are stretched by `factor`, short ones kept, a ramp in between
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        ramp = ((original * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        return (1 - ramp) * inverse / factor + ramp * inverse, 1.0
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    ramp = ((original * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 - ramp) * inverse / factor + ramp * inverse, 1.0
 
-    def dimension(rotations: float) -> float:  # the (fractional) pair that turns `rotations` times within the original context
+
+def yarn_frequencies(config: ModelConfig, inverse: Tensor) -> tuple[Tensor, float]:
+    """The same for YaRN (arXiv 2309.00071): the ramp runs over dimensions, and attention is tempered."""
+    h, scaling = config.head_dim, config.rope_scaling
+    factor = float(scaling["factor"])
+    original = scaling.get("original_max_position_embeddings") or config.max_seq_len
+
+    def dimension(rotations: float) -> float:  # the (fractional) pair that turns so often within the original context
         return h * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    def temperature(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, h - 1)
     ramp = ((torch.arange(h // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-
-    def temperature(mscale: float = 1.0) -> float:
-        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = temperature(mscale) / temperature(mscale_all) if mscale and mscale_all else temperature()
+        both = mscale and mscale_all
+        attention = temperature(mscale) / temperature(mscale_all) if both else temperature()
     return ramp * inverse / factor + (1 - ramp) * inverse, float(attention)
 
 
@@ -132,7 +165,6 @@ class Rope(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
         inverse, self.attention_factor = rope_frequencies(config)
         self.register_buffer("inverse", inverse, persistent=False)
 
@@ -142,106 +174,193 @@ class Rope(nn.Module):
         self.inverse = exact.to(self.inverse.device)
         return self
 
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions (...,) -> cos, sin (..., 1, h), ready to multiply (..., H, h); the first half of sin is negative."""
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions (...,) -> cos, sin (..., 1, h), to multiply (..., H, h); the first half of sin is negative."""
         angles = positions[..., None, None].float() * self.inverse  # (..., 1, h/2)
         cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (..., H, h) by cos, sin (..., 1, h): (a, b) becomes (a cos - b sin, b cos + a sin). One temporary: pages cost more than flops here."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (..., H, h) by cos, sin (..., 1, h): (a, b) becomes (a cos - b sin, b cos + a sin)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
+    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)  # one temporary
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Cache and geometry: what a call knows before its layer loop
+# -----------------------------------------------------------------------------
+# What a query sees: its own position and earlier ones, within the window
+
+
+def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Mask (1|N,1,M,S) from the positions of queries (1|N,M) and keys (1|N,S). A pad's key stands later than any query."""
+    query, key = query[:, :, None], key[:, None, :]
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    return seen[:, None]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Grouped-query attention. q (N,H,M,h), k and v (N,K,S,h) -> (N,H,M,h)."""
+    n, heads, m, h = q.shape
+    grouped = heads != k.shape[1]
+    if m == 1 and grouped:  # a lone query folds its heads into the query axis, so that each key is read once
+        folded = q.reshape(n, k.shape[1], -1, h)
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(n, heads, 1, h)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+@dataclass
+class Sight:
+    """Where queries and keys stand. `bounds` (a, b) -> least and greatest position among query columns a..b-1, on the
+    host; None: keys stand in slots that are not their positions, so none can be left out unseen."""
+
+    query: Tensor  # (1|N,M)
+    key: Tensor  # (1|N,S)
+    window: int | None
+    bounds: Callable[[int, int], tuple[int, int]] | None = None
+
+    def span(self, a: int, b: int) -> tuple[int, int]:
+        """First key that some query of columns a..b-1 sees, and the one after the last."""
+        slots = self.key.shape[1]
+        if self.bounds is None:
+            return 0, slots
+        least, greatest = self.bounds(a, b)
+        return 0 if self.window is None else max(0, least - self.window + 1), min(slots, greatest + 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """Attention under a mask. q (N,H,M,h), k and v (N,K,S,h) -> (N,H,M,h). No key is touched that no query sees."""
+    out = []
+    for a in range(0, q.shape[2], QUERY_BLOCK):
+        b = min(a + QUERY_BLOCK, q.shape[2])
+        low, high = sight.span(a, b)
+        mask = visible(sight.query[:, a:b], sight.key[:, low:high], sight.window)
+        out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], mask))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+# -----------------------------------------------------------------------------
+# The cache: keys and values of the tokens that ran
 
 
 class LayerCache:
-    """Keys and values of one layer for the rows (unit token: the tokens) that executed there. Slots grow by half, not one by one."""
+    """Keys and values of one layer, of the batch rows (unit token: the tokens) that ran there."""
 
     def __init__(self, max_len: int | None):
         self.max_len = max_len
-        self.kept: dict[str, list[int] | None] = {}  # unit sequence, by router: batch rows whose gate is open; None: every row
-        self.rows: list[int] | None = None  # batch rows whose keys and values are held here, in order; None: every row
-        self.k = self.v = None  # (N, K, S, h)
-        self.positions: list[list[int]] | None = None  # unit token, kv=routed: position of each slot's token, by row
+        self.k = self.v = None  # (N,K,S,h)
+        self.position: Tensor | None = None  # (N,S) of the token in each slot; None: slot s holds token s
+        self.used: list[int] = []  # slots in use, per row held
+        self.kept: dict[str, list[int] | None] = {}  # router -> batch rows that run behind it; None: all of them
 
-    def reserve(self, k: torch.Tensor, slots: int) -> None:
-        """Make room for `slots` slots of k's (N, K, ., h)."""
+    @property
+    def rows(self) -> list[int] | None:
+        """Batch rows whose keys and values are held here, in order; None: every row."""
+        return self.kept.get("router")
+
+    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None = None) -> None:
+        """Append counts[row] tokens of k, v (N,K,M,h), pads behind them. position (N,M): where slots have gaps."""
+        self.used = self.used or [0] * len(counts)
+        least, width = min(self.used), k.shape[2]
+        self._reserve(k, max(self.used) + width, position)
+        if least == max(self.used):
+            slots = slice(least, least + width)
+            self.k[:, :, slots], self.v[:, :, slots] = k, v
+            if position is not None:
+                self.position[:, slots] = position
+        else:
+            slot = torch.tensor(self.used, device=k.device)[:, None] + torch.arange(width, device=k.device)
+            row = torch.arange(len(counts), device=k.device)[:, None]
+            self.k[row, :, slot] = k.transpose(1, 2)  # advanced indices come first: (N,M,K,h)
+            self.v[row, :, slot] = v.transpose(1, 2)
+            if position is not None:
+                self.position[row, slot] = position
+        # a pad's slot is its row's next one, and later tokens overwrite it
+        self.used = [used + count for used, count in zip(self.used, counts)]
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (N,K,S,h) of the slots in use."""
+        end = max(self.used)
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def even(self) -> bool:
+        """Every row uses as many slots: no pads among them."""
+        return min(self.used) == max(self.used)
+
+    def _reserve(self, k: Tensor, slots: int, position: Tensor | None) -> None:
         have = 0 if self.k is None else self.k.shape[2]
         if slots <= have:
             return
-        fits = self.max_len is not None and slots <= self.max_len
-        room = self.max_len if fits else slots if have == 0 else max(slots, have + have // 2 + 16)
-        for name in ("k", "v"):
-            # zeros, not empty: a masked slot still enters as 0 * value, and NaN garbage would survive that
-            fresh = k.new_zeros(k.shape[0], k.shape[1], room, k.shape[3])
+        room = slots if have == 0 else max(slots, have + have // 2 + 16)  # by half, not one by one
+        if self.max_len is not None and slots <= self.max_len:
+            room = self.max_len
+        # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
+        fresh = [k.new_zeros(*k.shape[:2], room, k.shape[3]) for _ in range(2)]
+        if have:
+            fresh[0][:, :, :have], fresh[1][:, :, :have] = self.k, self.v
+        self.k, self.v = fresh
+        if position is not None:
+            grown = position.new_full((k.shape[0], room), NOWHERE)
             if have:
-                fresh[:, :, :have] = getattr(self, name)
-            setattr(self, name, fresh)
-
-    def write(self, k: torch.Tensor, v: torch.Tensor, starts: list[int], slots: torch.Tensor | None = None) -> None:
-        """Store k, v (N,K,M,h) at slots starts[row] .. starts[row] + M - 1; `slots` (1|N,M): the same on the device, where it is known.
-
-        A pad's slot is overwritten by its row's next token.
-        """
-        width = k.shape[2]
-        self.reserve(k, max(starts) + width)
-        if min(starts) == max(starts):
-            self.k[:, :, starts[0]:starts[0] + width] = k
-            self.v[:, :, starts[0]:starts[0] + width] = v
-            return
-        if slots is None:
-            slots = torch.tensor(starts, device=k.device)[:, None] + torch.arange(width, device=k.device)  # (N, M)
-        row = torch.arange(len(starts), device=k.device)[:, None]
-        self.k[row, :, slots] = k.transpose(1, 2)  # advanced indices come first: (N, M, K, h)
-        self.v[row, :, slots] = v.transpose(1, 2)
+                grown[:, :have] = self.position
+            self.position = grown
 
     def select(self, batch_rows: list[int]) -> None:
-        """Reorder, drop or repeat batch rows."""
-
-        def renumber(held: list[int]) -> list[int]:
-            return [new for new, row in enumerate(batch_rows) if row in set(held)]
-
-        places = {row: place for place, row in enumerate(self.rows)} if self.rows is not None else {row: row for row in batch_rows}
-        mine = [places[row] for row in batch_rows if row in places]
-        self.rows = None if self.rows is None else renumber(self.rows)
-        self.kept = {router: None if held is None else renumber(held) for router, held in self.kept.items()}
-        if self.positions is not None:
-            self.positions = [list(self.positions[row]) for row in batch_rows]
+        """Reorder, skip or repeat batch rows."""
+        places = None if self.rows is None else {row: index for index, row in enumerate(self.rows)}
+        index = batch_rows if places is None else [places[row] for row in batch_rows if row in places]
+        for router, held in self.kept.items():
+            if held is not None:
+                held = set(held)
+                self.kept[router] = [new for new, row in enumerate(batch_rows) if row in held]
         if self.k is not None:
-            index = torch.tensor(mine, device=self.k.device, dtype=torch.long)
+            self.used = [self.used[i] for i in index]
+            index = torch.tensor(index, device=self.k.device, dtype=torch.long)
             self.k, self.v = self.k[index], self.v[index]
+            self.position = None if self.position is None else self.position[index]
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget tokens from position lengths[row] on."""
+        kept = lengths if self.rows is None else [lengths[row] for row in self.rows]
+        if self.position is not None:
+            late = self.position >= torch.tensor(kept, device=self.position.device)[:, None]
+            self.position.masked_fill_(late, NOWHERE)
+            kept = (self.position != NOWHERE).sum(1).tolist()
+        self.used = kept if self.k is not None else []
 
 
 class KVCache:
-    """Keys and values of every layer, each row's length, and the decisions of sequence routers. Made and owned by the caller.
+    """Keys and values of every layer, each row's length, and decisions that hold. Made and owned by the caller.
 
-    `max_len` reserves that many slots a row at once; without it a layer starts at what the first call needs and grows by half.
+    `max_len` reserves that many slots a row; without it a layer starts at what the first call needs and grows by half.
     """
 
     def __init__(self, model: "Transformer", batch: int, max_len: int | None = None):
         self.layers = [LayerCache(max_len) for _ in range(model.config.n_layers)]
         self.lengths = [0] * batch  # tokens seen per row, on the host: no device sync is needed to know a shape
         self.route: str | None = None  # the mode that filled it; another mode may not continue it
-        self.gates: torch.Tensor | None = None  # (R, B) held decisions, unit sequence
-        self.scores: torch.Tensor | None = None  # (R, B) their logits
+        self.gates: Tensor | None = None  # (R,B) decisions held after the prompt
+        self.scores: Tensor | None = None  # (R,B) their logits
 
     def bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers if layer.k is not None)
 
-    def used_bytes(self) -> int:
-        """Bytes of those slots that hold the keys and values of a real token."""
-        total = 0
-        for layer in (layer for layer in self.layers if layer.k is not None):
-            rows = range(len(self.lengths)) if layer.rows is None else layer.rows
-            slots = sum(self.lengths[row] if layer.positions is None else len(layer.positions[row]) for row in rows)
-            total += 2 * slots * layer.k.shape[1] * layer.k.shape[3] * layer.k.element_size()
+    def row_bytes(self) -> list[int]:
+        """Bytes of the slots that hold a real token, per batch row."""
+        total = [0] * len(self.lengths)
+        for layer in self.layers:
+            if layer.k is None:
+                continue
+            slot = 2 * layer.k.shape[1] * layer.k.shape[3] * layer.k.element_size()
+            for row, used in zip(range(len(total)) if layer.rows is None else layer.rows, layer.used):
+                total[row] += used * slot
         return total
+
+    def used_bytes(self) -> int:
+        """Bytes of the slots that hold a real token."""
+        return sum(self.row_bytes())
 
     def select(self, rows: list[int]) -> None:
         """Keep these batch rows in this order; a row may repeat (one context, several continuations)."""
@@ -256,156 +375,131 @@ class KVCache:
         """An independent copy, to continue one context more than once."""
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in other.layers:
+            layer.kept = dict(layer.kept)
         other.select(list(range(len(self.lengths))))  # selecting copies every list and tensor
         return other
 
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget what stands behind these lengths, one per row."""
+        for layer in self.layers:
+            layer.rewind(lengths)
+        self.lengths = list(lengths)
 
-class Pass:
-    """Geometry of one call over cached rows: row b's real tokens stand at positions starts[b] .. starts[b] + lengths[b] - 1 of `width` columns.
 
-    Host lists, known without a device sync; made once a call, before the layer loop, and shared by all layers.
+# -----------------------------------------------------------------------------
+# Who runs
+
+
+class Call(NamedTuple):
+    """What all layers of one call share; made once, before the layer loop."""
+
+    route: str
+    position: Tensor  # (1|B,T) of each token in its sequence; 1: every row began at the same one
+    cos: Tensor  # (B*T,1,h)
+    sin: Tensor
+    real: Tensor | None  # (B,T) False on pads; None: there are none
+    pool_lengths: Tensor | None  # (B,): tokens that a sequence router averages over
+    fresh: bool  # nothing is cached yet
+    starts: list[int] | None = None  # tokens cached before and real tokens now, per row, on the host; None where
+    counts: list[int] | None = None  # nobody asks: route mask, and off without a cache
+
+
+class Selection:
+    """The tokens of a call that run one sublayer: everybody, whole batch rows, or single tokens.
+
+    take picks them from (B,T,...) into (n,...); pack puts (n,...) into rows without gaps (N,M,...) for attention;
+    add joins a sublayer's output (n,D) to x (B,T,D). Under route mask all tokens run and `gate` multiplies.
     """
 
-    def __init__(self, rope: "Rope", starts: list[int], lengths: list[int], width: int, dtype: torch.dtype, device):
-        self.starts, self.lengths, self.width, self.device = starts, lengths, width, device
-        columns = torch.arange(width, device=device)
-        even = min(starts) == max(starts)
-        self.positions = columns[None] + starts[0] if even else columns + torch.tensor(starts, device=device)[:, None]  # (1|B, T)
-        # (B*T, 1, h): flat like the tokens, so that compiled code meets one shape
-        self.cos, self.sin = (t.expand(len(starts), -1, -1, -1).flatten(0, 1) for t in rope(self.positions, dtype))
-        self.choices: dict[tuple[int, ...] | None, Rows] = {}
-        self._prepare()
+    def __init__(self, call: Call, gate: Tensor | None = None, hidden: Tensor | None = None):
+        self.call, self.gate = call, gate  # gate (B,1|T,1)
+        self.hidden = hidden  # (B,T): True where a token leaves no key and value (route mask)
+        self.index: Tensor | None = None  # (n,) into B*T; None: everybody
+        self.slot: Tensor | None = None  # (n,) into N*M; None: rows are packed as they stand
+        self.position = call.position  # (1|N,M) of packed tokens
+        self.starts, self.counts = call.starts, call.counts  # of packed rows
+        self.some = True
+        self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens run
+        self.everything: Tensor | None = None  # (B*T,D) everybody's input, where all leave keys and values (kv=all)
 
-    def _prepare(self) -> None:
-        self.fresh = max(self.starts) == 0  # nothing cached yet: causal attention needs no mask, since pads stand behind every real token
-        self.spans = [(min(self.starts) + column, max(self.starts) + column) for column in range(self.width)]
-        self.subsets: dict[tuple[int, ...], Pass] = {}
-        self.masks: dict[tuple, torch.Tensor | None] = {}
+    @classmethod
+    def rows(cls, call: Call, rows: list[int] | None) -> "Selection":
+        """Whole batch rows, by their numbers; None: all of them."""
+        who = cls(call)
+        if rows is None:
+            return who
+        width, device = call.position.shape[1], call.position.device
+        number = torch.tensor(rows, device=device, dtype=torch.long)
+        who.index = (number[:, None] * width + torch.arange(width, device=device)).flatten()
+        who.starts, who.counts = [call.starts[row] for row in rows], [call.counts[row] for row in rows]
+        who.position = call.position if len(call.position) == 1 else call.position[number]
+        who.some = bool(rows)
+        return who
 
-    def choice(self, rows: list[int] | None) -> "Rows":
-        """These rows as indices; layers that keep the same rows share them."""
-        key = None if rows is None else tuple(rows)
-        if key not in self.choices:
-            self.choices[key] = Rows(rows, self.device)
-        return self.choices[key]
+    @classmethod
+    def tokens(cls, call: Call, gate: Tensor, multiple: int) -> "Selection":
+        """Single tokens, by gate (B,T). One host sync.
 
-    def subset(self, rows: list[int]) -> "Pass":
-        """The same call for some of its rows; layers that keep the same rows share it."""
-        key = tuple(rows)
-        if key not in self.subsets:
-            part, chosen = copy.copy(self), self.choice(rows)
-            part.starts, part.lengths = [self.starts[row] for row in rows], [self.lengths[row] for row in rows]
-            part.cos, part.sin = (chosen.take(t.unflatten(0, (-1, self.width))) for t in (self.cos, self.sin))  # (N*T, 1, h)
-            if len(self.positions) > 1:
-                part.positions = self.positions[chosen.index]  # (N, T)
-            part._prepare()
-            self.subsets[key] = part
-        return self.subsets[key]
+        The last token repeats until their number is a multiple of `multiple`; pack and add leave the repeats out.
+        """
+        who, opened = cls(call), gate.detach().bool().cpu()  # the host sync
+        row, column = opened.nonzero(as_tuple=True)
+        counts, n = opened.sum(1).tolist(), len(row)
+        widest = max(counts)
+        slot = row * widest + (opened.cumsum(1) - 1)[row, column]  # tokens of a row keep their order
+        table = torch.full((len(counts) * widest,), NOWHERE)
+        table[slot] = column + torch.tensor(call.starts)[row]
+        who.table = table.view(len(counts), widest)
+        who.position, who.counts, who.some = who.table.to(gate.device), counts, n > 0
+        pads = -n % multiple if n >= multiple else 0  # few rows have few numbers
+        index = row * opened.shape[1] + column
+        who.index = torch.cat([index, index[-1:].expand(pads)]).to(gate.device)
+        if pads or min(counts) < widest:
+            who.slot = torch.cat([slot, slot[-1:].expand(pads)]).to(gate.device)
+        return who
 
+    def take(self, x: Tensor) -> Tensor:
+        """(B,T,...) -> (n,...)"""
+        return x.flatten(0, 1) if self.index is None else x.flatten(0, 1)[self.index]
 
-class Rows:
-    """The batch rows of a call that execute (unit sequence); None: all of them, and nothing needs moving."""
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        """cos and sin (n,1,h)"""
+        call = self.call
+        return (call.cos, call.sin) if self.index is None else (call.cos[self.index], call.sin[self.index])
 
-    def __init__(self, rows: list[int] | None, device):
-        self.rows, self.index = rows, None if rows is None else torch.tensor(rows, device=device, dtype=torch.long)
-        self.empty = rows == []
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B,T,...) -> its executing tokens, flat (n, ...)"""
-        return (x if self.index is None else x[self.index]).flatten(0, 1)
-
-    def put(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """x (B,T,D) with its executing tokens replaced by part (n,D); in place where no gradient needs the old x."""
-        part = part.view(-1, *x.shape[1:])
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """x (B,T,D) plus out (n,D) where it ran; out, and without gradient x, may be overwritten."""
         if self.index is None:
-            return part
-        return x.index_copy(0, self.index, part) if torch.is_grad_enabled() else x.index_copy_(0, self.index, part)
+            out = out.view_as(x)
+            return out.add_(x) if self.gate is None else x + self.gate * out
+        flat, n = x.flatten(0, 1), len(self.index) if self.table is None else sum(self.counts)
+        index, part = self.index[:n], out.add_(self.take(x))[:n]
+        # in place: at half of 512 tokens a copy of x costs more than the index
+        return (flat.index_copy if torch.is_grad_enabled() else flat.index_copy_)(0, index, part).view_as(x)
 
+    def pack(self, x: Tensor) -> Tensor:
+        """(n,...) -> (N,M,...)"""
+        if self.slot is not None:
+            n, size = sum(self.counts), self.table.numel()
+            x = x.new_zeros(size, *x.shape[1:]).index_copy(0, self.slot[:n], x[:n])
+        return x.unflatten(0, (-1, self.position.shape[1]))
 
-class Picked:
-    """The tokens of a (B,T) call that execute (unit token), chosen on the host. Packed means: without gaps, padded to the longest row (M).
-
-    Where n tokens execute, what is taken has n + p rows: the last one repeats until their number is a multiple of `multiple`, and put and pack leave
-    those out. Every layer has another n, and a CPU's bfloat16 kernels are built anew for each number of rows they meet, which takes longer than their product.
-    """
-
-    def __init__(self, chosen: torch.Tensor, device, multiple: int = 1):
-        self.columns = [row.nonzero().squeeze(1).tolist() for row in chosen]  # ascending columns per row
-        counts = [len(columns) for columns in self.columns]
-        self.batch, self.width, self.empty, self.device = len(counts), max(counts), not any(counts), device
-        self.count = sum(counts)
-        pads = -self.count % multiple if self.count >= multiple else 0  # few rows have few numbers
-        flat = chosen.flatten().nonzero().squeeze(1)
-        self.flat = torch.cat([flat, flat[-1:].expand(pads)]).to(device)  # (n + p,) into B*T
-        self.places = None  # (n + p,) into B*M; None: every row has M tokens and nothing repeats, so packing is a view
-        if min(counts) < self.width or pads:
-            places = [row * self.width + rank for row, count in enumerate(counts) for rank in range(count)]
-            self.places = torch.tensor(places + places[-1:] * pads, device=device)
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B,T,...) -> its executing tokens, flat (n + p, ...)"""
-        return x.flatten(0, 1)[self.flat]
-
-    def put(self, x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """x (B,T,D) with its executing tokens replaced by part (n + p, D); in place where no gradient needs the old x."""
-        flat, places, part = x.flatten(0, 1), self.flat[:self.count], part[:self.count]
-        return (flat.index_copy(0, places, part) if torch.is_grad_enabled() else flat.index_copy_(0, places, part)).view_as(x)
-
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """(n + p, ...) -> (B, M, ...)"""
-        if self.places is not None:
-            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.places[:self.count], x[:self.count])
-        return x.unflatten(0, (self.batch, self.width))
-
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, M, ...) -> (n + p, ...)"""
+    def unpack(self, x: Tensor) -> Tensor:
+        """(N,M,...) -> (n,...)"""
         x = x.flatten(0, 1)
-        return x if self.places is None else x[self.places]
+        return x if self.slot is None else x[self.slot]
 
-    def table(self, rows: list[list[int]]) -> tuple[torch.Tensor, list[int], list[int]]:
-        """Ascending numbers per packed token as (B, M), and each column's least and greatest. A pad repeats its row's last number (or 0)."""
-        table = torch.tensor([row + [row[-1] if row else 0] * (self.width - len(row)) for row in rows])
-        return table.to(self.device), table.min(dim=0).values.tolist(), table.max(dim=0).values.tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Attention kernels: torch's scaled_dot_product_attention, with a mask only where causality alone does not say what a query sees
+    def bounds(self, a: int, b: int) -> tuple[int, int]:
+        """Least and greatest position of packed columns a..b-1, on the host."""
+        if self.table is None:
+            return min(self.starts) + a, max(self.starts) + b - 1
+        last = self.table[:, b - 1]
+        return int(self.table[:, a].min()), int(last.masked_fill(last == NOWHERE, -1).max())
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """Grouped-query attention. q (N,H,M,h), k and v (N,K,S,h) -> (N,H,M,h). A single query folds its G heads into the query axis."""
-    n, heads, m, h = q.shape
-    if m == 1 and heads != k.shape[1]:
-        return F.scaled_dot_product_attention(q.reshape(n, k.shape[1], -1, h), k, v, attn_mask=mask).view(n, heads, 1, h)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads != k.shape[1])
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, lows: torch.Tensor | None, spans: list[tuple[int, int]],
-           masks: dict | None = None) -> torch.Tensor:
-    """Attention in which the query in column i of row b sees the slots lows[b,i] .. slots[b,i] (lows None: from the first).
-
-    q (N,H,M,h), k and v (N,K,S,h); slots and lows (1|N,M) on the device; spans[i] = (least lows or slots, greatest slots) of column i
-    over the rows, ascending, on the host. Queries go in blocks, so that no key is touched that none of a block's queries can see.
-    `masks` keeps the masks for the next layer with the same geometry.
-    """
-    out, masks = [], {} if masks is None else masks
-    for a in range(0, q.shape[2], QUERY_BLOCK):
-        b = min(a + QUERY_BLOCK, q.shape[2])
-        high = spans[b - 1][1] + 1
-        low = 0 if lows is None else spans[a][0]
-        key = (a, low, high, lows is None)
-        if key not in masks:
-            masks[key] = None  # a lone query, or rows in step, see all of low..high
-            if b - a > 1 or (spans[a][0] < spans[a][1] if lows is None else len(slots) > 1):
-                at = torch.arange(low, high, device=q.device)
-                seen = at <= slots[:, a:b, None]  # (1|N, M', S')
-                masks[key] = (seen if lows is None else seen & (at >= lows[:, a:b, None]))[:, None]  # (1|N, 1, M', S')
-        out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], masks[key]))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Layers
+# -----------------------------------------------------------------------------
+# Kernels: what replaces a plain operator because it was measured to pay (docs/RESULTS.md, section kernels)
 
 
 class RMSNorm(nn.Module):
@@ -414,34 +508,57 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            # torch's own CPU norm is ten calls, and holds x three times more, each a page fault per 4 KiB
-            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-            return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
-        wide = x.float()  # the mean of squares needs fp32
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            wide = x.float()  # the mean of squares needs fp32
+            return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # torch's own CPU norm is ten calls, and holds x three times more, each a page fault per 4 KiB
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, but of a lone token on the CPU one pass over the weights at the memory's speed, where a library's matrix product is slower."""
-    if x.device.type == "cpu" and x.numel() == x.shape[-1] and (torch.compiler.is_compiling() or x.dtype == torch.float32):
-        y = (weight * x.view(-1)).sum(dim=-1) if torch.compiler.is_compiling() else torch.mv(weight, x.view(-1))  # (O, I) -> (O,)
-        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, but for a lone token on the CPU one pass over the weights at the memory's speed."""
+    lone = x.device.type == "cpu" and x.numel() == x.shape[-1]
+    if not lone or not (torch.compiler.is_compiling() or x.dtype == torch.float32):
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        y = (weight * x.view(-1)).sum(dim=-1)  # (O,I) -> (O,)
+    else:
+        y = torch.mv(weight, x.view(-1))
+    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(a) * b that keeps a and b alone for its backward pass: a third less memory in the widest place of a layer."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return F.silu(a) * b
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
+
+
+# -----------------------------------------------------------------------------
+# Layers
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim, self.window = config.n_heads, config.n_kv_heads, config.head_dim, config.window(layer)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.window = config.window(layer)
         self.wq = Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
         self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
@@ -449,111 +566,67 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return apply_rope(self.q_norm(self.wq(x).view(*x.shape[:-1], self.n_heads, self.head_dim)), cos, sin)  # (..., D) -> (..., H, h)
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))  # (n,D) -> (n,H,h)
+        return apply_rope(self.q_norm(q), cos, sin)
 
-    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = (*x.shape[:-1], self.n_kv_heads, self.head_dim)
-        return apply_rope(self.k_norm(self.wk(x).view(heads)), cos, sin), self.wv(x).view(heads)  # (..., D) -> (..., K, h)
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))  # (n,D) -> (n,K,h)
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return apply_rope(self.k_norm(k), cos, sin), v
 
-    def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (n,H,h), rotated keys and values (n,K,h) of normalised tokens x (n,D)."""
         return self.queries(x, cos, sin), *self.keys_values(x, cos, sin)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, key_gate: torch.Tensor | None = None) -> torch.Tensor:
-        """Causal self-attention of whole rows x (B,T,D) without a cache. key_gate (B,T): keys with 0 do not exist (unit token, kv=routed)."""
-        q = self.queries(x, cos, sin).transpose(1, 2)  # (B, T, H, h) -> (B, H, T, h)
-        k, v = (t.transpose(1, 2) for t in self.keys_values(x, cos, sin))  # (B, K, T, h)
-        at, width = torch.arange(x.shape[1], device=x.device), x.shape[1]
-        windowed = self.window is not None and width > self.window
-        if key_gate is not None:
-            seen = key_gate.bool()[:, None, None, :] & (at <= at[:, None])  # (B, 1, T, T)
-            if windowed:
-                seen = seen & (at > at[:, None] - self.window)
-            # a query itself skipped may see nothing at all inside a window; its output is multiplied by 0, but NaN would survive that
-            out = sdpa(q, k, v, seen | (at == at[:, None]) & ~key_gate.bool()[:, None, :, None])
-        elif windowed:
-            lows = (at - self.window + 1).clamp(min=0)
-            spans = [(max(0, i - self.window + 1), i) for i in range(width)]
-            out = attend(q, k, v, at[None], lows[None], spans)
-        else:
-            out = sdpa(q, k, v, causal=True)
-        return self.wo(out.transpose(1, 2).flatten(2))  # (B, H, T, h) -> (B, T, H*h) -> (B, T, D)
-
-    def rows(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, io: Pass, cache: LayerCache | None) -> torch.Tensor:
-        """Attention of whole rows over what `cache` holds of them, and over themselves; their keys and values join the cache.
-
-        q (N*T,H,h), k and v (N*T,K,h) -> heads' outputs (N*T, H*h).
-        """
-        q, k, v = (t.view(len(io.starts), io.width, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))  # (N, H, T, h) and (N, K, T, h)
+    def forward(self, x: Tensor, who: Selection, cache: LayerCache | None = None) -> Tensor:
+        """Attention of the normalised tokens x (n,D) that run, over what is cached and over themselves -> (n,D)."""
+        if who.everything is None:
+            owner = who  # of keys and values
+            q, k, v = self.project(x, *who.rotation())
+        else:  # kv=all: a skipped token is spared its query, its scores and its output projection
+            owner = Selection(who.call)
+            q = self.queries(x, *who.rotation()) if who.some else None
+            k, v = self.keys_values(who.everything, *owner.rotation())
+        k, v = owner.pack(k).transpose(1, 2), owner.pack(v).transpose(1, 2)  # (n,K,h) -> (N,M,K,h) -> (N,K,M,h)
         if cache is not None:
-            cache.write(k, v, io.starts, io.positions)
-        if io.fresh and (self.window is None or io.width <= self.window):
-            out = sdpa(q, k, v, causal=True)
+            cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
+            if not who.call.fresh:
+                k, v = cache.held()
+        if not who.some:
+            return x
+        q = who.pack(q).transpose(1, 2)  # (n,H,h) -> (N,M,H,h) -> (N,H,M,h)
+        out = self.look(q, k, v, who, None if who.call.fresh else cache)
+        return self.wo(who.unpack(out.transpose(1, 2)).flatten(1))  # (N,H,M,h) -> (n,H*h) -> (n,D)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, who: Selection, cache: LayerCache | None) -> Tensor:
+        """What the queries of `who` see of keys and values (N,K,S,h), theirs or the cache's -> (N,H,M,h)."""
+        longest = who.call.position.shape[1]
+        if who.hidden is not None:  # route mask: a skipped token is no key but to itself, so that no query sees nothing
+            at = who.call.position
+            seen = visible(at, at, self.window) & ~who.hidden[:, None, None]
+            own = torch.eye(longest, dtype=torch.bool, device=q.device)
+            return sdpa(q, k, v, seen | own)
+        if cache is None:
+            gaps = who.position if who.table is not None and who.everything is None else None
+            if who.everything is None and (self.window is None or longest <= self.window):
+                return sdpa(q, k, v, causal=True)
         else:
-            k, v = (k, v) if io.fresh else (cache.k, cache.v)
-            out = self.look_back(q, k, v, io.positions, io.spans, io.masks)
-        return out.transpose(1, 2).reshape(len(io.starts) * io.width, -1)
-
-    def look_back(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, spans: list[tuple[int, int]],
-                  masks: dict | None = None) -> torch.Tensor:
-        """`attend` where slots are positions, so that the window counts slots."""
-        if self.window is None or spans[-1][1] < self.window:
-            return attend(q, k, v, slots, None, spans, masks)
-        lows = (slots - self.window + 1).clamp(min=0)
-        return attend(q, k, v, slots, lows, [(max(0, low - self.window + 1), high) for low, high in spans], masks)
-
-    def tokens(self, x: torch.Tensor, everything: torch.Tensor, io: Pass, picked: Picked, cache: LayerCache | None, kv: str) -> torch.Tensor:
-        """Attention of the picked tokens only: x (n,D), taken out of everything (B,T,D), -> heads' outputs (n, H*h). n counts what repeats, too.
-
-        kv "routed": only executing tokens have keys and values, stored without gaps. kv "all": every token has them, and a skipped one is
-        spared its query, its scores and its output projection.
-        """
-        cos, sin = io.cos[picked.flat], io.sin[picked.flat]  # (n, 1, h)
-        if kv == "all":
-            k, v = (t.unflatten(0, everything.shape[:2]).transpose(1, 2) for t in self.keys_values(everything.flatten(0, 1), io.cos, io.sin))  # (B, K, T, h)
-            if cache is not None:
-                cache.write(k, v, io.starts, io.positions)
-                k, v = (k, v) if io.fresh else (cache.k, cache.v)
-            if picked.empty:
-                return x
-            q = picked.pack(self.queries(x, cos, sin)).transpose(1, 2)  # (n, H, h) -> (B, M, H, h) -> (B, H, M, h)
-            slots, least, greatest = picked.table([[io.starts[row] + column for column in columns] for row, columns in enumerate(picked.columns)])
-            out = self.look_back(q, k, v, slots, list(zip(least, greatest)))
-        else:
-            q, k, v = (picked.pack(t).transpose(1, 2) for t in self.project(x, cos, sin))  # (n, H, h) -> (B, M, H, h) -> (B, H, M, h); k, v (B, K, M, h)
-            before = [[] for _ in picked.columns] if cache is None or cache.positions is None else cache.positions
-            after = [before[row] + [io.starts[row] + column for column in columns] for row, columns in enumerate(picked.columns)]
-            starts = [len(positions) for positions in before]
-            if cache is not None:
-                cache.write(k, v, starts)
-                cache.positions = after
-                k, v = (k, v) if max(starts) == 0 else (cache.k, cache.v)
-            windowed = self.window is not None and max(positions[-1] for positions in after if positions) >= self.window
-            if max(starts) == 0 and not windowed:
-                out = sdpa(q, k, v, causal=True)  # packed tokens keep their order: what a query may see stands before it
-            else:
-                slots, least, greatest = picked.table([list(range(start, len(positions))) for start, positions in zip(starts, after)])
-                lows = None
-                if windowed:
-                    lows, least, _ = picked.table([[bisect.bisect_right(positions, positions[slot] - self.window) for slot in range(start, len(positions))]
-                                                   for start, positions in zip(starts, after)])
-                out = attend(q, k, v, slots, lows, list(zip(least, greatest)))
-        return picked.unpack(out.transpose(1, 2)).flatten(1)  # (B, M, H, h) -> (n, H, h) -> (n, H*h)
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(a) * b that keeps a and b for its backward pass and computes silu(a) again: a third less memory in a feed-forward's widest place."""
+            gaps = None if cache.position is None else cache.position[:, :k.shape[2]]
+            near = self.window is None or max(who.call.starts) < self.window
+            if longest == 1 and near and cache.even():
+                return sdpa(q, k, v)  # the latest token sees all that is held
+        slots = torch.arange(k.shape[2], device=q.device)[None]  # the position of a key is its slot, unless there are gaps
+        if gaps is None:
+            return attend(q, k, v, Sight(who.position, slots, self.window, self.bounds_of(who)))
+        return attend(q, k, v, Sight(who.position, gaps, self.window))
 
     @staticmethod
-    def forward(ctx, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(a, b)
-        return F.silu(a) * b
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
+    def bounds_of(who: Selection) -> Callable | None:
+        """Bounds of its positions where they are known on the host."""
+        if who.starts is not None:
+            return who.bounds
+        return lambda a, b: (a, b - 1)  # routes off and mask without a cache: a token's column is its position
 
 
 class FeedForward(nn.Module):
@@ -563,7 +636,7 @@ class FeedForward(nn.Module):
         self.w3 = Linear(config.dim, config.hidden_dim, bias=False)  # up
         self.w2 = Linear(config.hidden_dim, config.dim, bias=False)  # down
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
         return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
@@ -575,10 +648,9 @@ class Block(nn.Module):
         target attn    a = x + gate * attn(attention_norm(x))     y = a + mlp(ffn_norm(a))
         target mlp     a = x + attn(attention_norm(x))            y = a + gate * mlp(ffn_norm(a))
         target block   y = x + gate * (block(x) - x)
-        target both    attn and mlp at once, each with a router of its own; either may be missing in a layer
 
-    A router reads the normalised input of what it gates. `forward` computes everything (routes off and mask); `gather`
-    computes what the gates let through and returns the same y.
+    A router reads the normalised input of what it gates. `router` gates the attention or the whole block,
+    `mlp_router` the MLP; a layer may have both.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -587,132 +659,90 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
-        self.register_module("router", None)  # gates the attention or the whole block; registered here, so that its order does not depend on history
-        self.register_module("mlp_router", None)  # gates the MLP
+        self.register_module("router", None)  # registered here, so that the order of routers does not depend on history
+        self.register_module("mlp_router", None)
         self.routing: RouterConfig | None = None
+        self.whole = False  # `router` gates the block
 
-    def score(self, router: Router, h: torch.Tensor, pool_lengths: torch.Tensor | None) -> torch.Tensor:
-        """Router logits of normalised inputs h (B,T,D) -> (B,), unit sequence, or (B,T), unit token."""
-        return router(pool(h, pool_lengths) if self.routing.unit == "sequence" else h)
+    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, gates: Tensor | None = None):
+        """x (B,T,D) -> y, and (gate, logit) of the routers here that decided now.
 
-    def decide(self, router: Router, z: torch.Tensor, gate: torch.Tensor | None, must: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
-        """Gate of logits z, or the forced one. Unit token: `must` (first token of a sequence) always executes, pads never do."""
-        gate = ste_gate(z, router.cut) if gate is None else gate.to(z.dtype)
-        if self.routing.unit == "token":
-            gate = torch.where(must, torch.ones_like(gate), gate)
-            gate = gate if real is None else gate * real
-        return gate
+        gates: forced, a row per router. Routes off and mask: no host sync, no data-dependent shape. Route gather: one
+        host sync per decision; without gradient x may be overwritten.
+        """
+        begin, gate = x, None
+        who, h, made = self.ask("router", x, call, cache, None if gates is None else gates[0])
+        if self.whole and who.gate is not None:  # route mask: all is computed, and blended at the end
+            gate, who = who.gate, Selection(call, hidden=who.hidden)
+        if who.some:
+            x = who.add(x, self.attention(h, who, cache))
+        elif who.everything is not None:
+            self.attention(h, who, cache)  # for its keys and values
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, routed: bool = False, pool_lengths: torch.Tensor | None = None,
-                gates: torch.Tensor | None = None, noise: torch.Tensor | None = None, must: torch.Tensor | None = None,
-                real: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Compute everything; where `routed`, multiply by the gates. x (B,T,D) -> y, gates and logits, one of each per router here. `gates` (forced) and
-        `noise` have as many rows. No host sync, no data-dependent shape."""
-        made, logits = [], []
-
-        def gate_of(router: Router, h: torch.Tensor) -> torch.Tensor:
-            z, row = self.score(router, h, pool_lengths), len(made)
-            made.append(self.decide(router, z if noise is None else z + noise[row], None if gates is None else gates[row], must, real))
-            logits.append(z)
-            return made[-1].to(x.dtype).view(x.shape[0], -1, 1)  # (B, 1|T, 1)
-
-        opened = key_gate = None
-        h = self.attention_norm(x)
-        if routed and self.router is not None:
-            opened = gate_of(self.router, h)
-            if self.routing.unit == "token" and self.routing.kv == "routed":
-                key_gate = made[0].detach()
-        whole = opened is not None and self.routing.target == "block"
-        attention = self.attention(h, cos, sin, key_gate)
-        a = x + attention if opened is None or whole else x + opened * attention
-        h = self.ffn_norm(a)
-        mlp_opened = gate_of(self.mlp_router, h) if routed and self.mlp_router is not None else None
-        mlp = self.feed_forward(h)
-        y = a + mlp if mlp_opened is None else a + mlp_opened * mlp
-        return (x + opened * (y - x) if whole else y), made, logits
-
-    def gather(self, x: torch.Tensor, io: Pass, cache: LayerCache | None, routed: bool = False, pool_lengths: torch.Tensor | None = None,
-               gates: torch.Tensor | None = None, must: torch.Tensor | None = None, real: torch.Tensor | None = None,
-               ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Compute and cache only what executes; all of it where not `routed`. x (B,T,D) -> y, gates and logits, one of each per router that decided
-        now; without gradient x may be overwritten."""
-        attn, mlp = (routed and router is not None for router in (self.router, self.mlp_router))
-        forced = iter(() if gates is None else gates)
-        made = []  # (gate, z) of each router here
-        if attn:
-            chosen, h, everything, decision = self.choose("router", self.attention_norm, x, io, cache, pool_lengths, next(forced, None), must, real)
-            made += decision
-            if isinstance(chosen, Picked):
-                if not chosen.empty or self.routing.kv == "all":
-                    out = self.attention.tokens(h, everything, io, chosen, cache, self.routing.kv)
-            elif not chosen.empty:
-                part = io if chosen.rows is None else io.subset(chosen.rows)
-                heads = self.enter(chosen.take(x), part.cos, part.sin) if h is None else self.attention.project(h, part.cos, part.sin)
-                out = self.attention.rows(*heads, part, cache)
-            if not chosen.empty:
-                x = chosen.put(x, (self.leave if self.routing.target == "block" else self.close)(chosen.take(x), out))
+        if self.whole:
+            h = self.ffn_norm(who.take(x))
         else:
-            flat = x.flatten(0, 1)  # (B, T, D) -> (B*T, D)
-            out = self.attention.rows(*self.enter(flat, io.cos, io.sin), io, cache)
-            x = (self.close if mlp else self.leave)(flat, out).view_as(x)
-        if mlp:
-            chosen, h, _, decision = self.choose("mlp_router", self.ffn_norm, x, io, cache, pool_lengths, next(forced, None), must, real)
-            made += decision
-            if not chosen.empty:
-                part = chosen.take(x)
-                x = chosen.put(x, self.feed(part) if h is None else self.feed_forward(h).add_(part))
-        elif attn and self.routing.target != "block":
-            x = self.feed(x.flatten(0, 1)).view_as(x)
-        return x, [gate for gate, _ in made], [z for _, z in made]
+            who, h, more = self.ask("mlp_router", x, call, cache, None if gates is None else gates[-1])
+            made = made + more
+        if who.some:
+            x = who.add(x, self.feed_forward(h))
+        return x if gate is None else begin + gate * (x - begin), made
 
-    # What runs is static from here on: flat tokens (n,D), whatever the layer, the route and the cache. compile_model compiles these.
+    def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: Tensor | None):
+        """Who runs behind the router of this name, their normalised input (n,D), and [(gate, logit)] if it decided now.
 
-    def enter(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalise and project tokens x (n,D) -> q (n,H,h), k and v (n,K,h)."""
-        return self.attention.project(self.attention_norm(x), cos, sin)
-
-    def close(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Project the heads' outputs (n, H*h) and add them to x (n,D)."""
-        return self.attention.wo(out).add_(x)
-
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n,D) and its feed-forward."""
-        return self.feed_forward(self.ffn_norm(x)).add_(x)
-
-    def leave(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Both residuals of a block that runs as a whole."""
-        return self.feed(self.close(x, out))
-
-    def choose(self, name: str, norm: RMSNorm, x: torch.Tensor, io: Pass, cache: LayerCache | None, pool_lengths: torch.Tensor | None,
-               gate: torch.Tensor | None, must: torch.Tensor | None, real: torch.Tensor | None):
-        """Who executes by the router of this name, their normalised input (n,D), everybody's (B,T,D), and [(gate, z)], or [] where the decision was
-        made before. One host sync: per prompt for unit sequence, per call for unit token."""
-        if self.routing.unit == "sequence" and not io.fresh:  # decided with the prompt, held for every later token
-            return io.choice(cache.kept[name]), None, None, []
-        h, router = norm(x), getattr(self, name)
-        z = self.score(router, h, pool_lengths)
-        gate = self.decide(router, z, gate, must, real)
-        if self.routing.unit == "token":
-            chosen = Picked(gate.detach().bool().cpu(), x.device, ROWS_MULTIPLE if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1)  # the host sync
+        Everybody runs where there is no such router. A decision for whole sequences is made with the prompt and held.
+        """
+        router, norm = getattr(self, name), self.attention_norm if name == "router" else self.ffn_norm
+        if router is None or call.route == "off":
+            return Selection(call), norm(x).flatten(0, 1), []
+        if not call.fresh and name in cache.kept:
+            who = Selection.rows(call, cache.kept[name])
+            return who, norm(who.take(x)), []
+        h = norm(x)  # (B,T,D)
+        z, gate = self.decide(router, h, call, forced)
+        if call.route == "mask":
+            leaves = gate.dim() == 1 or self.routing.kv == "all" or name == "mlp_router"
+            who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), None if leaves else ~gate.detach().bool())
+        elif gate.dim() == 2:
+            # oneDNN builds a bfloat16 kernel for each number of rows it meets, which takes longer than their product
+            rounds = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+            who = Selection.tokens(call, gate, ROWS_MULTIPLE if rounds else 1)
+            if name == "router" and self.routing.kv == "all":
+                who.everything = h.flatten(0, 1)
         else:
             opened = gate.tolist()  # the host sync
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
-            chosen = io.choice(rows)
             if cache is not None:
                 cache.kept[name] = rows
-                if name == "router":
-                    cache.rows = rows
-        return chosen, chosen.take(h), h, [(gate, z)]
+            who = Selection.rows(call, rows)
+        return who, who.take(h), [(gate, z)]
+
+    def decide(self, router: Router, h: Tensor, call: Call, forced: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits and gate of normalised inputs h (B,T,D), or the forced gate: (B,) sequences, (B,T) tokens.
+
+        A token's gate: the first one of a sequence always runs (attention sink), pads never do.
+        """
+        z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)
+        gate = ste_gate(z, router.cut) if forced is None else forced.to(z.dtype)
+        if gate.dim() == 2:
+            gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
+            gate = gate if call.real is None else gate * call.real
+        return z, gate
+
+
+# -----------------------------------------------------------------------------
+# The model
 
 
 class Transformer(nn.Module):
-    """Decoder-only model; `routing` says which layers own a router. Weights are not initialised for training from scratch."""
+    """Decoder-only model; `routing` says where routers stand. Weights are not initialised for training from scratch."""
 
     def __init__(self, config: ModelConfig, routing: RouterConfig | None = None):
         super().__init__()
         self.config, self.routing, self.fingerprint = config, None, None
         weight = torch.empty(config.vocab_size, config.dim)
-        if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s and 75 MB a load
+        if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
             nn.init.normal_(weight)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -723,141 +753,184 @@ class Transformer(nn.Module):
             self.add_routers(routing)
 
     def add_routers(self, routing: RouterConfig | None) -> None:
-        """Give the layers of `routing` a fresh router each, and take away any other; None leaves a dense model."""
+        """Put a fresh router at each place of `routing`, and take away any other; None leaves a dense model."""
         places = () if routing is None else routing.places
         if places and places[-1].layer >= self.config.n_layers:
-            raise ValueError(f"routed layer {places[-1].layer} does not exist: this model has layers 0 to {self.config.n_layers - 1}")
+            raise ValueError(f"routed layer {places[-1].layer} does not exist: this model has layers 0 to "
+                             f"{self.config.n_layers - 1}")
         self.routing = routing
         for block in self.layers:
-            block.routing = block.router = block.mlp_router = None
-        for layer, target in places:
-            self.layers[layer].routing = routing
-            setattr(self.layers[layer], "mlp_router" if target == "mlp" else "router", Router(self.config.dim, device=self.tok_embeddings.weight.device))
+            block.routing, block.whole = routing, False
+            block.router = block.mlp_router = None
+        for place in places:
+            block, router = self.layers[place.layer], Router(self.config.dim, device=self.tok_embeddings.weight.device)
+            setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
+            block.whole = place.target == "block"
 
     def routers(self) -> list[Router]:
         """Routers in the order of `routing.places`."""
         return routers_of(self)
 
-    def place_weights(self) -> torch.Tensor:
-        """What each place counts in the capacity (R,), of sum 1: all the same where a layer has one router, so that capacity is a share of (layer, unit)
-        pairs; for both_sequence the sublayer's share of the routed weight matrices, so that it is a share of compute."""
-        c, routing = self.config, self.routing
-        size = {"attn": 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads), "mlp": 3 * c.dim * c.hidden_dim}
-        weights = torch.tensor([float(size[place.target]) if routing.target == "both" else 1.0 for place in routing.places], dtype=torch.float64)
+    def place_weights(self) -> Tensor:
+        """What each place counts in the capacity (R,), of sum 1.
+
+        All the same where targets are alike, so that capacity is a share of (place, unit) pairs; else the sublayer's
+        share of the routed weight matrices, so that it is a share of compute.
+        """
+        c, places = self.config, self.routing.places
+        attn, mlp = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads), 3 * c.dim * c.hidden_dim
+        size = {"attn": attn, "mlp": mlp, "block": attn + mlp}
+        alike = len({place.target for place in places}) == 1
+        counts = [1.0 if alike else float(size[place.target]) for place in places]
+        weights = torch.tensor(counts, dtype=torch.float64)
         return weights / weights.sum()
 
-    def head(self, h: torch.Tensor) -> torch.Tensor:
+    def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
         return linear(h, self.tok_embeddings.weight if self.output is None else self.output.weight).float()
 
-    def forward(self, tokens: torch.Tensor, lengths=None, prompt_lengths=None, cache: KVCache | None = None, route: str = "off", **more):
-        """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); every argument and error as in `hidden`."""
-        h, *rest = self.hidden(tokens, lengths=lengths, prompt_lengths=prompt_lengths, cache=cache, route=route, **more)
+    def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
+        """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); all else as in `hidden`."""
+        own = dict(lengths=lengths, prompt_lengths=prompt_lengths, cache=cache, route=route)
+        h, *rest = self.hidden(tokens, **own, **more)
         return self.head(h), *rest
 
-    def hidden(self, tokens: torch.Tensor | None, *, lengths=None, prompt_lengths=None, cache: KVCache | None = None, route: str = "off",
-               gates: torch.Tensor | None = None, noise: torch.Tensor | None = None, x: torch.Tensor | None = None, first_layer: int = 0,
+    def hidden(self, tokens: Tensor | None, *, lengths=None, prompt_lengths=None, cache: KVCache | None = None,
+               route: str = "off", gates: Tensor | None = None, x: Tensor | None = None, first_layer: int = 0,
                return_scores: bool = False):
-        """Run the layers: tokens (B,T) -> normalised final states (B,T,D), gates[, scores]. The head is apart, so that only needed logits are paid for.
+        """Run the layers: tokens (B,T) -> normalised final states (B,T,D), gates[, scores]. The head is apart.
 
         lengths         real tokens per row of this call, right-padded (list or tensor (B,)); None: all T
-        prompt_lengths  tokens that a sequence router averages over (list or tensor (B,)); None: `lengths`, i.e. the call is a prompt
-        cache           continue these rows; sequence routers decide in the call that finds it empty and hold that decision
+        prompt_lengths  tokens that a sequence router averages over (list or tensor (B,)); None: `lengths`
+        cache           continue these rows; decisions for whole sequences are made in the call that finds it empty
         route           off (dense), mask (compute all, multiply; no cache), gather (compute only what executes)
-        gates           forced gates instead of the routers', shape as returned; noise: added to the router logits (route mask only)
+        gates           forced gates instead of the routers', shape as returned. (R,B) with token routers: these
+                        sequences skip whole, first tokens, keys and values too, and the decision is held
         x, first_layer  activations (B,T,D) that enter layer `first_layer`, instead of tokens
 
-        Returned gates are 0.0/1.0 of shape (R,B), unit sequence, or (R,B,T), unit token, pads 0; None for route off. Scores are the logits z. R counts
-        routers, from first_layer on, in the order of `routing.places`.
-        Host syncs: none for off and mask; for gather one per router and prompt (unit token: and call), besides lengths on a device.
-        Raises ValueError for an unknown route, a route without routers, mask with a cache, or a cache filled under another route.
+        Gates are 0.0/1.0, (R,B) for sequences or (R,B,T) for tokens, pads 0; None for route off. Scores are the logits.
+        R counts routers from first_layer on, in the order of `routing.places`. Host syncs: none for off and mask;
+        for gather one per router and prompt (unit token: and call). Raises ValueError for an unknown route, a route
+        without routers, mask with a cache, or a cache filled under another route.
         """
-        batch, width = (tokens if x is None else x).shape[:2]
-        device = (tokens if x is None else x).device
-        routed = route != "off"
-        if route not in ROUTES:
-            raise ValueError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
-        if routed and self.routing is None:
-            raise ValueError(f"route {route!r} needs routers and this model has none: load it with routers=FILE, call add_routers, or use route='off'")
-        if cache is not None and (route == "mask" or cache.route not in (None, route) or len(cache.lengths) != batch):
-            raise ValueError(f"a cache filled under route {cache.route!r} for {len(cache.lengths)} rows cannot continue under {route!r} with {batch} rows; "
-                             "route mask takes no cache, and the others continue what they began")
-        first = cache is None or max(cache.lengths) == 0
-        x = self.tok_embeddings(tokens) if x is None else x if torch.is_grad_enabled() or route != "gather" else x.clone()
-
-        pool_lengths = real = must = None
-        if routed and first:
-            wanted = lengths if prompt_lengths is None or self.routing.pool == "all" else prompt_lengths
-            pool_lengths = None if wanted is None else torch.as_tensor(wanted, device=device)
-        if routed and self.routing.unit == "token":
-            starts = None if first else torch.tensor(cache.lengths, device=device)[:, None]
-            at = torch.arange(width, device=device)
-            must = (at == 0)[None] if first else at + starts == 0  # (1|B, T) first token of a sequence
-            real = None if lengths is None else at < torch.as_tensor(lengths, device=device)[:, None]  # (B, T)
-
-        if cache is None and route != "gather":
-            io, (cos, sin) = None, self.rope(torch.arange(width, device=device)[None], x.dtype)
-        else:
-            rows = [width] * batch if lengths is None else [int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)]
-            io = Pass(self.rope, [0] * batch if cache is None else cache.lengths, rows, width, x.dtype, device)
-
-        seen, scores, index = [], [], 0
+        x = self.enter(tokens, x, cache, route)
+        call = self.prepare(x, lengths, prompt_lengths, cache, route)
+        made, skipped = [], self.routing.rows_of(first_layer).start if self.routing else 0
         for layer in range(first_layer, self.config.n_layers):
-            block = self.layers[layer]
-            own = slice(index, index + ((block.router is not None) + (block.mlp_router is not None) if routed else 0))  # rows of its routers
-            index, here = own.stop, own.stop > own.start
-            forced = gates[own] if here and gates is not None else None
-            if io is None:
-                x, made, z = block(x, cos, sin, here, pool_lengths, forced, noise[own] if here and noise is not None else None, must, real)
+            block, forced = self.layers[layer], None
+            if gates is not None and (block.router is not None or block.mlp_router is not None):
+                rows = self.routing.rows_of(layer)
+                forced = gates[rows.start - skipped:rows.stop - skipped]
+            if cache is None and route != "gather":
+                x, decided = block(x, call, None, forced)  # one graph, if compiled
             else:
-                x, made, z = block.gather(x, io, None if cache is None else cache.layers[layer], here, pool_lengths, forced, must, real)
-            seen += made
-            scores += z
-        gates, scores = (torch.stack(seen), torch.stack(scores)) if seen else (None, None)
-        if cache is not None:
-            if routed and self.routing.unit == "sequence":
-                cache.gates, cache.scores = (gates, scores) if first else (cache.gates, cache.scores)
-                gates, scores = cache.gates, cache.scores
-            cache.route, cache.lengths = route, [start + n for start, n in zip(cache.lengths, io.lengths)]
+                x, decided = block.forward(x, call, None if cache is None else cache.layers[layer], forced)
+            made += decided
+        gates, scores = self.leave(made, call, cache)
         x = self.norm(x)
         return (x, gates, scores) if return_scores else (x, gates)
 
+    def enter(self, tokens: Tensor | None, x: Tensor | None, cache: KVCache | None, route: str) -> Tensor:
+        """Check a call's route and cache; returns activations that gather may overwrite."""
+        batch = len(tokens if x is None else x)
+        if route not in ROUTES:
+            raise ValueError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
+        if route != "off" and self.routing is None:
+            raise ValueError(f"route {route!r} needs routers and this model has none: load it with routers=FILE, call "
+                             "add_routers, or use route='off'")
+        if cache is not None:
+            if route == "mask" or cache.route not in (None, route) or len(cache.lengths) != batch:
+                raise ValueError(f"a cache filled under route {cache.route!r} for {len(cache.lengths)} rows cannot "
+                                 f"continue under {route!r} with {batch} rows; route mask takes no cache, and the "
+                                 "others continue what they began")
+        if x is None:
+            return self.tok_embeddings(tokens)
+        return x.clone() if route == "gather" and not torch.is_grad_enabled() else x
+
+    def prepare(self, x: Tensor, lengths, prompt_lengths, cache: KVCache | None, route: str) -> Call:
+        """Positions, rotations and lengths of one call, for all layers."""
+        batch, width, device = *x.shape[:2], x.device
+        starts = [0] * batch if cache is None else cache.lengths
+        fresh, column = max(starts) == 0, torch.arange(width, device=device)[None]
+        even = min(starts) == max(starts)
+        position = column + starts[0] if even else column + torch.tensor(starts, device=device)[:, None]
+        turn = self.rope(position, x.dtype)  # (1|B,T,1,h)
+        cos, sin = (part.expand(batch, -1, -1, -1).flatten(0, 1) for part in turn)
+        real = pool_lengths = host = None
+        if route != "off":
+            real = None if lengths is None else column < torch.as_tensor(lengths, device=device)[:, None]
+            wanted = lengths if prompt_lengths is None or self.routing.pool == "all" else prompt_lengths
+            pool_lengths = None if wanted is None or not fresh else torch.as_tensor(wanted, device=device)
+        if route == "gather" or cache is not None:
+            host = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
+        return Call(route, position, cos, sin, real, pool_lengths, fresh, None if host is None else starts, host)
+
+    def leave(self, made: list, call: Call, cache: KVCache | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gates and scores of a call, those that the cache holds included; the cache learns what it must."""
+        gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
+        if cache is not None:
+            if gates is not None and gates.dim() == 2:
+                cache.gates, cache.scores = gates, scores
+            if call.route != "off" and gates is None:
+                gates, scores = cache.gates, cache.scores
+            cache.route = call.route
+            cache.lengths = [start + count for start, count in zip(call.starts, call.counts)]
+        return gates, scores
+
     @torch.no_grad()
-    def trunk(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Activations (B,T,D) that enter the first routed layer. They depend on no router: compute once, reuse with hidden(None, x=, first_layer=)."""
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """Activations (B,T,D) that enter the first routed layer: they depend on no router, so they may be kept."""
         x = self.tok_embeddings(tokens)
-        cos, sin = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None], x.dtype)
+        call = self.prepare(x, None, None, None, "off")
         for layer in range(self.routing.places[0].layer):
-            x = self.layers[layer](x, cos, sin)[0]
+            x = self.layers[layer](x, call)[0]
         return x
 
 
 def compile_model(model: Transformer, **options) -> Transformer:
-    """Compile in place, lazily, with torch.compile(**options): each block's `forward` as one graph, for routes mask and off without a cache, the
-    static parts of a block, for gather and for every cached call, and the head. Returns the model.
+    """Compile in place, lazily: each block as one graph for routes off and mask, its static parts for gather and caches.
 
-    Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token (decoding at batch 1) has its own. Names and
-    weights stay as they are. The first calls take minutes.
+    Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token has its own.
+    Names and weights stay as they are. The first calls take minutes. Returns the model.
     """
-    parts = [(model, ("head",))]
+    options = dict(fullgraph=True, dynamic=True, **options)
+    model.head = torch.compile(model.head, **options)
     for block in model.layers:
-        block.compile(fullgraph=True, dynamic=True, **options)
-        parts += [(block, ("enter", "close", "feed", "leave")), (block.attention, ("project",))]
-    for owner, names in parts:
-        for name in names:
-            setattr(owner, name, torch.compile(getattr(owner, name), fullgraph=True, dynamic=True, **options))
+        block.compile(**options)
+        block.attention.project = torch.compile(block.attention.project, **options)
+        for part in (block.attention_norm, block.ffn_norm, block.feed_forward):
+            part.compile(**options)
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Generation
+# -----------------------------------------------------------------------------
+# Batches and generation
 
 
-def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: torch.Tensor) -> torch.Tensor:
-    """Next tokens (B,) of logits (B,V). temperature 0 takes the best; otherwise uniform (B,) in [0,1) picks by inverse distribution function."""
+def pad(rows, device=None) -> Tensor:
+    """Rows of tokens -> (B,T), padded with 0 on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+def batches_by_length(items: list, width: Callable, rows: int | None = None, tokens: int | None = None) -> list[list]:
+    """Items in batches of like width, widest first: at most `rows` of them, and rows x width <= tokens (one may exceed)."""
+    batches: list[list] = []
+    for item in sorted(items, key=lambda item: -width(item)):
+        full = not batches or (rows is not None and len(batches[-1]) >= rows)
+        if not full and tokens is not None:
+            full = (len(batches[-1]) + 1) * width(batches[-1][0]) > tokens
+        if full:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
+    """Next tokens (B,) of logits (B,V). temperature 0 takes the best; else uniform (B,) in [0,1) picks by inverse CDF."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    ordered, index = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)  # (B, V)
+    ordered, index = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)  # (B,V)
     if top_k is not None:
         ordered[:, top_k:] = -torch.inf
     probs = torch.softmax(ordered, dim=-1)
@@ -870,123 +943,98 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, stop_tokens=(), route: str | None = None, gates: torch.Tensor | None = None, seed: int = 0,
-             on_token=None) -> list[list[int]]:
+def decode(model: Transformer, cache: KVCache, last: Tensor, choose: Callable, *, route: str,
+           gates: Callable | None = None) -> Iterator[tuple[list[int], Tensor | None]]:
+    """Continue the rows of a cache token by token; a row that has ended leaves the batch and costs nothing more.
+
+    last (B,D): final states of the last tokens. choose(last (n,D), rows) -> tokens (n,) of the rows still going, and
+    the indices, ascending, of those that go on. gates(rows, lengths) -> forced gates of a step. Yields, after each
+    step, the rows that took part and their gates.
+    """
+    rows = list(range(len(cache.lengths)))
+    while True:
+        tokens, going = choose(last, rows)
+        if not going:
+            return
+        if len(going) < len(rows):
+            cache.select(going)
+            rows, tokens = [rows[i] for i in going], tokens[torch.tensor(going, device=tokens.device)]
+        forced = None if gates is None else gates(rows, cache.lengths)
+        h, made = model.hidden(tokens[:, None], cache=cache, route=route, gates=forced)
+        last = h[:, -1]
+        yield rows, made
+
+
+@torch.inference_mode()
+def prefill(model: Transformer, prompts: list[list[int]], new: int, route: str, gates: Tensor | None = None):
+    """Process prompts into a cache with room for `new` tokens more. Returns the cache and the last states (B,D)."""
+    lengths, device = [len(prompt) for prompt in prompts], model.tok_embeddings.weight.device
+    cache = KVCache(model, len(prompts), max_len=max(lengths) + new)
+    h, _ = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=gates)
+    return cache, h[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
+
+
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
+             top_k: int | None = None, top_p: float | None = None, stop_tokens=(), route: str | None = None,
+             gates: Tensor | None = None, seed: int = 0, on_token=None) -> list[list[int]]:
     """Continue prompts of any lengths together; returns each row's new tokens, a stop token included.
 
-    route None: gather where the model has routers, else off. gates: forced routes for the prompts. on_token(row, token) is called as tokens
-    come. A finished row leaves the batch and costs nothing more. Sampling draws from one generator per (seed, row), so a row's tokens do not
-    depend on its neighbours. Raises ValueError for an empty prompt, one that leaves no room in the context, or settings out of range.
+    route None: gather where the model has routers, else off. gates: forced routes for the prompts. on_token(row, token)
+    is called as tokens come. Sampling draws from one generator per (seed, row), so a row's tokens do not depend on its
+    neighbours. Raises ValueError for an empty prompt, one that leaves no room in the context, or a setting out of range.
     """
-    config = model.config
+    room = model.config.max_seq_len - max_new_tokens
     for row, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= config.max_seq_len - max_new_tokens:
-            raise ValueError(f"prompt {row} has {len(prompt)} tokens; expected 1 to {config.max_seq_len - max_new_tokens}, the context of {config.max_seq_len} "
-                             f"less {max_new_tokens} new tokens: shorten it or lower max_new_tokens")
+        if not 1 <= len(prompt) <= room:
+            raise ValueError(f"prompt {row} has {len(prompt)} tokens; expected 1 to {room}, the context of "
+                             f"{model.config.max_seq_len} less {max_new_tokens} new tokens: shorten it or lower "
+                             "max_new_tokens")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected temperature >= 0, top_k >= 1, 0 < top_p <= 1")
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected temperature >= 0, "
+                         "top_k >= 1, 0 < top_p <= 1")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    device = model.tok_embeddings.weight.device
-    route = route or ("gather" if model.routing is not None else "off")
     dice = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(len(prompts))]
-    stop, output, alive = set(stop_tokens), [[] for _ in prompts], list(range(len(prompts)))
+    stop, output = set(stop_tokens), [[] for _ in prompts]
 
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
-    cache = KVCache(model, len(prompts), max_len=max(lengths) + max_new_tokens)
-    h, _ = model.hidden(tokens, lengths=lengths, cache=cache, route=route, gates=gates)
-    last = h[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]  # (B, D): logits of the last tokens alone
-    while True:
-        uniform = torch.tensor([torch.rand((), generator=dice[row]).item() for row in alive], device=device) if temperature else None
-        chosen = sample(model.head(last), temperature, top_k, top_p, uniform)
-        going = []
-        for place, (row, token) in enumerate(zip(alive, chosen.tolist())):  # the one host sync of a step
+    def choose(last: Tensor, rows: list[int]) -> tuple[Tensor, list[int]]:
+        uniform = None
+        if temperature:
+            uniform = torch.tensor([torch.rand((), generator=dice[row]).item() for row in rows], device=last.device)
+        tokens, going = sample(model.head(last), temperature, top_k, top_p, uniform), []
+        for index, (row, token) in enumerate(zip(rows, tokens.tolist())):  # the one host sync of a step
             output[row].append(token)
             if on_token is not None:
                 on_token(row, token)
             if token not in stop and len(output[row]) < max_new_tokens:
-                going.append(place)
-        if not going:
-            return output
-        if len(going) < len(alive):
-            cache.select(going)
-            alive, chosen = [alive[place] for place in going], chosen[torch.tensor(going, device=device)]
-        h, _ = model.hidden(chosen[:, None], cache=cache, route=route)
-        last = h[:, -1]
+                going.append(index)
+        return tokens, going
+
+    route = route or ("gather" if model.routing is not None else "off")
+    cache, last = prefill(model, prompts, max_new_tokens, route, gates)
+    for _ in decode(model, cache, last, choose, route=route):
+        pass
+    return output
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# What a forward pass costs, from sizes alone
-
-
-def executed_shares(config: ModelConfig, routing: RouterConfig | None, shares: list[float]) -> dict[str, list[float]]:
-    """Share of units that execute in each layer, as prefill_flops and decode_bytes take it, from that of each place (R)."""
-    executed = {"attn": [1.0] * config.n_layers, "mlp": [1.0] * config.n_layers}
-    for place, share in zip(routing.places if routing else (), shares):
-        for target in ("attn", "mlp"):
-            if place.target in (target, "block"):
-                executed[target][place.layer] = share
-    return executed
-
-
-def prefill_flops(config: ModelConfig, tokens: int, attn: list[float] | None = None, mlp: list[float] | None = None, *, kv: str = "routed",
-                  unit: str = "sequence", logits: int = 1) -> float:
-    """Matrix-multiply FLOPs (2 per multiply-add) of one row of `tokens` tokens, causal, with logits at `logits` positions.
-
-    attn, mlp: share of the row's tokens (unit sequence: of its layer, 0 or 1) that execute per layer; None: all. Per token and layer:
-    projections 2 D (2 H h + 2 K h), feed-forward 6 D F; scores and values 4 H h per pair of a query and a key it sees: sum over queries of
-    min(position + 1, window). Unit token: a share p of executing tokens, spread evenly, leaves p^2 of the pairs with kv "routed" and p of
-    them (and all of the key and value projections) with kv "all".
-    """
-    d, heads, kv_heads, h = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
-    total = 2.0 * logits * d * config.vocab_size
-    for layer in range(config.n_layers):
-        p = 1.0 if attn is None else attn[layer]
-        window = min(config.window(layer) or tokens, tokens)
-        pairs = tokens * window - window * (window - 1) / 2
-        keys = 1.0 if kv == "all" else p
-        total += tokens * (p * 4 * d * heads * h + keys * 4 * d * kv_heads * h) + 4 * heads * h * pairs * (p if unit == "sequence" else p * keys)
-        total += tokens * 6 * d * config.hidden_dim * (1.0 if mlp is None else mlp[layer])
-    return total
-
-
-def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int, attn: list[float] | None = None, mlp: list[float] | None = None, *,
-                 held: list[float] | None = None, kv: str = "routed") -> float:
-    """Bytes that one decode step must read: the weights of every sublayer that runs for at least one row, the head, and the keys and values.
-
-    attn, mlp: share of the batch's rows that execute per layer; None: all. A share p reads the sublayer's weights if p > 0, and the keys and
-    values of p of the rows: `context` slots each, or (unit token) the share `held` of them that the layer holds. With kv "all" the key and
-    value projections always run.
-    """
-    d, h = config.dim, config.head_dim
-    total = d * config.vocab_size + d * batch
-    for layer in range(config.n_layers):
-        p, m, share = (1.0 if given is None else given[layer] for given in (attn, mlp, held))
-        window = min(config.window(layer) or context, context)
-        total += 2 * d * h * ((p > 0) * config.n_heads + (p > 0 or kv == "all") * config.n_kv_heads) + (m > 0) * 3 * d * config.hidden_dim
-        total += 2 * batch * window * config.n_kv_heads * h * p * share
-    return total * itemsize
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Checkpoints
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index or alone. Raises FileNotFoundError with what is there and what is not."""
+    """The safetensors files of a checkpoint, by its index or alone. Raises FileNotFoundError with what is there."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {folder}; expected one written by convert_hf.py or data/demo/prepare.py: check --model")
+        raise FileNotFoundError(f"no checkpoint folder at {folder}; expected one written by convert_hf.py or "
+                                "data/demo/prepare.py: check --model")
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json (found: {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'}); "
-                                "convert the model with: python convert_hf.py SRC OUT")
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} holds no config.json (found: {found}); convert the model with: "
+                                "python convert_hf.py SRC OUT")
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the checkpoint is incomplete: convert or copy it again")
@@ -994,7 +1042,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 
 def safetensors_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the offset of its data. Raises ValueError for a truncated or foreign file."""
+    """The JSON header of a safetensors file and the offset of its data. Raises ValueError for a truncated one."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -1003,19 +1051,24 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         except ValueError:
             header = None
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or copy it again")
+        raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or copy "
+                         "it again")
     header.pop("__metadata__", None)
     expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or damaged: convert or copy it again")
+        raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or "
+                         "damaged: convert or copy it again")
     return header, 8 + length
 
 
 def fingerprint(folder: str | Path) -> str:
-    """Identity of a base model: SHA-256 over its config and, for each tensor, name, dtype, shape and three samples of 4 KiB. Reads a few MB."""
-    files = checkpoint_files(folder)
-    digest = hashlib.sha256(json.dumps(json.loads((Path(folder) / "config.json").read_text()), sort_keys=True).encode())
-    entries = [(name, path, entry, start) for path in files for header, start in [safetensors_header(path)] for name, entry in header.items()]
+    """Identity of a base model: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    entries = []
+    for path in checkpoint_files(folder):
+        header, start = safetensors_header(path)
+        entries += [(name, path, entry, start) for name, entry in header.items()]
     for name, path, entry, start in sorted(entries, key=lambda item: item[0]):
         low, high = entry["data_offsets"]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
@@ -1039,20 +1092,10 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None, dtype: torch.dtype | None = None) -> Transformer:
-    """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
-
-    Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: as stored. budget sets the
-    routers' thresholds by their calibration table (0 skips every routed unit, 1 none); None keeps the thresholds of the file.
-    Raises FileNotFoundError or ValueError for a missing, truncated or mismatched file, or routers of another base.
-    """
-    files = checkpoint_files(folder)
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors: dict[str, torch.Tensor] = {}
-    for path in files:
+def read_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], device, dtype) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, which must be exactly those expected, by name and shape."""
+    tensors: dict[str, Tensor] = {}
+    for path in checkpoint_files(folder):
         safetensors_header(path)  # a clear word about a truncated file, before the library's own
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
@@ -1061,11 +1104,29 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
                     raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model again")
                 tensor = file.get_tensor(name)
                 if tuple(tensor.shape) != expected[name]:
-                    raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config needs {expected[name]}; convert the model again")
+                    raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config needs "
+                                     f"{expected[name]}; convert the model again")
                 tensors[name] = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
     if missing := sorted(set(expected) - set(tensors)):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is incomplete: convert the model again")
-    model.load_state_dict(tensors, assign=True)
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
+                         "incomplete: convert the model again")
+    return tensors
+
+
+def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
+               dtype: torch.dtype | None = None) -> Transformer:
+    """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
+
+    Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: as
+    stored. budget sets the routers' cuts by their calibration table (0 skips every routed unit, 1 none); None keeps
+    the thresholds of the file. Raises FileNotFoundError or ValueError for a missing, truncated or mismatched file, or
+    routers of another base.
+    """
+    checkpoint_files(folder)
+    with torch.device("meta"):
+        model = Transformer(load_config(folder))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(read_weights(folder, expected, device, dtype), assign=True)
     model = model.to(device or "cpu").eval().requires_grad_(False)
     model.fingerprint = fingerprint(folder)
     if routers is not None:
@@ -1075,15 +1136,14 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     return model
 
 
-def load_routers(model: Transformer, path: str | Path, budget: float | None = None) -> dict:
-    """Give a loaded base the routers of a file, strictly: same base, same layers, same shapes. Returns the file's metadata."""
-    weights, meta = read_router_file(path)
-    check_fingerprint(path, meta["base_fingerprint"], model.fingerprint)
-    routing = RouterConfig(**{field.name: meta[field.name] for field in fields(RouterConfig) if field.name in meta})
-    thresholds = meta["thresholds"] if budget is None else thresholds_for(budget, meta["calibration"])
-    model.add_routers(routing)
-    load_router_weights(path, model, weights, routing)
-    set_thresholds(model, thresholds)
+def load_routers(model: Transformer, path: str | Path, budget: float | None = None) -> RouterMeta:
+    """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
+    tensors, meta = read_router_file(path)
+    check_fingerprint(path, meta.base_fingerprint, model.fingerprint)
+    cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
+    model.add_routers(meta.routing)
+    load_router_weights(path, model, tensors, meta.routing)
+    set_cuts(model, cuts)
     for router in model.routers():
         router.requires_grad_(False)
     return meta
