@@ -494,8 +494,8 @@ class Selection:
         """Least and greatest position of packed columns a..b-1, on the host."""
         if self.table is None:
             return min(self.starts) + a, max(self.starts) + b - 1
-        last = self.table[:, b - 1]
-        return int(self.table[:, a].min()), int(last.masked_fill(last == NOWHERE, -1).max())
+        part = self.table[:, a:b]
+        return int(part.min()), int(part.masked_fill(part == NOWHERE, -1).max())
 
 
 # -----------------------------------------------------------------------------
