@@ -11,14 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_module
-from model import KVCache, ModelConfig, Transformer, generate, prefill_flops
-from router import GRANULARITIES, RouterConfig
+from model import KVCache, ModelConfig, Transformer, generate
+from router import GRANULARITIES, Place, RouterConfig
 
 BASE = dict(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
             rope_theta=10000.0, tie_embeddings=True)
 FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bias=True, sliding_window=6, window_layers=(1, 3)),
             "qwen3": dict(qk_norm=True, head_dim=16, tie_embeddings=False)}
-CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g == "attn_token" else ("routed",))]
+KEEPS = ("attn_token", "both_token")  # granularities that may leave the keys and values of skipped tokens
+CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in KEEPS else ("routed",))]
+
+
+def routing_of(granularity: str, kv: str = "routed", layers=(1, 2, 3)) -> RouterConfig:
+    """Of both: one layer that gates both, one that gates its attention alone, one its MLP."""
+    whole = RouterConfig.of(granularity, layers, kv=kv)
+    if whole.target != "both":
+        return whole
+    places = [Place(layer, "attn") for layer in layers[:-1]] + [Place(layer, "mlp") for layer in layers[1:]]
+    return RouterConfig(tuple(places), whole.unit, kv=kv)
 
 
 def build(family: str = "llama", granularity: str | None = None, kv: str = "routed", layers=(1, 2, 3), seed: int = 0, dtype=torch.float32) -> Transformer:
@@ -26,9 +36,7 @@ def build(family: str = "llama", granularity: str | None = None, kv: str = "rout
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**{**BASE, "family": family, **FAMILIES[family]}))
     if granularity is not None:
-        # with both: one layer that gates both, one that gates its attention alone, one its MLP
-        model.add_routers(RouterConfig(granularity, tuple(layers), kv=kv) if granularity != "both_sequence" else
-                          RouterConfig(granularity, tuple(layers)[:-1], mlp_layers=tuple(layers)[1:]))
+        model.add_routers(routing_of(granularity, kv, layers))
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
@@ -306,7 +314,7 @@ def test_misuse_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="expected one of off, mask, gather"):
         model(tokens_of(1, 3), route="skip")
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        model.add_routers(RouterConfig("attn_sequence", (4,)))
+        model.add_routers(RouterConfig.of("attn_sequence", (4,)))
     model = build("llama", "attn_sequence")
     cache = KVCache(model, 1)
     model(tokens_of(1, 3), cache=cache, route="gather")
@@ -320,7 +328,7 @@ def test_misuse_is_refused_with_a_reason():
         generate(model, [[1] * 126], 4)
 
 
-@pytest.mark.parametrize("granularity, kv", [("attn_token", "routed"), ("attn_token", "all"), ("mlp_token", "routed"), ("block_token", "routed")])
+@pytest.mark.parametrize("granularity, kv", [case for case in CASES if "token" in case[0]])
 @pytest.mark.parametrize("grad", [False, True])
 def test_tokens_that_round_their_number_up_change_nothing(granularity, kv, grad, monkeypatch):
     """In bfloat16 on a CPU the products of picked tokens see a multiple of rows; logits, cache and gradients are those without."""
@@ -353,24 +361,6 @@ def test_moving_dtype_keeps_routers_and_frequencies_exact():
     model.to(torch.bfloat16)
     assert torch.equal(model.routers()[0].weight, weight) and torch.equal(model.rope.inverse, inverse)
     assert model.layers[0].attention.wq.weight.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_prefill_flops_match_torchs_counter(family):
-    """The formula's matrix multiplies equal what torch counts, less the causal half of the scores that torch's counter charges in full."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, width = build(family), 16
-    with FlopCounterMode(display=False) as counter:
-        h, _ = model.hidden(tokens_of(1, width))
-        model.head(h[0, -2:])  # two: of a lone token the head is a matrix-vector product, which the counter does not know
-    counts = counter.get_flop_counts()["Global"]
-    multiplies = sum(count for op, count in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
-    pairs = 0.0
-    for layer in range(4):
-        window = min(model.config.window(layer) or width, width)
-        pairs += 4 * model.config.n_heads * model.config.head_dim * sum(min(i + 1, window) for i in range(width))
-    assert prefill_flops(model.config, width, logits=2) == multiplies + pairs
 
 
 def test_swiglu_has_the_gradient_of_its_formula():

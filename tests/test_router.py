@@ -18,8 +18,34 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import router as router_module
-from router import (GRANULARITIES, Router, RouterConfig, capacity, check_fingerprint, closed_shares, deep_layers, freeze_all_but_routers,
-                    load_router_weights, logit, parse_layers, pool, quantile_cut, read_router_file, save_routers, set_thresholds, ste_gate, thresholds_for)
+from router import (
+    GRANULARITIES,
+    Place,
+    Router,
+    RouterConfig,
+    RouterMeta,
+    capacity,
+    check_fingerprint,
+    cut_of,
+    cuts_for,
+    deep_layers,
+    freeze_all_but_routers,
+    load_router_weights,
+    mean_order,
+    official_layers,
+    parse_layers,
+    pool,
+    quantile_cut,
+    random_route,
+    read_router_file,
+    save_routers,
+    set_cuts,
+    skipped_places,
+    skipped_shares,
+    static_route,
+    ste_gate,
+    threshold_of,
+)
 
 
 class Toy(nn.Module):
@@ -35,7 +61,8 @@ def saved(path: Path, layers=(3, 5), **changes) -> Toy:
     toy = Toy(len(layers))
     for part in toy.parts:
         part.weight.data.normal_()
-    save_routers(path, toy, RouterConfig("attn_sequence", layers), fingerprint="abc", thresholds=[0.5] * len(layers), **changes)
+    routing = RouterConfig.of("attn_sequence", layers)
+    save_routers(path, toy, RouterMeta(routing, [0.5] * len(layers), "abc", **changes))
     return toy
 
 
@@ -95,25 +122,34 @@ def test_layers_by_name():
         deep_layers(32, 32)
 
 
-@pytest.mark.parametrize("settings_, message", [
-    (dict(granularity="atn_token"), "expected one of"), (dict(granularity="attn_sequence", kv="all"), "attn_token"), (dict(pool="mean"), "pool"),
-    (dict(layers=(3, 2)), "ascending"), (dict(layers=(-1, 2)), "ascending"), (dict(mlp_layers=(1,)), "both_sequence"),
-    (dict(granularity="both_sequence", mlp_layers=(3, 2)), "ascending")])
-def test_a_wrong_setting_is_refused_not_guessed(settings_, message):
+@pytest.mark.parametrize("places, settings_, message", [
+    ([(1, "atn")], {}, "expected attn, mlp or block"), ([(1, "attn")], dict(kv="all"), "attn_token"),
+    ([(1, "block")], dict(unit="token", kv="all"), "attn_token"), ([(1, "mlp")], dict(unit="token", kv="all"), "attn_token"),
+    ([(1, "attn")], dict(pool="mean"), "pool"), ([(1, "attn")], dict(unit="word"), "unit"), ([], {}, "one or more"),
+    ([(-1, "attn")], {}, "0-based"), ([(1, "attn"), (1, "attn")], {}, "each place once"),
+    ([(1, "attn"), (1, "block")], {}, "expected one of the two"), ([(1, "mlp"), (1, "block")], {}, "expected one of the two"),
+    ([(1, "attn")], dict(reads="first"), "reads"), ([(1, "attn", 2)], {}, "experts are not supported")])
+def test_a_wrong_setting_is_refused_not_guessed(places, settings_, message):
     with pytest.raises(ValueError, match=message):
-        RouterConfig(**settings_)
+        RouterConfig(places, **settings_)
 
 
-def test_granularities_are_the_six_and_both_under_one_budget():
-    assert GRANULARITIES == ("attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token", "both_sequence")
+def test_granularities_are_three_targets_and_both_per_unit():
+    assert GRANULARITIES == tuple(f"{target}_{unit}" for target in ("attn", "mlp", "block", "both") for unit in ("sequence", "token"))
+    for granularity in GRANULARITIES:
+        assert RouterConfig.of(granularity, (2, 5)).granularity == granularity
+    with pytest.raises(ValueError, match="expected one of attn_sequence"):
+        RouterConfig.of("atn_token", (1,))
 
 
 def test_places_stand_in_the_order_in_which_they_are_asked():
-    routing = RouterConfig("both_sequence", (1, 4), mlp_layers=(0, 1))
-    assert routing.places == ((0, "mlp"), (1, "attn"), (1, "mlp"), (4, "attn")) and routing.names == ("0.mlp", "1.attn", "1.mlp", "4.attn")
-    assert RouterConfig("both_sequence").at(list(reversed(routing.names))) == routing
-    plain = RouterConfig("mlp_token", (2, 5))
-    assert plain.places == ((2, "mlp"), (5, "mlp")) and plain.names == ("2", "5") and RouterConfig("mlp_token").at(["5", "2"]) == plain
+    routing = RouterConfig(((4, "attn"), (1, "mlp"), (0, "mlp"), (1, "attn")))
+    assert routing.places == (Place(0, "mlp"), Place(1, "attn"), Place(1, "mlp"), Place(4, "attn"))
+    assert routing.names == ("0.mlp", "1.attn", "1.mlp", "4.attn") and routing.granularity == "both_sequence"
+    assert [routing.rows_of(layer) for layer in range(6)] == [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 3), slice(3, 4), slice(4, 4)]
+    assert routing.at([3, 1]) == RouterConfig(((1, "attn"), (4, "attn"))) and routing.layers == (0, 1, 4)
+    plain = RouterConfig.of("mlp_token", (5, 2))
+    assert plain.names == ("2", "5") and plain.places == (Place(2, "mlp"), Place(5, "mlp"))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 99))
@@ -126,79 +162,133 @@ def test_a_weighted_cut_lets_the_share_through_to_half_a_logit(weights, budget, 
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1))
-def test_closed_shares_close_what_is_asked_in_order(weights, closed):
+def test_skipped_shares_skip_what_is_asked_in_order(weights, skip):
     weights = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     order = list(reversed(range(len(weights))))
-    shares = closed_shares(order, weights, closed)
-    assert sum(w * s for w, s in zip(weights.tolist(), shares)) == pytest.approx(closed, abs=1e-5)
+    shares = skipped_shares(order, weights, skip)
+    assert sum(w * s for w, s in zip(weights.tolist(), shares)) == pytest.approx(skip, abs=1e-5)
     in_order = [shares[place] for place in order]
     assert in_order == sorted(in_order, reverse=True) and sum(0 < share < 1 for share in shares) <= 1
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), st.integers(0, 99))
+def test_lists_and_chance_realise_the_budget_on_average(weights, budget, seed):
+    """Over many sequences a static list, and a random route, run what the budget says; a list differs in one place alone."""
+    weights = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(seed)).tolist()
+    rng = torch.Generator().manual_seed(seed)
+    listed = torch.stack([static_route(order, weights, budget, rng) for _ in range(400)], dim=1)
+    drawn = torch.stack([random_route(weights, budget, rng) for _ in range(400)], dim=1)
+    error = 0.15 * weights.max().item() + 1e-5
+    assert abs(capacity(listed, weights=weights).item() - budget) <= error
+    assert abs(capacity(drawn, weights=weights).item() - budget) <= error
+    assert sum(0 < row.mean() < 1 for row in listed) <= 1
+    whole = [place for place, row in enumerate(listed) if row.mean() < 0.4]
+    assert set(whole) <= set(skipped_places(order, weights, 1 - budget))
+    tokens = random_route(weights, budget, rng, tokens=4000)
+    assert tokens.shape == (len(weights), 4000) and abs(tokens.mean().item() - budget) < 0.04
+
+
+def test_a_mean_route_skips_what_ran_least_first():
+    assert mean_order([0.5, 0.1, 1.0, 0.1]) == [1, 3, 0, 2]
+
+
 @given(st.floats(0, 1))
-def test_budget_moves_thresholds_monotonically(budget):
+def test_budget_moves_cuts_monotonically(budget):
     table = {"budgets": [0.25, 0.5, 0.75], "thresholds": [[0.9, 0.99], [0.5, 0.7], [0.2, 0.01]]}
-    here, more = thresholds_for(budget, table), thresholds_for(min(1.0, budget + 0.05), table)
-    assert all(0 <= low <= high <= 1 for low, high in zip(more, here))
+    here, more = cuts_for(budget, table), cuts_for(min(1.0, budget + 0.05), table)
+    assert all(low <= high for low, high in zip(more, here))
     if budget in (0.0, 1.0):
-        assert here == [1 - budget] * 2
+        assert here == [math.inf if budget == 0 else -math.inf] * 2
     if budget == 0.5:
-        assert here == pytest.approx([0.5, 0.7])
+        assert [threshold_of(cut) for cut in here] == pytest.approx([0.5, 0.7])
 
 
 def test_the_ends_of_the_budget_are_exact():
     toy = Toy(2)
     z = torch.tensor([-1e30, 0.0, 1e30])
     for budget, want in ((0.0, 0.0), (1.0, 1.0)):
-        set_thresholds(toy, thresholds_for(budget, {"budgets": [0.5], "thresholds": [[0.5, 0.5]]}))
+        set_cuts(toy, cuts_for(budget, {"budgets": [0.5], "thresholds": [[0.5, 0.5]]}))
         assert all(ste_gate(z, part.cut).eq(want).all() for part in toy.parts)
 
 
 @pytest.mark.parametrize("budget", [-0.1, 1.1, math.nan])
 def test_budget_out_of_range(budget):
     with pytest.raises(ValueError, match="expected a share from 0"):
-        thresholds_for(budget, {"budgets": [0.5], "thresholds": [[0.5]]})
+        cuts_for(budget, {"budgets": [0.5], "thresholds": [[0.5]]})
 
 
 def test_no_table_no_budget():
     with pytest.raises(ValueError, match="no calibration table"):
-        thresholds_for(0.5, {})
+        cuts_for(0.5, {})
 
 
 @given(st.floats(1e-12, 1 - 1e-12))
-def test_logit_inverts_the_sigmoid(score):
-    assert 1 / (1 + math.exp(-logit(score))) == pytest.approx(score, rel=1e-9)
+def test_cuts_and_thresholds_are_each_others_inverse(score):
+    assert threshold_of(cut_of(score)) == pytest.approx(score, rel=1e-9)
+    assert threshold_of(cut_of(0.0)) == 0 and threshold_of(cut_of(1.0)) == 1
 
 
 def test_file_round_trip_keeps_bits_and_metadata(tmp_path):
     toy = saved(tmp_path / "routers.safetensors", calibration={"budgets": [0.5], "thresholds": [[0.1, 0.2]]}, recipe="default", step=7, config={"lr": 0.1})
     weights, meta = read_router_file(tmp_path / "routers.safetensors")
     other = Toy(2)
-    load_router_weights("f", other, weights, RouterConfig("attn_sequence", (3, 5)))
+    load_router_weights("f", other, weights, meta.routing)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(toy.parts, other.parts))
-    assert meta["base_fingerprint"] == "abc" and meta["step"] == 7 and meta["layers"] == [3, 5] and meta["config"] == {"lr": 0.1}
+    assert meta.base_fingerprint == "abc" and meta.step == 7 and meta.config == {"lr": 0.1} and meta.recipe == "default"
+    assert meta.routing == RouterConfig.of("attn_sequence", (3, 5)) and meta.calibration["thresholds"] == [[0.1, 0.2]]
     assert set(load_file(tmp_path / "routers.safetensors")) == {"model.layers.3.router.weight", "model.layers.5.router.weight"}
     assert [path.name for path in tmp_path.iterdir()] == ["routers.safetensors"]
 
 
 def test_two_routers_of_a_layer_have_tensors_of_their_own(tmp_path):
-    routing, toy = RouterConfig("both_sequence", (3,), mlp_layers=(3,)), Toy(2)
+    routing, toy = RouterConfig.of("both_sequence", (3,)), Toy(2)
     for i, part in enumerate(toy.parts):
         part.weight.data.fill_(i + 1)
-    save_routers(tmp_path / "r", toy, routing, fingerprint="abc", thresholds=[0.5] * 2)
+    save_routers(tmp_path / "r", toy, RouterMeta(routing, [0.5] * 2, "abc"))
     assert set(load_file(tmp_path / "r")) == {"model.layers.3.router.weight", "model.layers.3.mlp_router.weight"}
     weights, meta = read_router_file(tmp_path / "r")
-    assert RouterConfig(meta["granularity"], meta["layers"], mlp_layers=meta["mlp_layers"]) == routing
+    assert meta.routing == routing
     other = Toy(2)
     load_router_weights("f", other, weights, routing)
     assert [part.weight.unique().tolist() for part in other.parts] == [[1.0], [2.0]]
+
+
+FORMAT_1 = """{"format": "router-tuning/1", "granularity": "both_sequence", "layers": [3, 7], "pool": "prompt", "kv": "routed", "mlp_layers": [3],
+"thresholds": [0.5, 0.25, 0.75], "calibration": {"budgets": [0.5], "thresholds": [[0.5, 0.25, 0.75]]}, "recipe": "default", "step": 3,
+"base_fingerprint": "abc", "config": {"lr": 0.01}, "orders": {"greedy": ["3.mlp", "7.attn", "3.attn"]}}"""
+
+
+@pytest.mark.parametrize("granularity, layers, mlp_layers, places", [
+    ("both_sequence", [3, 7], [3], [(3, "attn"), (3, "mlp"), (7, "attn")]), ("attn_token", [3, 5], [], [(3, "attn"), (5, "attn")]),
+    ("mlp_sequence", [3, 5], [], [(3, "mlp"), (5, "mlp")]), ("block_token", [4], [], [(4, "block")])])
+def test_files_of_format_1_still_load(tmp_path, granularity, layers, mlp_layers, places):
+    """They named a granularity and layers in place of places, and an order could hold numbers of layers."""
+    meta = json.loads(FORMAT_1) | {"granularity": granularity, "layers": layers, "mlp_layers": mlp_layers, "thresholds": [0.5] * len(places),
+                                   "orders": {"greedy": [3, 5]}}
+    second = [f"model.layers.{layer}.mlp_router.weight" for layer in mlp_layers]
+    keys = sorted([f"model.layers.{layer}.router.weight" for layer in layers] + second)
+    save_file({key: torch.full((1, 6), float(i)) for i, key in enumerate(keys)}, tmp_path / "r", metadata={"router_tuning": json.dumps(meta)})
+    weights, read = read_router_file(tmp_path / "r")
+    assert read.routing.places == tuple(Place(*place) for place in places) and read.routing.granularity == granularity
+    assert read.orders == {"greedy": ["3", "5"]} and read.config == {"lr": 0.01} and read.base_fingerprint == "abc"
+    load_router_weights("r", Toy(len(places)), weights, read.routing)
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("{", "is not JSON"), ("[]", "cannot be used"), ('{"format": "router-tuning/2"}', "lacks 'places'"),
+    (FORMAT_1.replace('"thresholds": [0.5, 0.25, 0.75], "cal', '"cal'), "lacks 'thresholds'"), (FORMAT_1.replace('"abc"', '"abc'), "is not JSON")])
+def test_metadata_that_is_short_is_refused_by_what_it_lacks(tmp_path, text, reason):
+    save_file({"model.layers.3.router.weight": torch.ones(1, 6)}, tmp_path / "r", metadata={"router_tuning": text})
+    with pytest.raises(ValueError, match=reason):
+        read_router_file(tmp_path / "r")
 
 
 def test_official_file_is_read_when_asked_for(tmp_path):
     """The official code writes the same names and shapes without metadata."""
     save_file({"model.layers.14.router.weight": torch.ones(1, 6, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     weights, meta = read_router_file(tmp_path / "model.safetensors", official=True)
-    assert meta == {} and list(weights) == ["14"]
+    assert meta is None and official_layers(weights) == [14]
     with pytest.raises(ValueError, match="no router_tuning metadata"):
         read_router_file(tmp_path / "model.safetensors")
 
@@ -217,13 +307,15 @@ def test_every_kind_of_wrong_file_is_refused_with_a_reason(tmp_path):
     save_file({"model.layers.3.router.weight": torch.ones(1, 6)}, path, metadata=meta)
     with pytest.raises(ValueError, match="router-tuning/99"):
         read_router_file(path)
-    save_file({"model.layers.3.mlp.weight": torch.ones(1, 6)}, path, metadata={"router_tuning": json.dumps({"format": router_module.FILE_FORMAT})})
+    save_file({"model.layers.3.mlp.weight": torch.ones(1, 6)}, path, metadata={"router_tuning": "{}"})
     with pytest.raises(ValueError, match="expected only names like"):
         read_router_file(path)
-    routing = RouterConfig("attn_sequence", (3, 5))
-    for weights, message in (({"3": torch.ones(1, 6)}, "missing \\['5'\\]"), ({"3": torch.ones(1, 6), "5": torch.ones(1, 6), "9": torch.ones(1, 6)}, "extra \\['9'\\]"),
-                             ({"3": torch.ones(1, 6), "5": torch.ones(1, 7)}, "shape \\(1, 7\\)"),
-                             ({"3": torch.ones(1, 6), "5": torch.full((1, 6), math.nan)}, "NaN")):
+    routing = RouterConfig.of("attn_sequence", (3, 5))
+    key, one = "model.layers.{}.router.weight".format, torch.ones(1, 6)
+    cases = (({key(3): one}, "missing .'model.layers.5"), ({key(3): one, key(5): one, key(9): one}, "extra .'model.layers.9"),
+             ({key(3): one, key(5): torch.ones(1, 7)}, r"shape \(1, 7\)"),
+             ({key(3): one, key(5): torch.full((1, 6), math.nan)}, "NaN"))
+    for weights, message in cases:
         with pytest.raises(ValueError, match=message):
             load_router_weights(path, Toy(2), weights, routing)
     with pytest.raises(ValueError, match="tuned on a base with fingerprint abc"):
