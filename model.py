@@ -472,7 +472,10 @@ class Selection:
         """x (B,T,D) plus out (n,D) where it ran; out, and without gradient x, may be overwritten."""
         if self.index is None:
             out = out.view_as(x)
-            return out.add_(x) if self.gate is None else x + self.gate * out
+            if self.gate is not None:
+                return x + self.gate * out
+            # compiled code is fused anyway, and would be compiled anew for a view
+            return x + out if torch.compiler.is_compiling() else out.add_(x)
         flat, n = x.flatten(0, 1), len(self.index) if self.table is None else sum(self.counts)
         index, part = self.index[:n], out.add_(self.take(x))[:n]
         # in place: at half of 512 tokens a copy of x costs more than the index
@@ -695,11 +698,11 @@ class Block(nn.Module):
         """
         router, norm = getattr(self, name), self.attention_norm if name == "router" else self.ffn_norm
         if router is None or call.route == "off":
-            return Selection(call), norm(x).flatten(0, 1), []
+            return Selection(call), norm(x.flatten(0, 1)), []
         if not call.fresh and name in cache.kept:
             who = Selection.rows(call, cache.kept[name])
             return who, norm(who.take(x)), []
-        h = norm(x)  # (B,T,D)
+        h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
         z, gate = self.decide(router, h, call, forced)
         if call.route == "mask":
             leaves = gate.dim() == 1 or self.routing.kv == "all" or name == "mlp_router"

@@ -368,3 +368,42 @@ def test_swiglu_has_the_gradient_of_its_formula():
     a, b = (torch.randn(3, 4, dtype=torch.double, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(model_module.SwiGLU.apply, (a, b))
     assert torch.equal(model_module.SwiGLU.apply(a, b), torch.nn.functional.silu(a) * b)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_list_skips_whole_sequences_whatever_the_unit(case):
+    """Gates (R,B) with token routers too: no work, no keys, first tokens included; mask, gather and cached steps agree."""
+    model = build("mistral", *case, dtype=torch.float64)
+    tokens, lengths = tokens_of(3, 9), [9, 4, 7]
+    gates = (torch.rand(len(model.routing.places), 3, generator=torch.Generator().manual_seed(2)) < 0.5).double()
+    gates[:, 0] = 0
+    masked, returned = model(tokens, lengths, route="mask", gates=gates)
+    cache = KVCache(model, 3)
+    gathered, again = model(tokens, lengths, cache=cache, route="gather", gates=gates)
+    assert torch.equal(returned, gates) and torch.equal(again, gates)
+    torch.testing.assert_close(rows(masked, lengths), rows(gathered, lengths), atol=1e-10, rtol=1e-10)
+    slot, kept = 2 * 2 * 8 * 8, []
+    for row in range(3):
+        skipped = sum(1 - gates[i, row].item() for i, place in enumerate(model.routing.places) if place.target != "mlp")
+        kept.append(slot * lengths[row] * (4 - skipped))
+    assert cache.row_bytes() == kept and cache.used_bytes() == sum(kept)
+    step = tokens_of(3, 1, seed=4)
+    later, held = model(step, cache=cache, route="gather")
+    assert torch.equal(held, gates)
+    whole = torch.stack([torch.cat([tokens[row, :length], step[row], tokens[row, length:]]) for row, length in enumerate(lengths)])
+    full = model(whole, [length + 1 for length in lengths], route="mask", gates=gates)[0]
+    torch.testing.assert_close(later[:, 0], full[torch.arange(3), lengths], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rewound_cache_goes_on_as_if_nothing_had_come_after(case):
+    model = build("mistral", *case, dtype=torch.float64)
+    tokens, lengths = tokens_of(3, 7), [7, 3, 5]
+    cache = KVCache(model, 3)
+    model(tokens, lengths, cache=cache, route="gather")
+    held, step = cache.used_bytes(), tokens_of(3, 4, seed=8)
+    first = [model(step[:, i:i + 1], cache=cache, route="gather")[0] for i in range(4)]
+    cache.rewind(lengths)
+    assert cache.used_bytes() == held and cache.lengths == lengths
+    for i in range(4):
+        torch.testing.assert_close(model(step[:, i:i + 1], cache=cache, route="gather")[0], first[i], atol=1e-10, rtol=1e-10)
