@@ -5,7 +5,7 @@
     python bench.py --analytic                                           ceilings of well-known models on a well-known GPU, without weights
 
 `speedup` is the median over rounds of dense seconds / routed seconds, the two timed one after the other; `ceiling` is the ratio of their
-work (model.prefill_flops, model.decode_bytes) at the realised capacity, the routers' own work left out; `ratio` = speedup / ceiling.
+work (recipe/cost.py: prefill_flops, decode_bytes) at the realised capacity, the routers' own work left out; `ratio` = speedup / ceiling.
 `seconds` are medians: of a prefill up to the logits of its last token, or of one decode step of the whole batch. kv_bytes are those in use at `context`. peak_bytes
 is the allocator's peak in one run on CUDA, the whole process's so far on CPU. The last line printed is one JSON object.
 """
@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, compile_model, decode_bytes, executed_shares, load_model, load_routers, prefill_flops
-from router import RouterConfig, capacity, deep_layers, parse_layers, set_thresholds, thresholds_for
+from model import KVCache, ModelConfig, Transformer, compile_model, decode, load_model, load_routers
+from recipe.cost import Executed, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
+from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, set_cuts
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -41,9 +42,9 @@ ANALYTIC_DECODE = ((1, 512), (1, 8192), (16, 2048), (16, 8192), (64, 2048), (64,
 class BenchConfig:
     model: str | None = field(default=None, metadata={"help": "checkpoint folder"})
     routers: str | None = field(default=None, metadata={"help": "router file; none: forced routes"})
-    granularity: str = field(default="attn_sequence", metadata={"help": "what forced routes gate: {attn,mlp,block}_{sequence,token} or both_sequence"})
+    granularity: str = field(default="attn_sequence", metadata={"help": "what forced routes gate: {attn,mlp,block,both}_{sequence,token}"})
     layers: str = field(default="deep:16", metadata={"help": "routed layers for forced routes: deep:N, all, or numbers such as 3,5,8-12"})
-    kv: str = field(default="routed", metadata={"help": "attn_token: 'routed', a skipped token leaves no keys and values, or 'all', it does"})
+    kv: str = field(default="routed", metadata={"help": "attn_token, both_token: 'routed', a skipped token leaves no keys and values, or 'all', it does"})
     budget: tuple[float, ...] | None = field(default=None, metadata={"help": "shares of routed units that execute; none: 0,0.25,0.5,0.75,1, or a router file's own"})
     mixed: bool = field(default=False, metadata={"help": "unit sequence: each row of a batch takes its own forced route"})
     prefill: tuple[int, ...] = field(default=(), metadata={"help": "prompt lengths to time"})
@@ -66,35 +67,17 @@ class BenchConfig:
 
 
 def forced_gates(routing: RouterConfig, budget: float, batch: int, width: int, *, mixed: bool = False, seed: int = 0) -> torch.Tensor:
-    """Gates (R,B) or (R,B,width) at a budget. Unit sequence: round(budget R) places, evenly spread, row b shifted by b if mixed (both_sequence: the
-    same of each kind). Unit token: drawn."""
-    if routing.target == "both":
-        kinds = {kind: iter(forced_gates(RouterConfig(f"{kind}_sequence", layers), budget, batch, width, mixed=mixed))
-                 for kind, layers in (("attn", routing.layers), ("mlp", routing.mlp_layers))}
-        return torch.stack([next(kinds[place.target]) for place in routing.places])
-    n = len(routing.layers)
+    """Gates (R,B) or (R,B,width) at a budget. Unit sequence: round(budget R) places of each target, evenly spread, row b shifted by b if mixed.
+    Unit token: drawn."""
     if routing.unit == "token":
-        return (torch.rand(n, batch, width, generator=torch.Generator().manual_seed(seed)) < budget).float()
-    count = round(budget * n)
-    pattern = torch.tensor([float((i + 1) * count // n > i * count // n) for i in range(n)])
-    return torch.stack([pattern.roll(row if mixed else 0) for row in range(batch)], dim=1)  # (R, B)
-
-
-def shares(config: ModelConfig, routing: RouterConfig | None, gates: torch.Tensor | None) -> dict[str, list[float]]:
-    """Share of units that execute per layer, as prefill_flops and decode_bytes take it. gates (R,...); None: dense."""
-    return executed_shares(config, routing, [] if gates is None else gates.flatten(1).mean(dim=1).tolist())
-
-
-def prefill_ceiling(config: ModelConfig, routing: RouterConfig, gates: torch.Tensor, tokens: int) -> float:
-    """Dense FLOPs / routed FLOPs of a prompt of `tokens` tokens. gates (R,B) or (R,B,T)."""
-    return prefill_flops(config, tokens) / prefill_flops(config, tokens, **shares(config, routing, gates), kv=routing.kv, unit=routing.unit)
-
-
-def decode_ceiling(config: ModelConfig, routing: RouterConfig, gates: torch.Tensor, steps: list[torch.Tensor], batch: int, context: int, itemsize: int) -> float:
-    """Dense bytes / routed bytes of a decode step: the mean over steps. gates: of the context, (R,B) or (R,B,T); steps: of each step, (R,B) or (R,B,1)."""
-    held = shares(config, routing, gates)["attn"] if routing.unit == "token" and routing.kv == "routed" else None
-    read = [decode_bytes(config, batch, context, itemsize, **shares(config, routing, step), held=held, kv=routing.kv) for step in steps]
-    return decode_bytes(config, batch, context, itemsize) / statistics.mean(read)
+        return (torch.rand(len(routing.places), batch, width, generator=torch.Generator().manual_seed(seed)) < budget).float()
+    gates = torch.zeros(len(routing.places), batch)
+    for target in {place.target for place in routing.places}:
+        mine = [row for row, place in enumerate(routing.places) if place.target == target]
+        n, count = len(mine), round(budget * len(mine))
+        pattern = torch.tensor([float((i + 1) * count // n > i * count // n) for i in range(n)])
+        gates[mine] = torch.stack([pattern.roll(row if mixed else 0) for row in range(batch)], dim=1)  # (R, B)
+    return gates
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -143,22 +126,19 @@ def run_prefill(model: Transformer, tokens: torch.Tensor, route: str, gates: tor
 @torch.inference_mode()
 def run_decode(model: Transformer, cache: KVCache, token: torch.Tensor, route: str, step_gates: list[torch.Tensor | None]) -> Sample:
     """Greedy steps from token (B,1) after a cached context, one per entry of step_gates; the cache is left at the context it came with."""
-    lengths, kv_bytes = list(cache.lengths), cache.used_bytes()
+    lengths, kv_bytes, realised, left = list(cache.lengths), cache.used_bytes(), [], iter(step_gates)
     reset_peak(token.device)
 
-    def fn():
-        chosen, realised = token, []
-        for gates in step_gates:
-            h, decided = model.hidden(chosen, cache=cache, route=route, gates=gates)
-            realised.append(decided)
-            chosen = model.head(h[:, -1]).argmax(dim=-1, keepdim=True)
-        return realised
+    def choose(last: torch.Tensor | None, rows: list[int]) -> tuple[torch.Tensor, list[int]]:
+        chosen = token[:, 0] if last is None else model.head(last).argmax(dim=-1)
+        return chosen, rows if len(realised) < len(step_gates) else []
 
-    seconds, realised = timed(token.device, fn)
-    cache.lengths = lengths  # later slots are overwritten by the next run
-    for layer in cache.layers:
-        if layer.positions is not None:
-            layer.positions = [[position for position in row if position < length] for row, length in zip(layer.positions, lengths)]
+    def fn():
+        for _, decided in decode(model, cache, None, choose, route=route, gates=lambda rows, lengths: next(left)):
+            realised.append(decided)
+
+    seconds, _ = timed(token.device, fn)
+    cache.rewind(lengths)
     return Sample(seconds / len(step_gates), None, realised, kv_bytes, runtime.peak_memory_bytes(token.device))
 
 
@@ -195,7 +175,7 @@ def bench_point(model: Transformer, config: BenchConfig, phase: str, batch: int,
             if model.routing.unit == "token":
                 steps = list(forced_gates(model.routing, budget, batch, config.steps, seed=config.seed + 1).to(device).split(1, dim=2))
         elif route == "gather" and budget is not None:
-            set_thresholds(model, thresholds_for(budget, calibration))
+            set_cuts(model, cuts_for(budget, calibration))
         if phase == "prefill":
             return lambda: run_prefill(model, tokens, route, gates), None
         cache = KVCache(model, batch, max_len=context + config.steps)
@@ -219,7 +199,7 @@ def bench_point(model: Transformer, config: BenchConfig, phase: str, batch: int,
             ceiling = prefill_ceiling(model.config, model.routing, sample.gates, context)
         else:
             realised = statistics.mean(realised_capacity(step) for step in sample.steps)
-            ceiling = decode_ceiling(model.config, model.routing, gates, sample.steps, batch, context, itemsize)
+            ceiling = decode_ceiling(model.config, model.routing, itemsize, context, gates, sample.steps)
         shown = "own" if budget is None else f"{budget:.2f}"
         print(f"  budget {shown} | capacity {realised:.3f} | ceiling {ceiling:.3f} |", end=" ", flush=True)
         off_seconds, seconds, speedup = in_turn(dense, routed, config.rounds)
@@ -248,13 +228,13 @@ def roofline(config: ModelConfig, phase: str, batch: int, context: int, flops: f
 
     A pass takes at least FLOPs / peak and at least bytes / bandwidth; prefill reads the weights once.
     """
-    executed = {target: [float(layer >= n) for layer in range(config.n_layers)] for target, n in skipped.items()}
+    executed = Executed(**{target: [float(layer >= n) for layer in range(config.n_layers)] for target, n in skipped.items()})
     if phase == "prefill":
-        work = batch * prefill_flops(config, context, **executed)
-        read = decode_bytes(config, 0, context, 2, **executed)
+        work = batch * prefill_flops(config, context, executed)
+        read = decode_bytes(config, 0, context, 2, executed)
     else:  # one token more than a prompt of `context` tokens
-        work = batch * (prefill_flops(config, context + 1, **executed) - prefill_flops(config, context, **executed, logits=0))
-        read = decode_bytes(config, batch, context, 2, **executed)
+        work = batch * (prefill_flops(config, context + 1, executed) - prefill_flops(config, context, executed, logits=0))
+        read = decode_bytes(config, batch, context, 2, executed)
     return max((work / flops, "flops"), (read / bandwidth, "bytes"))
 
 
@@ -300,13 +280,13 @@ def bench(config: BenchConfig) -> dict:
     rt = runtime.setup(config.device, config.dtype, config.seed)
     model, calibration = load_model(config.model, device=rt.device, dtype=rt.dtype), None
     if config.routers is not None:
-        calibration = load_routers(model, config.routers)["calibration"]
+        calibration = load_routers(model, config.routers).calibration
     else:
         kind, which = parse_layers(config.layers, model.config.n_layers)
         if kind == "auto":
             raise ValueError(f"layers is {config.layers!r}; a forced route has no measurements to choose by: give deep:N, all, or numbers")
         layers = deep_layers(which, model.config.n_layers) if kind == "deep" else which
-        model.add_routers(RouterConfig(config.granularity, layers, kv=config.kv, mlp_layers=layers if config.granularity == "both_sequence" else ()))
+        model.add_routers(RouterConfig.of(config.granularity, layers, kv=config.kv))
     if config.compile:
         compile_model(model)
     budgets = config.budget or (BUDGETS if config.routers is None else (None,))

@@ -34,8 +34,9 @@ import torch
 import torch.distributed as dist
 
 import runtime
-from model import KVCache, Transformer, load_model, load_routers
-from router import closed_places, closed_shares, parse_layers, quantile_cut
+from model import KVCache, Transformer, decode, load_model, load_routers, pad
+from recipe.cost import kv_bytes
+from router import mean_order, parse_layers, quantile_cut, random_route, static_route
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -530,13 +531,13 @@ class Run:
 
     @property
     def sequence(self) -> bool:
-        """One decision per sequence, made from its context."""
-        return self.route != "off" and self.model.routing.unit == "sequence"
+        """One decision per sequence, made with its context: by sequence routers, or by a list, whatever the unit."""
+        return self.route != "off" and (self.model.routing.unit == "sequence" or (self.control is not None and self.control.whole))
 
     @property
     def shares(self) -> bool:
         """A token's computation depends on the tokens before it and nothing else: one prefix may serve several contexts."""
-        return self.route == "off" or (self.route == "gather" and not self.sequence and not (self.control and self.control.per_item))
+        return self.route == "off" or (self.route == "gather" and not self.sequence and self.control is None)
 
     @property
     def caches(self) -> bool:
@@ -570,12 +571,6 @@ class Prefix:
     score: Score = field(default_factory=Score)
 
 
-def pad(rows: Sequence[Sequence[int]], device) -> torch.Tensor:
-    """Rows of tokens -> (B,T), padded on the right."""
-    width = max(map(len, rows))
-    return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
-
-
 def tally(gates: torch.Tensor | None, batch: int) -> list[list[int]]:
     """Units that executed, per row and router: gates (R,B) or (R,B,T) -> B lists of R."""
     return [[] for _ in range(batch)] if gates is None else (gates.sum(-1) if gates.dim() == 3 else gates).T.int().tolist()
@@ -594,13 +589,13 @@ def log_probs(model: Transformer, h: torch.Tensor, targets: Sequence[Sequence[in
     return values
 
 
-def cache_bytes(model: Transformer, routed: bool, length: int, executed: list[int]) -> int:
+def cache_bytes(run: Run, length: int, executed: list[int]) -> int:
     """Bytes of keys and values that `length` tokens leave: skipped (layer, token) pairs leave none, but for MLPs and kv=all."""
-    slots = length * model.config.n_layers
-    if routed and model.routing.kv == "routed":
-        kept = [count for place, count in zip(model.routing.places, executed) if place.target != "mlp"]
-        slots -= length * len(kept) - sum(kept) * (length if model.routing.unit == "sequence" else 1)
-    return 2 * slots * model.config.n_kv_heads * model.config.head_dim * model.tok_embeddings.weight.element_size()
+    model, skipped = run.model, 0
+    if run.route != "off" and (run.sequence or model.routing.kv == "routed"):
+        counts = [count for place, count in zip(model.routing.places, executed) if place.target != "mlp"]
+        skipped = sum(length * (1 - count) if run.sequence else length - count for count in counts)
+    return kv_bytes(model.config, model.tok_embeddings.weight.element_size(), length, skipped)
 
 
 def prefill(run: Run, queries: Sequence[Query], prefix: Prefix) -> tuple[KVCache, torch.Tensor, list[Score]]:
@@ -624,7 +619,7 @@ def prefill(run: Run, queries: Sequence[Query], prefix: Prefix) -> tuple[KVCache
         for score, counts, n in zip(scores, tally(gates, len(rows)), real):
             score.ran(counts, 1 if run.sequence else n)
     for query, score in zip(queries, scores):
-        score.kv_bytes = cache_bytes(run.model, run.route != "off", len(query.context), score.executed)
+        score.kv_bytes = cache_bytes(run, len(query.context), score.executed)
     last = h[torch.arange(len(rows), device=run.device), torch.tensor(lengths, device=run.device) - 1 - a]  # (B,T,D) -> (B,D)
     return cache, last, scores
 
@@ -686,7 +681,7 @@ def score_plain(run: Run, queries: Sequence[Query]) -> list[Score]:
             score.logprobs[branch.choice] = sum(value for value, in islice(values, len(branch.scored)))
             if first:
                 score.ran(counts(0, length), 1 if run.sequence else length)
-                score.kv_bytes = cache_bytes(run.model, run.route != "off", prompts[r], counts(0, prompts[r]))
+                score.kv_bytes = cache_bytes(run, prompts[r], counts(0, prompts[r]))
             elif not run.sequence or run.model.routing.pool == "all":
                 score.ran(counts(prompts[r], length), 1 if run.sequence else length - prompts[r])
     return scores
@@ -695,27 +690,25 @@ def score_plain(run: Run, queries: Sequence[Query]) -> list[Score]:
 def generate_answers(run: Run, queries: Sequence[Query], prefix: Prefix) -> list[Score]:
     """Greedy continuations up to a stop token or a stop text; a finished row leaves the batch."""
     cache, last, scores = prefill(run, queries, prefix)
-    alive = list(range(len(queries)))
-    while True:
+
+    def choose(last: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, list[int]]:
         chosen, going = run.model.head(last).argmax(-1), []
-        for place, (row, token) in enumerate(zip(alive, chosen.tolist())):  # the one host sync of a step
+        for index, (row, token) in enumerate(zip(rows, chosen.tolist())):  # the one host sync of a step
             output = scores[row].tokens
             output.append(token)
             tail = run.tok.decode(output[-STOP_TAIL:])
             if token not in run.tok.stop_ids and len(output) < NEW_TOKENS and not any(stop in tail for stop in STOPS):
-                going.append(place)
-        if not going:
-            break
-        if len(going) < len(alive):
-            cache.select(going)
-            alive, chosen = [alive[place] for place in going], chosen[torch.tensor(going, device=run.device)]
-        gates = None if run.sequence else forced(run, [queries[row] for row in alive], cache.lengths, 1)
-        h, gates = run.model.hidden(chosen[:, None], cache=cache, route=run.route, gates=gates)
-        last = h[:, -1]  # (B,1,D) -> (B,D)
-        for row, counts in zip(alive, tally(None if run.sequence else gates, len(alive))):
+                going.append(index)
+        return chosen, going
+
+    def gates_of(rows: list[int], lengths: list[int]) -> torch.Tensor | None:
+        return None if run.sequence else forced(run, [queries[row] for row in rows], lengths, 1)
+
+    for rows, gates in decode(run.model, cache, last, choose, route=run.route, gates=gates_of):
+        for row, counts in zip(rows, tally(None if run.sequence else gates, len(rows))):
             scores[row].ran(counts, 1)
     for query, score in zip(queries, scores):
-        score.kv_bytes = cache_bytes(run.model, run.route != "off", len(query.context) + len(score.tokens) - 1, score.executed)
+        score.kv_bytes = cache_bytes(run, len(query.context) + len(score.tokens) - 1, score.executed)
     return scores
 
 
@@ -786,10 +779,10 @@ def normal(answer: str) -> str:
 
 @dataclass(frozen=True)
 class Control:
-    """Gates of an item's tokens start .. stop - 1: (R,) for unit sequence, (R, stop - start) for unit token."""
+    """Gates of an item's tokens start .. stop - 1: (R,) for whole sequences, (R, stop - start) for tokens."""
 
     gates: Callable[[tuple[str, int], int, int], torch.Tensor]
-    per_item: bool  # they differ between items of a task
+    whole: bool  # they are for whole sequences
 
 
 def forced(run: Run, queries: Sequence[Query], starts: Sequence[int], width: int) -> torch.Tensor | None:
@@ -799,60 +792,78 @@ def forced(run: Run, queries: Sequence[Query], starts: Sequence[int], width: int
     return torch.stack([run.control.gates(query.owner, start, start + width) for query, start in zip(queries, starts)], 1).to(run.device)
 
 
-def make_control(text: str, model: Transformer, budget: float | None, orders: dict[str, list[int]]) -> Control | None:
-    """--control: none, static:LAYERS (these are dropped; both_sequence: names such as 5.attn,7.mlp), the name of one of the router file's drop orders
-    (its first places are dropped, as many as --budget says), random:SEED (at capacity --budget), mean:FILE.json (the average of a routed run's
-    routes, made constant: per task as many places as it executed on average, the most used ones)."""
+def make_control(text: str, model: Transformer, budget: float | None, orders: dict[str, list[str]]) -> Control | None:
+    """--control: none, static:LAYERS (everyone skips these; of both: names such as 5.attn,7.mlp), the name of one of the router file's orders (a static
+    list at capacity --budget), random:SEED (at --budget), mean:FILE.json (the average of a routed run's routes as a list, per task at its capacity)."""
     kind, _, value = text.partition(":")
     if kind == "none":
         return None
-    names, weights, sequence = model.routing.names, model.place_weights(), model.routing.unit == "sequence"
-
-    def draw(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{value}/{owner[0]}/{owner[1]}".encode()).digest()[:7]))
-        if not sequence:
-            return (torch.rand(stop, len(names), generator=generator) < budget).float()[start:].T  # (T,R) -> (R,T)
-        chance = torch.rand((), generator=generator).item()  # of the place that would close in part: the budget on average
-        return torch.tensor([float(share <= chance) for share in closed_shares(torch.randperm(len(names), generator=generator).tolist(), weights, 1 - budget)])
-
-    def left(order: list[int], closed: float) -> list[bool]:
-        off = closed_places(order, weights, closed)
-        return [place not in off for place in range(len(names))]
-
-    def constant(kept: Callable[[str], Sequence[bool]]) -> Control:
-        def gates(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
-            gate = torch.tensor(kept(owner[0]), dtype=torch.float32)  # (R,)
-            return gate if sequence else gate[:, None].expand(-1, stop - start)  # (R,) -> (R,T)
-        return Control(gates, per_item=False)
-
+    if budget is None and (kind == "random" or kind in orders):
+        raise ValueError(f"--control={text} needs the capacity at which it skips: give --budget=0..1")
     if kind == "random" and value.isdigit():
-        if budget is None:
-            raise ValueError(f"--control={text} draws routes at the capacity --budget: give --budget=0..1")
-        return Control(draw, per_item=True)
+        return random_control(value, model, budget)
     if kind in orders and not value:
-        if budget is None:
-            raise ValueError(f"--control={text} drops layers down to the capacity --budget: give --budget=0..1")
-        kept = left([names.index(str(name)) for name in orders[kind]], 1 - budget)
-        return constant(lambda task: kept)
+        order = [model.routing.names.index(name) for name in orders[kind]]
+        return list_control(lambda task: (order, budget), model)
     if kind == "static":
-        wanted = value.split(",") if model.routing.target == "both" else parse_layers(value, model.config.n_layers)[1]
-        dropped = {value} if isinstance(wanted, int) else set(map(str, wanted))
-        if not dropped <= set(names):
-            raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(names)}")
-        return constant(lambda task: [name not in dropped for name in names])
+        return list_control(static_list(text, value, model), model)
     if kind == "mean":
-        results = runtime.read_json(value).get("results", {})
-        shares = {task: result.get("capacity_per_layer", ()) for task, result in results.items()}
-
-        def most_used(task: str) -> list[bool]:
-            if len(shares.get(task, ())) != len(names):
-                raise ValueError(f"--control={text}: {task} has no {len(names)} routed layers there; write it with the same --routers")
-            rarest = sorted(range(len(names)), key=lambda i: (shares[task][i], -i))
-            return left(rarest, 1 - (weights @ torch.tensor(shares[task], dtype=torch.float64)).item())
-
-        return constant(most_used)
-    raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, or a drop order of the router file "
+        return list_control(mean_list(text, value, model), model)
+    raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, or an order of the router file "
                      f"({', '.join(orders) or 'this one holds none'})")
+
+
+def seeded(*key) -> torch.Generator:
+    """A random generator that depends on the key alone."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
+
+
+def random_control(seed: str, model: Transformer, budget: float) -> Control:
+    """Each sequence, or token, skips by chance; the draw depends on seed, task and item alone."""
+    weights, sequence = model.place_weights(), model.routing.unit == "sequence"
+
+    def gates(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
+        route = random_route(weights, budget, seeded("random", seed, *owner), None if sequence else stop)
+        return route if sequence else route[:, start:]
+
+    return Control(gates, whole=sequence)
+
+
+def list_control(listed: Callable[[str], tuple[list[int], float]], model: Transformer) -> Control:
+    """Everyone skips the same places. listed(task): an order of the places, and the capacity down to which it skips.
+
+    The place at which that ends is skipped for a share of the items, so that the average is the capacity asked for.
+    """
+    weights = model.place_weights()
+
+    def gates(owner: tuple[str, int], start: int, stop: int) -> torch.Tensor:
+        order, budget = listed(owner[0])
+        return static_route(order, weights, budget, seeded("list", *owner))
+
+    return Control(gates, whole=True)
+
+
+def static_list(text: str, value: str, model: Transformer) -> Callable[[str], tuple[list[int], float]]:
+    names, weights = model.routing.names, model.place_weights()
+    wanted = value.split(",") if model.routing.target == "both" else parse_layers(value, model.config.n_layers)[1]
+    skipped = {value} if isinstance(wanted, int) else set(map(str, wanted))
+    if not skipped <= set(names):
+        raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(names)}")
+    order = sorted(range(len(names)), key=lambda place: names[place] not in skipped)
+    budget = 1 - sum(weights[place].item() for place in order[:len(skipped)])
+    return lambda task: (order, budget)
+
+
+def mean_list(text: str, path: str, model: Transformer) -> Callable[[str], tuple[list[int], float]]:
+    results, weights = runtime.read_json(path).get("results", {}), model.place_weights()
+
+    def listed(task: str) -> tuple[list[int], float]:
+        shares = results.get(task, {}).get("capacity_per_layer", ())
+        if len(shares) != len(weights):
+            raise ValueError(f"--control={text}: {task} has no {len(weights)} routed layers there; write it with the same --routers")
+        return mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
+
+    return listed
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1201,7 +1212,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     paths = locate(tasks, Path(cfg.data), shots)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
     model, tok = load_model(cfg.model, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
-    orders = load_routers(model, cfg.routers, budget).get("orders", {}) if cfg.routers else {}
+    orders = load_routers(model, cfg.routers, budget).orders if cfg.routers else {}
     route = cfg.route if cfg.route != "auto" else "gather" if cfg.routers else "off"
     run = Run(model, tok, route, make_control(cfg.control, model, cfg.budget, orders), cfg.max_batch_tokens)
     works = prepare(cfg, run, tasks, shots, paths)

@@ -37,9 +37,11 @@ from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, executed_shares, load_config, load_model, prefill_flops
-from router import (GRANULARITIES, RouterConfig, capacity, closed_places, closed_shares, deep_layers, freeze_all_but_routers, load_router_weights,
-                    parse_layers, quantile_cut, quantile_cuts, read_router_file, save_routers, set_thresholds, thresholds_for)
+from model import KVCache, Transformer, load_config, load_model
+from recipe.cost import Executed, prefill_flops, step_flops
+from router import (GRANULARITIES, Place, RouterConfig, RouterMeta, capacity, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
+                    mean_order, official_layers, parse_layers, quantile_cut, quantile_cuts, random_route, read_router_file, save_routers, set_cuts,
+                    skipped_places, skipped_shares, threshold_of)
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -48,8 +50,8 @@ DEMO_DATA = os.path.relpath(ROOT / "data" / "demo" / "instructions.jsonl")
 
 # What a setting left at `none` means under each recipe.
 RECIPES = {
-    "default": {"layers": "auto:16", "objective": "ce", "lr": None, "lambda_": 0.0, "noise": 0.25},
-    "paper": {"layers": "deep:16", "objective": "ce", "lr": 2e-4, "lambda_": 0.1, "noise": 0.0},
+    "default": {"layers": "auto:16", "objective": "ce", "lr": None, "lambda_": 0.0},
+    "paper": {"layers": "deep:16", "objective": "ce", "lr": 2e-4, "lambda_": 0.1},
 }
 FREE = ("out", "save_every", "overwrite", "trunk_gb")  # settings that may differ between a run and its continuation, and do not change the result
 
@@ -84,7 +86,7 @@ class TrainConfig:
     budget: float = field(default=0.5, metadata={"help": "share of routed (layer, unit) pairs that execute, between 0 and 1; both_sequence: of their compute"})
     objective: Literal["ce", "distill"] | None = field(default=None, metadata={"help": "ce: cross-entropy of the answers; distill: KL to the same model, dense"})
     pool: Literal["prompt", "all"] = field(default="prompt", metadata={"help": "what a sequence router averages over; all: also the answer, as the paper does"})
-    kv: Literal["routed", "all"] | None = field(default=None, metadata={"help": "keys and values of skipped tokens; none: all for attn_token, routed else"})
+    kv: Literal["routed", "all"] | None = field(default=None, metadata={"help": "keys and values of skipped tokens; none: all for attn_token and both_token, routed else"})
     max_samples: int | None = field(default=None, metadata={"help": "training examples to use; none: all"})
     max_length: int | None = field(default=None, metadata={"help": "longest example in tokens; none: the model's context"})
     truncate: bool = field(default=False, metadata={"help": "cut longer examples instead of refusing them"})
@@ -97,7 +99,6 @@ class TrainConfig:
     steps: int | None = field(default=None, metadata={"help": "optimizer steps; none: from epochs"})
     lr: float | None = field(default=None, metadata={"help": "learning rate; default recipe: root mean square of what a step changes in the logits"})
     lambda_: float | None = field(default=None, metadata={"help": "weight of the capacity penalty ReLU(capacity - budget)"})
-    noise: float | None = field(default=None, metadata={"help": "scale of the logistic noise on logits, annealed to zero"})
     warmup: float = field(default=0.03, metadata={"help": "share of the steps with rising learning rate"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
     clip: float = field(default=1.0, metadata={"help": "greatest gradient norm"})
@@ -112,7 +113,7 @@ class TrainConfig:
     overwrite: bool = field(default=False, metadata={"help": "begin anew in an --out that holds another run"})
     import_official: str | None = field(default=None, metadata={"help": "router file of the official code: calibrate and write it as ours, without tuning"})
     recalibrate: str | None = field(default=None, metadata={"help": "router file of train.py: calibrate it on these data and write it again, without tuning"})
-    seed: int = field(default=1337, metadata={"help": "seed of data order, label samples and noise"})
+    seed: int = field(default=1337, metadata={"help": "seed of data order and label samples"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N"})
     dtype: str = field(default="auto", metadata={"help": "of the frozen model: auto, float32, bfloat16, float16; routers and losses are float32"})
     compile: bool | None = field(default=None, metadata={"help": "torch.compile each block; none: on CUDA only"})
@@ -122,7 +123,7 @@ class TrainConfig:
             raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. --budget=0.5, and the router file "
                              "then serves every budget from 0 to 1")
         least = {"batch_size": 1, "micro_batch": 1, "cost_samples": 1, "select_samples": 1, "calibrate_samples": 1, "heldout_samples": 1, "save_every": 1, "evaluations": 0, "steps": 0,
-                 "epochs": 0, "lr": 0, "lambda_": 0, "noise": 0, "trunk_gb": 0, "benefit_samples": 0, "max_samples": 2, "max_length": 2}
+                 "epochs": 0, "lr": 0, "lambda_": 0, "trunk_gb": 0, "benefit_samples": 0, "max_samples": 2, "max_length": 2}
         for name, bound in least.items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise ValueError(f"{name.rstrip('_')} is {getattr(self, name)}, expected {bound} or more: change --{name.rstrip('_')}")
@@ -136,10 +137,10 @@ class TrainConfig:
         if self.lr is None:  # many tokens vote on a token router's step, few sequences on a sequence router's
             self.lr = 0.1 if self.granularity.endswith("token") else 0.01
         if self.kv is None:
-            self.kv = "all" if self.granularity == "attn_token" else "routed"
+            self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
         if self.import_official and self.recalibrate:
             raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one away")
-        RouterConfig(self.granularity, (), self.pool, self.kv)  # raises for an unknown granularity and for kv that it cannot have
+        RouterConfig.of(self.granularity, (0,), pool=self.pool, kv=self.kv)  # raises for an unknown granularity and for kv that it cannot have
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
@@ -331,12 +332,6 @@ def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def logistic_noise(shape: tuple[int, ...], scale: float, *key) -> torch.Tensor:
-    """Logistic noise of the given scale: sigmoid(z / scale) is then the chance that z + noise >= 0."""
-    u = torch.rand(shape, generator=generator(*key)).clamp(1e-6, 1 - 1e-6)
-    return scale * (u.log() - (-u).log1p())
-
-
 def ridge(features: torch.Tensor, target: torch.Tensor, strength: float = PRIOR_RIDGE) -> torch.Tensor:
     """Weights w (D,) that minimise |features w - target|^2 + strength * N * variance * |w|^2, in the dual. features (N,D), target (N,).
 
@@ -388,54 +383,41 @@ def collect(parts: list, rt: runtime.Runtime) -> list:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, closed: tuple[int, ...] | None = None,
+def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, skipped: tuple[int, ...] | None = None,
              random_at: float | None = None, teacher: dict[int, torch.Tensor] | None = None, trunk: "TrunkCache | None" = None) -> dict:
     """Mean loss per loss-carrying token, and realised capacity in all and by place.
 
-    Instead of the routers: closed, places that nobody runs (a static control); random_at, each unit runs with that chance.
+    Instead of the routers: skipped, places that everyone skips (a static list); random_at, the random control at this budget.
     teacher: dense final states by group, as `dense_states` gives them: the loss is then the KL to the dense model.
     """
     n_routed = 0 if model.routing is None or route == "off" else len(model.routing.places)
-    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, open units by place
-    with dropping_layers(model) if closed is not None else contextlib.nullcontext():
-        for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-            batch = collate(group, rt.device)
-            shape = (n_routed, *(batch.tokens.shape if n_routed and model.routing.unit == "token" else batch.tokens.shape[:1]))
-            gates = None
-            if closed is not None:
-                gates = torch.ones(shape, device=rt.device)
-                gates[list(closed)] = 0.0
-            elif random_at is not None:
-                gates = (torch.rand(shape, generator=generator("random routes", number)) < random_at).float().to(rt.device)
-            start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.places[0].layer}
-            h, gates, _ = states(model, batch, route=route, gates=gates, **start)
-            sums[0] += head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
-            sums[1] += len(batch.labels)
-            if n_routed:
-                sums[2] += n_units(model.routing, batch.lengths)
-                sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
-    loss, tokens, units, *opened = sum_over_ranks(sums, rt).tolist()
-    shares = [n / units for n in opened]
+    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, executed units by place
+    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
+        batch, gates = collate(group, rt.device), None
+        if skipped is not None:  # (R,B) whatever the unit: a place that everyone skips costs nothing, first tokens and keys included
+            gates = torch.ones(n_routed, len(group), device=rt.device)
+            gates[list(skipped)] = 0.0
+        elif random_at is not None:
+            gates = random_gates(model, batch, random_at, number).to(rt.device)
+        start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.places[0].layer}
+        h, gates, _ = states(model, batch, route=route, gates=gates, **start)
+        sums[0] += head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
+        sums[1] += len(batch.labels)
+        if n_routed:
+            sums[2] += len(group) if gates.dim() == 2 else sum(batch.lengths)
+            sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
+    loss, tokens, units, *executed = sum_over_ranks(sums, rt).tolist()
+    shares = [n / units for n in executed]
     return {"loss": loss / tokens, "tokens": int(tokens), "capacity_per_layer": shares,
             "capacity": capacity(torch.tensor(shares)[:, None], weights=model.place_weights()).item() if n_routed else 1.0}
 
 
-def whole_layers(routing: RouterConfig) -> RouterConfig:
-    """The same layers and target, decided for whole sequences, so that a skipped layer leaves nothing behind."""
-    return replace(routing, granularity=f"{routing.target}_sequence", kv="routed")
-
-
-@contextlib.contextmanager
-def dropping_layers(model: Transformer):
-    """Gates count per sequence for a while, whatever the model's unit: a layer dropped for everyone costs nothing, first tokens and keys included."""
-    routing, plain = model.routing, whole_layers(model.routing)
-    try:
-        for owner in (model, *(model.layers[place.layer] for place in routing.places)):
-            owner.routing = plain
-        yield
-    finally:
-        for owner in (model, *(model.layers[place.layer] for place in routing.places)):
-            owner.routing = routing
+def random_gates(model: Transformer, batch: Batch, budget: float, number: int) -> torch.Tensor:
+    """Gates (R,B) or (R,B,T) of the random control for a numbered group of examples."""
+    width = batch.tokens.shape[1] if model.routing.unit == "token" else None
+    weights = model.place_weights()
+    routes = [random_route(weights, budget, generator("random routes", number, row), width) for row in range(len(batch.lengths))]
+    return torch.stack(routes, dim=1)
 
 
 class TrunkCache:
@@ -520,18 +502,11 @@ def route_logits(model: Transformer, examples: list[Example], rt: runtime.Runtim
     return torch.cat(collect(parts, rt), dim=1)
 
 
-def set_cut(model: Transformer, cut: float | list[float]) -> None:
-    """One cut, in logits, for all routers, or one for each."""
-    routers = model.routers()
-    for router, value in zip(routers, cut if isinstance(cut, list) else [cut] * len(routers)):
-        router.cut.fill_(value)
-
-
 def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, budget: float, rounds: int = 2) -> float:
     """Set and return the global cut that realises `budget`. Routes change what deeper routers see, hence more than one round."""
     for _ in range(rounds):
         cut = quantile_cut(route_logits(model, examples, rt), budget, model.place_weights())
-        set_cut(model, cut)
+        set_cuts(model, cut)
     return cut
 
 
@@ -557,7 +532,7 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
             low, high = max(zip(ends, ends[1:]), key=lambda gap: gap[1] - gap[0])
             wanted = own if i in (2, PASSES - 1) else (low + high) / 2
             cut = blended(min(BUDGETS, key=lambda budget: abs(budget - wanted)))
-        set_cut(model, cut)
+        set_cuts(model, cut)
         z = route_logits(model, examples, rt)
         dense = z if i == 0 else dense
         routes[capacity((z >= cut).double(), weights=weights).item()] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
@@ -568,7 +543,7 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
     rows = {budget: [cut] * len(weights) for budget, cut in cuts.items()}
     static = {}
     for anchor in ANCHORS if orders else ():
-        set_cut(model, rows[anchor])
+        set_cuts(model, rows[anchor])
         settle(model, controls.examples, rt, anchor, rounds=1)  # compared at exactly this capacity
         routed = evaluate(model, controls.examples, rt, route="gather", trunk=controls.trunk)["loss"]
         losses = {name: controls.static(order, 1 - anchor) for name, order in orders.items()}
@@ -577,17 +552,12 @@ def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, 
             static |= {budget: best for budget in rows if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor}
     rows |= {budget: static_cuts(dense, orders[name], budget, weights) for budget, name in static.items()}
     budgets = sorted(rows)
-    return {"budgets": budgets, "thresholds": [[as_threshold(cut) for cut in rows[budget]] for budget in budgets], "static": static}
+    return {"budgets": budgets, "thresholds": [[threshold_of(cut) for cut in rows[budget]] for budget in budgets], "static": static}
 
 
 def static_cuts(z: torch.Tensor, order: list[int], budget: float, weights: torch.Tensor) -> list[float]:
-    """Cuts (R) that close the first places of an order for everyone and leave the others open; a fraction of a place goes by its logits z (R,N)."""
-    return [quantile_cut(z[place], 1 - share) for place, share in enumerate(closed_shares(order, weights, 1 - budget))]
-
-
-def as_threshold(cut: float) -> float:
-    """A cut in logits as a threshold in score units."""
-    return 1.0 / (1.0 + math.exp(-cut)) if abs(cut) < 700 else float(cut > 0)
+    """Cuts (R) that skip the first places of an order for everyone and run the others; a fraction of a place goes by its logits z (R,N)."""
+    return [quantile_cut(z[place], 1 - share) for place, share in enumerate(skipped_shares(order, weights, 1 - budget))]
 
 
 # --------------------------------------------------------------------------------------------------------- measured prior
@@ -647,9 +617,9 @@ def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runti
 
 
 @torch.no_grad()
-def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Runtime, closed: tuple[int, ...], trunk: "TrunkCache | None" = None,
+def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Runtime, skipped: tuple[int, ...], trunk: "TrunkCache | None" = None,
                      distill: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What running each place is worth to each sequence (R,N) where `closed` ones are dropped for everyone, and the router inputs (R,N,D) there.
+    """What running each place is worth to each sequence (R,N) where everyone skips the `skipped` ones, and the router inputs (R,N,D) there.
 
     Benefit: the answer's loss without the layer minus its loss with it, each measured, in nats over the square root of the answer's tokens: a sum
     over n tokens is as noisy as sqrt(n), and short answers should not drown. Only what stands above the toggled layer is computed again.
@@ -661,7 +631,7 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
         x = model.trunk(batch.tokens) if trunk is None else trunk(model, group, batch)
         teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
         gates = torch.ones(len(layers), len(group), device=rt.device)
-        gates[list(closed)] = 0.0
+        gates[list(skipped)] = 0.0
         distinct = list(dict.fromkeys(layers))
         with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in distinct]) as entered:
             h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
@@ -677,7 +647,7 @@ def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Ru
             toggled = gates[first:].clone()
             toggled[place - first] = 1 - gates[place]
             h = states(model, batch, route="gather", gates=toggled, x=entered[layer], first_layer=layer)[0]
-            benefits.append((by_row(h) - now) * (2 * gates[place] - 1))  # a closed layer's loss falls by what it is worth
+            benefits.append((by_row(h) - now) * (2 * gates[place] - 1))  # a skipped place's loss falls by what it is worth
         weight = torch.tensor([len(e.targets) for e in group], device=rt.device) ** -0.5
         parts.append((number, ((torch.stack(benefits) * weight).cpu(), torch.stack(inputs).cpu())))
     parts = collect(parts, rt)
@@ -760,6 +730,23 @@ def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtim
     return path + sorted(rest, key=lambda place: (measured.get(place, math.inf), guess[place]))
 
 
+@contextlib.contextmanager
+def sublayers_of(model: Transformer):
+    """A list that collects, for a while and by layer, what enters the layer, and what its attention and feed-forward add (B,T,D)."""
+    seen: list[dict[str, torch.Tensor]] = []
+    hooks = []
+    for block in model.layers:
+        hooks.append(block.register_forward_pre_hook(lambda _, args: seen.append({"x": args[0].detach()})))
+        for name in ("attention", "feed_forward"):
+            part = getattr(block, name)
+            hooks.append(part.register_forward_hook(lambda _, args, out, name=name: seen[-1].update({name: out.detach().clone()})))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> list[int]:
     """Places by 1 - cos(x, y), x what enters the target and y that plus its output (What Matters in Transformers, arXiv 2406.15786), by what they count."""
@@ -767,17 +754,15 @@ def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Ru
     total = torch.zeros(len(places), dtype=torch.float64, device=rt.device)
     for _, group in mine(by_length(examples, EVAL_BATCH), rt):
         batch = collate(group, rt.device)
-        x, width = model.tok_embeddings(batch.tokens), batch.tokens.shape[1]
-        real = torch.arange(width, device=rt.device) < torch.tensor(batch.lengths, device=rt.device)[:, None]  # (B,T)
-        cos, sin = model.rope(torch.arange(width, device=rt.device)[None], x.dtype)
-        for layer, block in enumerate(model.layers):
-            middle = x + block.attention(block.attention_norm(x), cos, sin)
-            after = middle + block.feed_forward(block.ffn_norm(middle))
-            for number, place in enumerate(places):
-                if place.layer == layer:
-                    before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[place.target]
-                    total[number] += (1 - F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)).sum()
-            x = after
+        real = torch.arange(batch.tokens.shape[1], device=rt.device) < torch.tensor(batch.lengths, device=rt.device)[:, None]  # (B,T)
+        with sublayers_of(model) as seen:
+            model.hidden(batch.tokens, route="off")
+        for number, place in enumerate(places):
+            x = seen[place.layer]["x"]
+            middle = x + seen[place.layer]["attention"].view_as(x)
+            after = middle + seen[place.layer]["feed_forward"].view_as(x)
+            before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[place.target]
+            total[number] += (1 - F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)).sum()
     return (sum_over_ranks(total, rt).cpu() / model.place_weights()).argsort().tolist()
 
 
@@ -827,13 +812,13 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, x: torch.Tensor, noise: torch.Tensor | None):
-        return states(self.model, batch, route="mask", noise=noise, x=x, first_layer=self.model.routing.places[0].layer)
+    def forward(self, batch: Batch, x: torch.Tensor):
+        return states(self.model, batch, route="mask", x=x, first_layer=self.model.routing.places[0].layer)
 
 
 @dataclass
 class State:
-    """What a checkpoint keeps beside tensors. Order of data and noise are functions of (seed, step), so there is no generator state."""
+    """What a checkpoint keeps beside tensors. The order of data is a function of (seed, step), so there is no generator state."""
 
     step: int = 0
     cut: float = 0.0
@@ -842,8 +827,8 @@ class State:
     tokens: int = 0
     seconds: float = 0.0  # of the whole run so far
     step_seconds: float = 0.0  # of its optimizer steps
-    places: list[str] = field(default_factory=list)  # where routers stand, by name
-    orders: dict[str, list[int]] = field(default_factory=dict)  # drop orders of the static controls, as numbers of places
+    places: list[list] = field(default_factory=list)  # where routers stand: (layer, target, expert)
+    orders: dict[str, list[int]] = field(default_factory=dict)  # orders of the static lists, as numbers of places
 
 
 class Tuner:
@@ -861,31 +846,31 @@ class Tuner:
         """Choose the routed layers, find the orders of the static controls, and set the routers' first weights."""
         cfg, model, state = self.cfg, self.model, self.state
         if cfg.import_official:
-            if cfg.granularity == "both_sequence":
-                raise ValueError("granularity is 'both_sequence' with --import_official; the official code has one router per layer: name what it gated")
-            weights = read_router_file(cfg.import_official, official=True)[0]
-            self.route(list(weights))
-            load_router_weights(cfg.import_official, model, weights, model.routing)
+            if cfg.granularity.startswith("both"):
+                raise ValueError(f"granularity is {cfg.granularity!r} with --import_official; the official code has one router per layer: name what it gated")
+            tensors = read_router_file(cfg.import_official, official=True)[0]
+            self.route(RouterConfig.of(cfg.granularity, official_layers(tensors)).places)
+            load_router_weights(cfg.import_official, model, tensors, model.routing)
             self.ready()
             self.search_orders(self.measure()[0])
             return
         if cfg.recalibrate:  # the model came with its routers
             freeze_all_but_routers(model)
-            state.places = list(model.routing.names)
-            orders = read_router_file(cfg.recalibrate)[1].get("orders", {})
-            state.orders = {name: [state.places.index(str(place)) for place in order] for name, order in orders.items()}
+            state.places, names = list(map(list, model.routing.places)), model.routing.names
+            orders = read_router_file(cfg.recalibrate)[1].orders
+            state.orders = {name: [names.index(place) for place in order] for name, order in orders.items()}
             self.ready()
             if not orders:
                 self.search_orders(self.measure()[0])
             return
         kind, chosen = parse_layers(cfg.layers, model.config.n_layers)
         layers = list(range(model.config.n_layers)) if kind == "auto" else list(deep_layers(chosen, model.config.n_layers) if kind == "deep" else chosen)
-        self.route([f"{layer}.{target}" for layer in layers for target in ("attn", "mlp")] if cfg.granularity == "both_sequence" else list(map(str, layers)))
+        self.route(RouterConfig.of(cfg.granularity, layers).places)
         costs, inputs = self.measure()
         if kind == "auto":
             kept = sorted((typical_costs(costs) / model.place_weights()).argsort()[:chosen].tolist())
             costs, inputs = costs[kept], inputs[kept]
-            self.route([state.places[i] for i in kept])
+            self.route(model.routing.at(kept).places)
         if cfg.recipe == "default":
             self.inputs = inputs[:, permutation(inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
         self.ready()
@@ -896,7 +881,7 @@ class Tuner:
     def measure(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Fisher costs (R,N) and router inputs (R,N,D) of the first training examples."""
         costs, inputs = measure_costs(self.model, self.train[:self.cfg.cost_samples], self.rt, self.cfg.seed)
-        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{place}: {cost:.3g}" for place, cost in zip(self.state.places, typical_costs(costs).tolist())))
+        runtime.print0("cost of skipping, in nats: " + ", ".join(f"{place}: {cost:.3g}" for place, cost in zip(self.model.routing.names, typical_costs(costs).tolist())))
         return costs, inputs
 
     def search_orders(self, costs: torch.Tensor) -> None:
@@ -908,14 +893,14 @@ class Tuner:
         self.state.orders = {"greedy": greedy_order(model, examples, rt, prices.tolist(), depth, self.trunk), "fisher": prices.argsort().tolist(),
                              "similarity": similarity_order(model, examples, rt)}
         for name, order in self.state.orders.items():
-            runtime.print0(f"layers to drop, {name}: " + ", ".join(self.state.places[place] for place in order))
+            runtime.print0(f"first to skip, {name}: " + ", ".join(model.routing.names[place] for place in order))
 
     def first_routers(self, costs: torch.Tensor, inputs: torch.Tensor) -> None:
         """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses less, from routers fitted
         to what each layer is worth to each sequence beside that order; unit token: to each token's Fisher cost, alone or mixed with the order."""
         cfg, model, rt, state = self.cfg, self.model, self.rt, self.state
-        sets = {name: closed_places(order, model.place_weights(), 1 - cfg.budget) for name, order in state.orders.items()}
-        losses = {name: self.controls.loss(closed) for name, closed in sets.items()}
+        sets = {name: skipped_places(order, model.place_weights(), 1 - cfg.budget) for name, order in state.orders.items()}
+        losses = {name: self.controls.loss(skipped) for name, skipped in sets.items()}
         best = min(losses, key=losses.get)
         runtime.print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         static = ranks_of(state.orders[best])[:, None].expand(-1, inputs.shape[1])  # (R,N)
@@ -936,12 +921,12 @@ class Tuner:
             state.best_loss = math.inf  # nothing is tried later: the last routers are taken
         state.cut = settle(model, self.select, rt, cfg.budget)
 
-    def route(self, places: list[str]) -> None:
-        """Put a fresh router at exactly the places of these names."""
-        cfg = self.cfg
-        self.model.add_routers(RouterConfig(cfg.granularity, (), cfg.pool, cfg.kv).at(places))
+    def route(self, places) -> None:
+        """Put a fresh router at exactly these places."""
+        unit = self.cfg.granularity.split("_")[1]
+        self.model.add_routers(RouterConfig(tuple(Place(*place) for place in places), unit, self.cfg.pool, self.cfg.kv))
         freeze_all_but_routers(self.model)
-        self.state.places = list(self.model.routing.names)
+        self.state.places = list(map(list, self.model.routing.places))
 
     def ready(self) -> None:
         """Build what stands on the routers: optimizer, distributed wrapper, activations cache."""
@@ -992,8 +977,8 @@ class Tuner:
             last = micro is micros[-1]
             with contextlib.nullcontext() if last or rt.world_size == 1 else self.student.no_sync():
                 batch = collate([whole[i] for i in micro], rt.device, 64 if self.compiled() else 1)
-                x, noise = self.trunk(model, [whole[i] for i in micro], batch), self.noise(batch, micro)
-                h, gates, z = self.student(batch, x, noise)
+                x = self.trunk(model, [whole[i] for i in micro], batch)
+                h, gates, z = self.student(batch, x)
                 teacher = None
                 if cfg.objective == "distill":
                     with torch.no_grad():
@@ -1009,7 +994,7 @@ class Tuner:
                 torch.autograd.backward(roots, gradients)
             loss += part
             opened += self.opened(gates)
-            logits.append((micro[0], real_logits(z if noise is None else z + noise, batch.lengths)))
+            logits.append((micro[0], real_logits(z, batch.lengths)))
         norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.clip)
         loss, opened = sum_over_ranks(torch.stack([loss, opened]), rt).tolist()
         if not math.isfinite(loss) or not math.isfinite(norm.item()):
@@ -1019,7 +1004,7 @@ class Tuner:
         if cfg.recipe == "default":
             cut = quantile_cut(torch.cat(collect(logits, rt), dim=1), cfg.budget, self.counts.cpu())
             state.cut = (CUT_MEMORY * state.cut + (1 - CUT_MEMORY) * cut if math.isfinite(cut) else state.cut) + rise
-            set_cut(model, state.cut)
+            set_cuts(model, state.cut)
         state.step += 1
         state.tokens += sum(len(e.tokens) for e in whole)
         lengths = [len(e.tokens) for e in whole]
@@ -1036,23 +1021,8 @@ class Tuner:
         opened = torch.zeros((), device=self.rt.device)
         for micro in micros:
             batch = collate([whole[i] for i in micro], self.rt.device, 64 if self.compiled() else 1)
-            opened += self.opened(states(self.model, batch, route="mask", noise=self.noise(batch, micro))[1])
+            opened += self.opened(states(self.model, batch, route="mask")[1])
         return sum_over_ranks(opened, self.rt).item() / units
-
-    def noise(self, batch: Batch, places: list[int]) -> torch.Tensor | None:
-        """Exploration noise (R,B) or (R,B,T) on the logits; a row's noise depends on seed, step and its place in the global batch alone."""
-        scale = self.cfg.noise * (1 - self.state.step / self.steps)
-        if scale == 0.0:
-            return None
-        token, n = self.model.routing.unit == "token", len(self.weights)
-        noise = torch.zeros(n, *(batch.tokens.shape if token else batch.tokens.shape[:1]))
-        for row, (place, length) in enumerate(zip(places, batch.lengths)):
-            key = (self.cfg.seed, "noise", self.state.step, place)
-            if token:
-                noise[:, row, :length] = logistic_noise((length, n), scale, *key).T
-            else:
-                noise[:, row] = logistic_noise((n,), scale, *key)
-        return noise.to(self.rt.device)
 
     # ------------------------------------------------------------------------------------------- selection and checkpoint
 
@@ -1062,7 +1032,7 @@ class Tuner:
             self.teacher = dense_states(self.model, self.select, self.rt) if self.cfg.objective == "distill" else None
         settle(self.model, self.select, self.rt, self.cfg.budget)
         loss = evaluate(self.model, self.select, self.rt, route="gather", teacher=self.teacher, trunk=self.trunk)["loss"]
-        set_cut(self.model, self.state.cut)
+        set_cuts(self.model, self.state.cut)
         if loss < self.state.best_loss:
             self.state.best_loss, self.state.best_step, self.best = loss, self.state.step, self.stacked()
         return loss
@@ -1103,7 +1073,7 @@ class Tuner:
         for i, w in enumerate(self.weights):
             for name, moment in self.optimizer.state[w].items():
                 moment.copy_(tensors[name][i])
-        set_cut(self.model, self.state.cut)
+        set_cuts(self.model, self.state.cut)
 
 
 def refuse_other(out: Path, saved: dict, now: dict) -> None:
@@ -1160,17 +1130,9 @@ def tune(tuner: Tuner, out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- summary
 
 
-def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: int, distill: bool) -> float:
-    """FLOPs that a tuning step really needs: layers below the first routed one forward only; above it forward, backward without weight
-    gradients (as much again), and the teacher's forward; the head likewise, where loss is taken."""
-    head, passes = 2 * config.dim * config.vocab_size, 2 + distill
-    layers = sum(prefill_flops(config, length, logits=0) for length in lengths)
-    return layers * (first + passes * (config.n_layers - first)) / config.n_layers + passes * head * n_targets
-
-
-def routed_flops(config: ModelConfig, routing: RouterConfig, shares: list[float], tokens: int, logits: int = 0) -> float:
+def routed_flops(config, routing: RouterConfig, shares: list[float], tokens: int, logits: int = 0) -> float:
     """FLOPs of a prompt of `tokens` tokens when the places (R) execute these shares of their units."""
-    return prefill_flops(config, tokens, **executed_shares(config, routing, shares), kv=routing.kv, unit=routing.unit, logits=logits)
+    return prefill_flops(config, tokens, Executed.of(config, routing, shares), logits)
 
 
 @torch.no_grad()
@@ -1206,19 +1168,22 @@ class Controls:
     def __init__(self, model: Transformer, examples: list[Example], rt: runtime.Runtime, trunk: TrunkCache | None = None):
         self.model, self.examples, self.rt, self.trunk, self.known = model, examples, rt, trunk, {}
 
-    def loss(self, closed: tuple[int, ...]) -> float:
-        """Loss with these places, in any order, off for everyone."""
-        closed = tuple(sorted(closed))
-        if closed not in self.known:
-            self.known[closed] = evaluate(self.model, self.examples, self.rt, route="gather", closed=closed, trunk=self.trunk)["loss"]
-        return self.known[closed]
+    def loss(self, skipped: tuple[int, ...]) -> float:
+        """Loss where everyone skips these places, given in any order."""
+        skipped = tuple(sorted(skipped))
+        if skipped not in self.known:
+            self.known[skipped] = evaluate(self.model, self.examples, self.rt, route="gather", skipped=skipped, trunk=self.trunk)["loss"]
+        return self.known[skipped]
 
     def static(self, order: list[int], share: float) -> float:
-        """Loss with the first places of an order off for everyone, `share` of all they count; where that ends within a place it is interpolated."""
-        shares = closed_shares(order, self.model.place_weights(), share)
-        part = next((closed for closed in shares if 0.0 < closed < 1.0), 0.0)
-        losses = [self.loss(tuple(place for place, closed in enumerate(shares) if closed >= least)) for least in (1.0, part)[:1 + (part > 0.0)]]
-        return losses[0] + part * (losses[-1] - losses[0])
+        """Loss where everyone skips the first places of an order, `share` of all they count; where that ends within a place it is interpolated."""
+        shares = skipped_shares(order, self.model.place_weights(), share)
+        part = next((value for value in shares if 0.0 < value < 1.0), 0.0)
+        loss = self.loss(tuple(place for place, value in enumerate(shares) if value == 1.0))
+        if part == 0.0:
+            return loss
+        more = self.loss(tuple(place for place, value in enumerate(shares) if value >= part))
+        return loss + part * (more - loss)
 
     def share_saved(self, shares: list[float]) -> tuple[float, float]:
         """What share of whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
@@ -1227,7 +1192,7 @@ class Controls:
         def flops(routing: RouterConfig, shares: list[float]) -> float:
             return sum(routed_flops(self.model.config, routing, shares, len(example.tokens)) for example in self.examples)
 
-        plain = whole_layers(routing)
+        plain = replace(routing, unit="sequence", kv="routed")  # whole sequences: a skipped place leaves nothing behind
         dense, routed, none = flops(plain, [1.0] * len(shares)), flops(routing, shares), flops(plain, [0.0] * len(shares))
         return (dense - routed) / (dense - none), dense / routed
 
@@ -1239,16 +1204,15 @@ class Controls:
         losses = {name: self.static(order, skipped) for name, order in orders.items()}
         cheap = {name: self.static(order, saved) for name, order in orders.items()}
         best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.loss(())
-        own = sorted(range(len(shares)), key=lambda place: shares[place])
 
-        def closed(static: float) -> float | None:
-            """Share of the gap between static and dense that routing closes; None where dropping layers costs nothing."""
+        def gap_closed(static: float) -> float | None:
+            """Share of the gap between static and dense that routing closes; None where skipping for everyone costs nothing."""
             return (static - routed["loss"]) / (static - dense) if static > dense else None
 
         return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
-                "mean_route": self.static(own, skipped),
+                "mean_route": self.static(mean_order(shares), skipped),
                 "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"], trunk=self.trunk)["loss"],
-                "gap_closed": closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": closed(best_cheap)}
+                "gap_closed": gap_closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": gap_closed(best_cheap)}
 
 
 def finish(tuner: Tuner, out: Path) -> dict:
@@ -1261,16 +1225,18 @@ def finish(tuner: Tuner, out: Path) -> dict:
     for anchor, name in table["static"].items():
         if anchor in ANCHORS:
             runtime.print0(f"calibration: around budget {anchor:g} the static order {name} loses less on the selection set than the routers, and stands in the table")
-    thresholds = [0.5] * len(tuner.weights) if cfg.recipe == "paper" or cfg.import_official else thresholds_for(cfg.budget, table)
+    cuts = [0.0] * len(tuner.weights) if cfg.recipe == "paper" or cfg.import_official else cuts_for(cfg.budget, table)
     path = out / "routers.safetensors"
     if rt.is_master:
         settings = {k: v for k, v in asdict(cfg).items() if k not in FREE}
-        save_routers(path, model, model.routing, fingerprint=model.fingerprint, thresholds=thresholds, calibration=table, recipe=cfg.recipe,
-                     step=state.best_step if cfg.recipe == "default" else state.step, config=settings,
-                     orders={name: [state.places[place] for place in order] for name, order in state.orders.items()})
+        names = model.routing.names
+        save_routers(path, model, RouterMeta(
+            model.routing, [threshold_of(cut) for cut in cuts], model.fingerprint, table, cfg.recipe,
+            state.best_step if cfg.recipe == "default" else state.step, settings,
+            {name: [names[place] for place in order] for name, order in state.orders.items()}))
     controls, rows = Controls(model, tuner.held, rt, tuner.trunk), []
     for budget in (*(b for b in cfg.report if b != cfg.budget), cfg.budget):  # its own last: the speed below is of that route
-        set_thresholds(model, thresholds if budget == cfg.budget else thresholds_for(budget, table))
+        set_cuts(model, cuts if budget == cfg.budget else cuts_for(budget, table))
         rows.append(controls.row(budget, state.orders))
         runtime.print0(f"held out at budget {budget:.3f}: capacity {rows[-1]['capacity']:.3f}, loss {rows[-1]['routed']:.4f}")
     own = rows[-1]
@@ -1278,7 +1244,7 @@ def finish(tuner: Tuner, out: Path) -> dict:
     summary = {
         "heldout_loss_dense": own["dense"], "heldout_loss_routed": own["routed"], "heldout_loss_static": min(own[name] for name in state.orders),
         "heldout_tokens": sum(len(e.targets) for e in tuner.held), "capacity": own["capacity"], "budget": cfg.budget, "capacity_per_layer": own["capacity_per_layer"],
-        "granularity": cfg.granularity, "layers": [name if "." in name else int(name) for name in state.places], "kv": cfg.kv, "recipe": cfg.recipe,
+        "granularity": cfg.granularity, "layers": [name if "." in name else int(name) for name in model.routing.names], "kv": cfg.kv, "recipe": cfg.recipe,
         "objective": cfg.objective,
         "steps": state.step, "best_step": state.best_step, "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
         **speed, "peak_memory_bytes": runtime.peak_memory_bytes(rt.device), "device": runtime.device_name(rt.device), "routers": str(path),
@@ -1333,7 +1299,7 @@ def train(cfg: TrainConfig) -> dict:
     model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
     if cfg.recalibrate:
         routing = model.routing
-        cfg = replace(cfg, granularity=routing.granularity, layers=",".join(routing.names), pool=routing.pool, kv=routing.kv)
+        cfg = replace(cfg, granularity=routing.granularity, layers=",".join(map(str, routing.layers)), pool=routing.pool, kv=routing.kv)
     tuner = Tuner(cfg, rt, model, train_set, select, held)
     checkpoint = out / "checkpoint.safetensors"
     if cfg.overwrite and rt.is_master:
@@ -1364,7 +1330,7 @@ def describe(tuner: Tuner) -> None:
     runtime.print0(f"routed layers: {', '.join(model.routing.names)} of {model.config.n_layers}; {cfg.granularity}, pool {cfg.pool}, kv {cfg.kv}; "
                    f"budget {cfg.budget}")
     runtime.print0(f"steps: {tuner.steps} of {cfg.batch_size} examples ({cfg.batch_size // rt.world_size} a rank, {cfg.micro_batch} at a time); "
-                   f"recipe {cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}, noise {cfg.noise}")
+                   f"recipe {cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}")
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def compare(cfg: CompareConfig) -> dict:
     rt = runtime.setup(cfg.device, cfg.dtype)
     model = load_model(cfg.model, device=rt.device, dtype=rt.dtype)
     reference = reference_of(model)
-    routing = RouterConfig("attn_sequence", deep_layers(cfg.routed, model.config.n_layers))
+    routing = RouterConfig.of("attn_sequence", deep_layers(cfg.routed, model.config.n_layers))
     model.add_routers(routing)
     variants = {"eager": model}
     if cfg.compile:

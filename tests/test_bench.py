@@ -15,19 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import runtime
-from bench import PUBLISHED, decode_ceiling, forced_gates, prefill_ceiling, roofline, run_decode, run_prefill, shares
-from model import KVCache, ModelConfig, Transformer, decode_bytes, fingerprint, prefill_flops
-from router import GRANULARITIES, RouterConfig, save_routers
+from bench import PUBLISHED, forced_gates, roofline, run_decode, run_prefill
+from model import KVCache, ModelConfig, Transformer, fingerprint
+from recipe.cost import Executed, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
+from router import GRANULARITIES, RouterConfig, RouterMeta, save_routers
 
 CONFIG = ModelConfig(family="llama", dim=32, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
                      rope_theta=10000.0, tie_embeddings=True)
-CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g == "attn_token" else ("routed",))]
+CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in ("attn_token", "both_token") else ("routed",))]
 BUDGETS = (0.0, 0.25, 0.5, 1.0)
 WIDTH = 24
 
 
 def routing_of(granularity: str, kv: str = "routed", layers=(1, 2, 3, 4)) -> RouterConfig:
-    return RouterConfig(granularity, layers, kv=kv, mlp_layers=layers if granularity == "both_sequence" else ())
+    return RouterConfig.of(granularity, layers, kv=kv)
 
 
 def build(granularity: str, kv: str = "routed", config: ModelConfig = CONFIG) -> Transformer:
@@ -41,6 +42,10 @@ def build(granularity: str, kv: str = "routed", config: ModelConfig = CONFIG) ->
 
 def tokens_of(batch: int, width: int) -> torch.Tensor:
     return torch.randint(0, CONFIG.vocab_size, (batch, width), generator=torch.Generator().manual_seed(1))
+
+
+def shares(routing: RouterConfig, gates: torch.Tensor) -> Executed:
+    return Executed.of(CONFIG, routing, gates.flatten(1).mean(dim=1).tolist())
 
 
 def touched(model: Transformer) -> set:
@@ -63,10 +68,10 @@ def test_prefill_flops_are_what_torch_counts(granularity, kv, budget):
         model.head(h[:, -1])
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     counted -= len(model.routing.places) * batch * 2 * CONFIG.dim * (WIDTH if model.routing.unit == "token" else 1)  # the routers
-    executed = shares(CONFIG, model.routing, realised)
-    pairs = [p if model.routing.unit == "sequence" or kv == "all" else p * p for p in executed["attn"]]
+    executed = shares(model.routing, realised)
+    pairs = [p if model.routing.unit == "sequence" or kv == "all" else p * p for p in executed.attn]
     scores = sum(pairs) * 4 * CONFIG.n_heads * CONFIG.head_dim * WIDTH * (WIDTH + 1) / 2
-    assert counted == pytest.approx(batch * (prefill_flops(CONFIG, WIDTH, **executed, kv=kv, unit=model.routing.unit) - scores), rel=1e-6)
+    assert counted == pytest.approx(batch * (prefill_flops(CONFIG, WIDTH, executed) - scores), rel=1e-6)
 
 
 @pytest.mark.parametrize("granularity, kv", CASES)
@@ -81,11 +86,11 @@ def test_decode_bytes_are_the_tensors_that_a_step_touches(granularity, kv, budge
         cached = [0 if layer.k is None else 2 * layer.k.numel() * itemsize for layer in cache.layers]  # before the step, no slot is spare
         seen.clear()
         _, decided = model.hidden(tokens_of(1, 1), cache=cache, route="gather", gates=step if model.routing.unit == "token" else None)
-    executed = shares(CONFIG, model.routing, decided)
+    executed = shares(model.routing, decided)
     weights = sum(weight.numel() for weight in seen) + CONFIG.vocab_size * CONFIG.dim + CONFIG.dim  # the head, and one row of the embedding
-    read = sum(n for n, share in zip(cached, executed["attn"]) if share)
-    held = shares(CONFIG, model.routing, realised)["attn"] if model.routing.unit == "token" and kv == "routed" else None
-    assert decode_bytes(CONFIG, 1, context, itemsize, **executed, held=held, kv=kv) == pytest.approx(weights * itemsize + read, rel=1e-6)
+    read = sum(n for n, share in zip(cached, executed.attn) if share)
+    held = shares(model.routing, realised).attn if model.routing.unit == "token" and kv == "routed" else None
+    assert decode_bytes(CONFIG, 1, context, itemsize, dataclasses.replace(executed, held=held)) == pytest.approx(weights * itemsize + read, rel=1e-6)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -103,7 +108,7 @@ def test_forced_gates_realise_the_budget(granularity):
     routing = routing_of(granularity, layers=tuple(range(16)))
     for budget in (0.0, 0.25, 0.5, 0.75, 1.0):
         gates = forced_gates(routing, budget, 4, 200, mixed=True)
-        assert gates.shape == ((16, 4, 200) if routing.unit == "token" else (len(routing.places), 4))
+        assert gates.shape == (len(routing.places), 4, *((200,) if routing.unit == "token" else ()))
         assert gates.mean().item() == pytest.approx(budget, abs=0.02 if routing.unit == "token" else 0)
         assert set(gates.unique().tolist()) <= {0.0, 1.0}
 
@@ -141,7 +146,7 @@ def test_ceilings_are_ordered_and_open_at_full_capacity():
         for budget in BUDGETS:
             gates, step = forced_gates(routing, budget, 1, 400), forced_gates(routing, budget, 1, 1)
             prefill.append(prefill_ceiling(CONFIG, routing, gates, 400))
-            decode.append(decode_ceiling(CONFIG, routing, gates, [step], 1, 400, 2))
+            decode.append(decode_ceiling(CONFIG, routing, 2, 400, gates, [step]))
         assert prefill == sorted(prefill, reverse=True) and decode == sorted(decode, reverse=True)
         assert prefill[-1] == decode[-1] == 1.0
 
@@ -156,8 +161,8 @@ def checkpoint(tmp_path_factory) -> Path:
     model = build("attn_sequence")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
     save_file({name: tensor for name, tensor in model.state_dict().items() if "router" not in name}, str(folder / "model.safetensors"))
-    save_routers(folder / "routers.safetensors", model, model.routing, fingerprint=fingerprint(folder), thresholds=[0.5] * 4,
-                 calibration={"budgets": [0.5], "thresholds": [[0.5] * 4]})
+    calibration = {"budgets": [0.5], "thresholds": [[0.5] * 4]}
+    save_routers(folder / "routers.safetensors", model, RouterMeta(model.routing, [0.5] * 4, fingerprint(folder), calibration))
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 import model as model_module
 import runtime
 from model import Transformer
-from router import RouterConfig, save_routers
+from router import RouterConfig, RouterMeta, save_routers
 from test_train import base  # noqa: F401  the tiny checkpoint with a tokenizer that the training tests use
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +42,9 @@ def test_every_command_names_a_file_and_settings_that_exist(command):
 def test_python_example_runs(base, tmp_path):
     """The example, with a tiny random model in the place of the real one: same calls, same names, same shapes."""
     tiny = model_module.load_model(base)
-    tiny.add_routers(RouterConfig("attn_sequence", (0, 1)))
+    tiny.add_routers(RouterConfig.of("attn_sequence", (0, 1)))
     table = {"budgets": [0.0, 0.5, 1.0], "thresholds": [[1.0, 1.0], [0.5, 0.5], [0.0, 0.0]]}
-    save_routers(tmp_path / "routers.safetensors", tiny, tiny.routing, fingerprint=tiny.fingerprint, thresholds=[0.5, 0.5], calibration=table)
+    save_routers(tmp_path / "routers.safetensors", tiny, RouterMeta(tiny.routing, [0.5, 0.5], tiny.fingerprint, table))
     example = next(text for language, text in BLOCKS if language == "python")
     example = example.replace("checkpoints/smollm2-135m-instruct", str(base)).replace("out/demo/routers.safetensors", str(tmp_path / "routers.safetensors"))
     names: dict = {}

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import router
 import runtime
 import train
-from model import ModelConfig, Transformer, load_model, prefill_flops
+from model import ModelConfig, Transformer, load_model
+from recipe.cost import prefill_flops
 from router import capacity
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,12 +153,6 @@ def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
     assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
     assert logits.mean().item() == pytest.approx(rise, abs=1e-5)
     torch.testing.assert_close(moved / moved.norm(), wanted / wanted.norm(), atol=1e-4, rtol=1e-3)
-
-
-def test_noise_is_logistic_and_depends_on_its_key_alone():
-    noise = train.logistic_noise((20000,), 2.0, 1, "noise", 3)
-    assert torch.equal(noise, train.logistic_noise((20000,), 2.0, 1, "noise", 3)) and not torch.equal(noise, train.logistic_noise((20000,), 2.0, 1, "noise", 4))
-    assert (noise >= -1.0).float().mean().item() == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item(), abs=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- data
@@ -330,7 +325,7 @@ def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, g
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "both_sequence"])
 @pytest.mark.parametrize("distill", [False, True])
 def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill):
-    """Against whole forward passes of one example at a time, at a working point where one layer is closed."""
+    """Against whole forward passes of one example at a time, at a working point where everyone skips one layer."""
     made, closed = tuner(base, granularity=granularity, layers="1-3", steps=0), (1,)
     examples, n_places = made.train[:5], 6 if granularity == "both_sequence" else 3
     benefits, inputs = train.measure_benefits(made.model, examples, CPU, closed, made.trunk, distill)
@@ -341,7 +336,7 @@ def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granul
         for place in range(n_places):
             for opened in (True, False):
                 dropped = tuple(sorted({*closed, place} if not opened else {*closed} - {place}))
-                losses[opened] = train.evaluate(made.model, [example], CPU, route="gather", closed=dropped, teacher=teacher)["loss"]
+                losses[opened] = train.evaluate(made.model, [example], CPU, route="gather", skipped=dropped, teacher=teacher)["loss"]
             assert benefits[place, n].item() == pytest.approx((losses[False] - losses[True]) * len(example.targets) ** 0.5, rel=1e-3, abs=1e-5)
 
 
@@ -371,10 +366,10 @@ def test_greedy_order_drops_what_costs_least_each_time(base):
     made = tuner(base, layers="0-3", recipe="paper")
     for guess in ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]):  # six tries see all four layers in the first round, so the guess does not matter there
         order = train.greedy_order(made.model, made.train, CPU, guess, 0.5)
-        loss = [train.evaluate(made.model, made.train, CPU, route="gather", closed=(place,))["loss"] for place in range(4)]
+        loss = [train.evaluate(made.model, made.train, CPU, route="gather", skipped=(place,))["loss"] for place in range(4)]
         assert order[0] == min(range(4), key=lambda place: loss[place]) and sorted(order) == [0, 1, 2, 3]
     everything = train.greedy_order(made.model, made.train, CPU, guess, 1.0)
-    pairs = {place: train.evaluate(made.model, made.train, CPU, route="gather", closed=(order[0], place))["loss"] for place in range(4) if place != order[0]}
+    pairs = {place: train.evaluate(made.model, made.train, CPU, route="gather", skipped=(order[0], place))["loss"] for place in range(4) if place != order[0]}
     assert everything[:2] == order[:2] and pairs[order[1]] <= min(pairs.values()) + 0.02
 
 
@@ -425,7 +420,7 @@ def test_one_table_serves_every_budget(base, granularity):
     assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(train.BUDGETS)
     n = train.route_logits(made.model, made.select, CPU).shape[1] * 4
     for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
-        router.set_thresholds(made.model, router.thresholds_for(budget, table))
+        router.set_cuts(made.model, router.cuts_for(budget, table))
         kept = train.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
         if "token" in granularity:  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
             assert kept == pytest.approx(max(budget, len(made.select) * 4 / n), abs=0.05)
@@ -442,8 +437,8 @@ def test_calibration_falls_back_on_the_best_static_order(base):
     made.put(wrong)
     table = train.calibrate(made.model, made.select, CPU, 0.5, made.controls, {"worst": order[::-1], "best": order})
     assert table["static"][0.5] == "best"
-    router.set_thresholds(made.model, router.thresholds_for(0.5, table))
-    static = train.evaluate(made.model, made.select, CPU, route="gather", closed=tuple(order[:2]))
+    router.set_cuts(made.model, router.cuts_for(0.5, table))
+    static = train.evaluate(made.model, made.select, CPU, route="gather", skipped=tuple(order[:2]))
     found = train.evaluate(made.model, made.select, CPU, route="gather")
     assert found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
     assert not train.calibrate(made.model, made.select, CPU, 0.5)["static"]
@@ -460,15 +455,15 @@ def test_evaluation_does_not_depend_on_the_route_mode(base):
     made = tuner(base, layers="0-3")
     by_mask, by_gather = (train.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
     assert by_mask["loss"] == pytest.approx(by_gather["loss"], abs=1e-5) and by_mask["capacity_per_layer"] == by_gather["capacity_per_layer"]
-    closed = train.evaluate(made.model, made.select, CPU, route="gather", closed=(0, 2))
+    closed = train.evaluate(made.model, made.select, CPU, route="gather", skipped=(0, 2))
     assert closed["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and closed["capacity"] == 0.5
-    assert train.evaluate(made.model, made.select, CPU, route="gather", closed=())["loss"] == pytest.approx(
+    assert train.evaluate(made.model, made.select, CPU, route="gather", skipped=())["loss"] == pytest.approx(
         train.evaluate(made.model, made.select, CPU, route="off")["loss"], abs=1e-5)
 
 
 def test_static_control_interpolates_between_whole_layers(base):
     made = tuner(base, layers="0-3")
-    losses = [train.evaluate(made.model, made.select, CPU, route="gather", closed=closed)["loss"] for closed in ((2,), (2, 0))]
+    losses = [train.evaluate(made.model, made.select, CPU, route="gather", skipped=closed)["loss"] for closed in ((2,), (2, 0))]
     controls = train.Controls(made.model, made.select, CPU)
     assert controls.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
     assert controls.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
@@ -489,7 +484,7 @@ def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
     for granularity, kv in (("attn_sequence", "routed"), ("attn_token", "all"), ("attn_token", "routed")):
         made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
         routing = made.model.routing
-        losses.append(train.evaluate(made.model, made.select, CPU, route="gather", closed=(1, 3))["loss"])
+        losses.append(train.evaluate(made.model, made.select, CPU, route="gather", skipped=(1, 3))["loss"])
         assert made.model.routing is routing and made.model.layers[1].routing is routing
     assert losses[0] == losses[1] == losses[2]
 
@@ -587,8 +582,8 @@ def test_a_finished_file_is_calibrated_on_other_data(base, tmp_path):
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
 def test_running_quantile_holds_the_budget(base, granularity):
-    """Every gate that opens lowers the loss, so all logits rise while tuning; the cut rises with them, noise and all."""
-    made = tuner(base, layers="0-3", granularity=granularity, steps=30, lr=0.05, noise=1.0, batch_size=16)
+    """Every gate that opens lowers the loss, so all logits rise while tuning; the cut rises with them."""
+    made = tuner(base, layers="0-3", granularity=granularity, steps=30, lr=0.05, batch_size=16)
     kept = [made.step()["capacity"] for _ in range(30)]
     assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.05) and made.state.cut > 0.0
 
@@ -607,7 +602,7 @@ def run_cli(arguments, *, ranks=None, prelude=None):
 
 def flags(base, out, **changes):
     cfg = {"model": base, "data": base / "data.jsonl", "out": out, "dtype": "float32", "layers": "1-3", "batch_size": 8, "micro_batch": 2, "steps": 8, "select_samples": 12,
-           "cost_samples": 8, "save_every": 3, "noise": 1.0, "lr": 0.1, **changes}
+           "cost_samples": 8, "save_every": 3, "lr": 0.1, **changes}
     return [f"--{name}={value}" for name, value in cfg.items()]
 
 
