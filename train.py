@@ -1059,7 +1059,8 @@ class Tuner:
             with safe_open(path, framework="pt") as file:
                 saved = {key: json.loads(file.metadata()[key]) for key in ("state", "identity")}
                 state = State(**saved["state"])
-                tensors = {name: file.get_tensor(name).to(self.rt.device) for name in file.keys()}
+                # cloned: mapped tensors begin at any address, and the last bit of a product depends on it
+                tensors = {name: file.get_tensor(name).clone().to(self.rt.device) for name in file.keys()}
         except (SafetensorError, TypeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with --overwrite") from None
         refuse_other(path.parent, saved["identity"], self.identity())

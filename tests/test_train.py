@@ -575,7 +575,7 @@ def test_a_finished_file_is_calibrated_on_other_data(base, tmp_path):
     assert (summary["granularity"], summary["layers"], summary["steps"]) == ("mlp_sequence", [0, 2, 3], 0)
     assert all(torch.equal(tensor, file_tensors(new)[name]) for name, tensor in file_tensors(old).items())
     before, after = router.read_router_file(old)[1], router.read_router_file(new)[1]
-    assert before["orders"] == after["orders"] and before["calibration"] != after["calibration"]
+    assert before.orders == after.orders and before.calibration != after.calibration
     with pytest.raises(ValueError, match="import_official and --recalibrate"):
         settings(base, tmp_path / "c", recalibrate=str(old), import_official=str(old))
 
