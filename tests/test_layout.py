@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = {path.stem for path in ROOT.glob("*.py")}
+PROJECT = {path.stem for path in ROOT.glob("*.py")} | {"recipe"}
 ALLOWED = {  # module -> (modules of the project, packages) that it may import
     "runtime": (set(), {"torch"}),
     "router": (set(), {"torch", "safetensors"}),
     "model": ({"router"}, {"torch", "safetensors"}),
     "tokenizer": (set(), {"sentencepiece", "tiktoken"}),
     "convert_hf": ({"runtime", "model", "router", "tokenizer"}, {"torch", "safetensors", "numpy"}),
-    "train": ({"runtime", "model", "router", "tokenizer"}, {"torch", "safetensors", "numpy", "data"}),  # data: prepares the demo model
-    "eval": ({"runtime", "model", "router", "tokenizer"}, {"torch", "numpy"}),
-    "bench": ({"runtime", "model", "router"}, {"torch", "numpy"}),
+    "recipe/cost": ({"model", "router"}, {"torch"}),
+    "train": ({"runtime", "model", "router", "tokenizer", "recipe"}, {"torch", "safetensors", "numpy", "data"}),  # data: prepares the demo model
+    "eval": ({"runtime", "model", "router", "tokenizer", "recipe"}, {"torch", "numpy"}),
+    "bench": ({"runtime", "model", "router", "recipe"}, {"torch", "numpy"}),
 }
 
 
@@ -53,7 +54,7 @@ def test_top_level_holds_only_what_it_should():
     if tracked.returncode:
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in tracked.stdout.splitlines()}
-    assert top <= {"README.md", "LICENSE", "requirements.txt", "data", "tests", "assets", ".ci", ".gitignore", *(f"{module}.py" for module in ALLOWED)}
+    assert top <= {"README.md", "LICENSE", "requirements.txt", "data", "tests", "recipe", "docs", ".ci", ".gitignore", *(f"{module}.py" for module in ALLOWED)}
     assert not [name for name in tracked.stdout.splitlines() if name.endswith((".safetensors", ".gguf", ".pt", ".bin", ".model", ".tiktoken"))]
 
 

@@ -20,7 +20,9 @@ from test_train import base  # noqa: F401  the tiny checkpoint with a tokenizer 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-COMMANDS = [line for language, text in BLOCKS if language == "" for line in text.splitlines() if re.match(r"(python|torchrun|pip) ", line)]
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+SHELL = [text for page in PAGES for language, text in re.findall(r"```(\w*)\n(.*?)```", page, re.S) if language == ""]
+COMMANDS = [line for text in SHELL for line in text.splitlines() if re.match(r"(python|torchrun|pip) ", line)]
 CONFIGS = {"train.py": ("train", "TrainConfig"), "eval.py": ("eval", "EvalConfig"), "bench.py": ("bench", "BenchConfig")}
 
 
