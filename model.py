@@ -192,7 +192,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """Mask (1|N,1,M,S) from the positions of queries (1|N,M) and keys (1|N,S). A pad's key stands later than any query."""
+    """Mask (1|N,1,M,S) from the positions of queries (1|N,M) and keys (1|N,S); a pad's key is later than any query."""
     query, key = query[:, :, None], key[:, None, :]
     seen = key <= query
     if window is not None:
@@ -502,7 +502,7 @@ class Selection:
 
 
 # -----------------------------------------------------------------------------
-# Kernels: what replaces a plain operator because it was measured to pay (docs/RESULTS.md, section kernels)
+# Kernels: what replaces a plain operator on the CPU because it pays there
 
 
 class RMSNorm(nn.Module):
@@ -540,7 +540,7 @@ class Linear(nn.Linear):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(a) * b that keeps a and b alone for its backward pass: a third less memory in the widest place of a layer."""
+    """silu(a) * b that keeps a and b alone for its backward pass: a third less memory where a layer is widest."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
@@ -619,7 +619,7 @@ class Attention(nn.Module):
             near = self.window is None or max(who.call.starts) < self.window
             if longest == 1 and near and cache.even():
                 return sdpa(q, k, v)  # the latest token sees all that is held
-        slots = torch.arange(k.shape[2], device=q.device)[None]  # the position of a key is its slot, unless there are gaps
+        slots = torch.arange(k.shape[2], device=q.device)[None]  # a key's position is its slot, unless there are gaps
         if gaps is None:
             return attend(q, k, v, Sight(who.position, slots, self.window, self.bounds_of(who)))
         return attend(q, k, v, Sight(who.position, gaps, self.window))
@@ -910,27 +910,14 @@ def compile_model(model: Transformer, **options) -> Transformer:
 # Batches and generation
 
 
-def pad(rows, device=None) -> Tensor:
-    """Rows of tokens -> (B,T), padded with 0 on the right."""
-    width = max(map(len, rows))
+def pad(rows, device=None, width: int | None = None) -> Tensor:
+    """Rows of tokens -> (B,T), padded with 0 on the right, to the longest or to `width`."""
+    width = width or max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
-def batches_by_length(items: list, width: Callable, rows: int | None = None, tokens: int | None = None) -> list[list]:
-    """Items in batches of like width, widest first: at most `rows` of them, and rows x width <= tokens (one may exceed)."""
-    batches: list[list] = []
-    for item in sorted(items, key=lambda item: -width(item)):
-        full = not batches or (rows is not None and len(batches[-1]) >= rows)
-        if not full and tokens is not None:
-            full = (len(batches[-1]) + 1) * width(batches[-1][0]) > tokens
-        if full:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
-
-
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
-    """Next tokens (B,) of logits (B,V). temperature 0 takes the best; else uniform (B,) in [0,1) picks by inverse CDF."""
+    """Next tokens (B,) of logits (B,V): the best at temperature 0, else drawn by uniform (B,) in [0,1)."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     ordered, index = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)  # (B,V)

@@ -168,7 +168,7 @@ def ste_gate(z: Tensor, cut: Tensor | float = 0.0) -> Tensor:
 
 
 class Router(nn.Module):
-    """One linear map d -> 1 without bias, fp32, zero at birth: sigmoid(0) = 0.5 >= 0.5, so a new router skips nothing."""
+    """One linear map d -> 1 without bias, fp32, zero at birth: sigmoid(0) = 0.5 >= 0.5, so it skips nothing yet."""
 
     def __init__(self, dim: int, device=None):
         super().__init__()
@@ -291,7 +291,7 @@ def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
 
 
 def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
-    """Share to skip of each place (R) when places are skipped for everyone, in order, until `skip` of all they count is.
+    """Share to skip of each place (R) when everyone skips places in order, until `skip` of all they count is skipped.
 
     weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one at which that ends, 0 for the rest.
     """
@@ -347,7 +347,7 @@ class RouterMeta:
     recipe: str = ""
     step: int = 0
     config: dict = field(default_factory=dict)
-    orders: dict[str, list[str]] = field(default_factory=dict)  # static lists: names of all places, first to skip in front
+    orders: dict[str, list[str]] = field(default_factory=dict)  # static lists: names of places, first to skip in front
 
     def to_json(self) -> str:
         routing, rest = asdict(self.routing), {**vars(self)}
@@ -430,7 +430,10 @@ def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[
                              "this is not a router file")
     if not tensors:
         raise ValueError(f"{path} holds no router; expected tensors named like 'model.layers.14.router.weight'")
-    return tensors, None if text is None else _read_meta(path, text)
+    meta = None if text is None else _read_meta(path, text)
+    if meta is not None and meta.routing.target == "mlp":  # format 1 named them so where `both` had chosen MLPs alone
+        tensors = {key.replace(".mlp_router.", ".router."): tensor for key, tensor in tensors.items()}
+    return tensors, meta
 
 
 def _read_meta(path: Path, text: str) -> RouterMeta:

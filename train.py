@@ -37,7 +37,7 @@ from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from model import KVCache, Transformer, load_config, load_model
+from model import KVCache, Transformer, load_config, load_model, pad
 from recipe.cost import Executed, prefill_flops, step_flops
 from router import (GRANULARITIES, Place, RouterConfig, RouterMeta, capacity, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
                     mean_order, official_layers, parse_layers, quantile_cut, quantile_cuts, random_route, read_router_file, save_routers, set_cuts,
@@ -276,7 +276,7 @@ def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 def collate(examples: list[Example], device: torch.device, multiple: int = 1) -> Batch:
     """Pad on the right to the longest example, rounded up to `multiple` (few shapes for a compiled model)."""
     width = -(-max(len(e.tokens) for e in examples) // multiple) * multiple
-    tokens = torch.tensor([e.tokens + [0] * (width - len(e.tokens)) for e in examples])  # (B, T)
+    tokens = pad([e.tokens for e in examples], width=width)  # (B, T)
     at = torch.tensor([row * width + i - 1 for row, e in enumerate(examples) for i in e.targets])
     labels = torch.tensor([e.tokens[i] for e in examples for i in e.targets])
     return Batch(tokens.to(device), [len(e.tokens) for e in examples], [e.prompt for e in examples], at.to(device), labels.to(device))
@@ -495,7 +495,7 @@ def route_logits(model: Transformer, examples: list[Example], rt: runtime.Runtim
         examples = [Example(e.tokens[:e.prompt], e.prompt, []) for e in examples]
     parts = []
     for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.tokens) for e in group], batch_first=True).to(rt.device)
+        tokens = pad([e.tokens for e in group], rt.device)
         lengths = [len(e.tokens) for e in group]
         z = model.hidden(tokens, lengths=lengths, route="gather", return_scores=True)[2]
         parts.append((number, real_logits(z, lengths)))

@@ -261,7 +261,8 @@ FORMAT_1 = """{"format": "router-tuning/1", "granularity": "both_sequence", "lay
 
 @pytest.mark.parametrize("granularity, layers, mlp_layers, places", [
     ("both_sequence", [3, 7], [3], [(3, "attn"), (3, "mlp"), (7, "attn")]), ("attn_token", [3, 5], [], [(3, "attn"), (5, "attn")]),
-    ("mlp_sequence", [3, 5], [], [(3, "mlp"), (5, "mlp")]), ("block_token", [4], [], [(4, "block")])])
+    ("mlp_sequence", [3, 5], [], [(3, "mlp"), (5, "mlp")]), ("block_token", [4], [], [(4, "block")]),
+    ("both_sequence", [], [3, 5], [(3, "mlp"), (5, "mlp")])])
 def test_files_of_format_1_still_load(tmp_path, granularity, layers, mlp_layers, places):
     """They named a granularity and layers in place of places, and an order could hold numbers of layers."""
     meta = json.loads(FORMAT_1) | {"granularity": granularity, "layers": layers, "mlp_layers": mlp_layers, "thresholds": [0.5] * len(places),
@@ -270,7 +271,7 @@ def test_files_of_format_1_still_load(tmp_path, granularity, layers, mlp_layers,
     keys = sorted([f"model.layers.{layer}.router.weight" for layer in layers] + second)
     save_file({key: torch.full((1, 6), float(i)) for i, key in enumerate(keys)}, tmp_path / "r", metadata={"router_tuning": json.dumps(meta)})
     weights, read = read_router_file(tmp_path / "r")
-    assert read.routing.places == tuple(Place(*place) for place in places) and read.routing.granularity == granularity
+    assert read.routing.places == tuple(Place(*place) for place in places) and read.routing.unit == granularity.split("_")[1]
     assert read.orders == {"greedy": ["3", "5"]} and read.config == {"lr": 0.01} and read.base_fingerprint == "abc"
     load_router_weights("r", Toy(len(places)), weights, read.routing)
 
