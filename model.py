@@ -891,7 +891,7 @@ class Transformer(nn.Module):
 
 
 def compile_model(model: Transformer, **options) -> Transformer:
-    """Compile in place, lazily: each block as one graph for routes off and mask, its static parts for gather and caches.
+    """Compile in place, lazily: blocks as one graph for routes off and mask, their static parts for gather and caches.
 
     Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token has its own.
     Names and weights stay as they are. The first calls take minutes. Returns the model.
@@ -971,7 +971,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
 
     route None: gather where the model has routers, else off. gates: forced routes for the prompts. on_token(row, token)
     is called as tokens come. Sampling draws from one generator per (seed, row), so a row's tokens do not depend on its
-    neighbours. Raises ValueError for an empty prompt, one that leaves no room in the context, or a setting out of range.
+    neighbours. Raises ValueError for an empty prompt, one that leaves no room, or a setting out of range.
     """
     room = model.config.max_seq_len - max_new_tokens
     for row, prompt in enumerate(prompts):
@@ -1091,7 +1091,8 @@ def read_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], devic
             for name in file.keys():
                 if name not in expected or name in tensors:
                     what = "twice" if name in tensors else "though the config has no place for it"
-                    raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model again")
+                    raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model "
+                                     "again")
                 tensor = file.get_tensor(name)
                 if tuple(tensor.shape) != expected[name]:
                     raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config needs "

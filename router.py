@@ -50,7 +50,7 @@ class RouterConfig:
     places: tuple[Place, ...]  # in the order in which they are asked
     unit: str = "sequence"  # what one gate decides for: a sequence, or a token
     pool: str = "prompt"  # what a sequence router averages over: the prompt, or "all": the whole row, as the paper does
-    kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attention per token): it leaves them
+    kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attention per token): it does
     reads: str = "own"  # whose normalised input a router reads
 
     def __post_init__(self):
@@ -293,7 +293,7 @@ def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
 def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
     """Share to skip of each place (R) when everyone skips places in order, until `skip` of all they count is skipped.
 
-    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one at which that ends, 0 for the rest.
+    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one where that ends, 0 for the rest.
     """
     shares = [0.0] * len(order)
     for place in order:
@@ -426,8 +426,8 @@ def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[
     for key in tensors:
         parts = key.split(".")
         if key.count(".") != 4 or not parts[2].isdigit() or parts[3] not in ("router", "mlp_router"):
-            raise ValueError(f"{path} holds a tensor {key!r}; expected only names like 'model.layers.14.router.weight': "
-                             "this is not a router file")
+            raise ValueError(f"{path} holds a tensor {key!r}; expected only names like "
+                             "'model.layers.14.router.weight': this is not a router file")
     if not tensors:
         raise ValueError(f"{path} holds no router; expected tensors named like 'model.layers.14.router.weight'")
     meta = None if text is None else _read_meta(path, text)

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 PROJECT = Path(__file__).resolve().parent
+BF16_CAPABILITIES = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch.cpu.get_capabilities names them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # (pattern in the lower-case device name, dense 16-bit tensor FLOP/s, memory bytes/s); more specific patterns first.
@@ -73,8 +74,8 @@ class Runtime:
 def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtime:
     """Choose device and dtype, seed torch, and join the process group when started by torchrun (nccl on CUDA, gloo else).
 
-    auto: CUDA where there is one, else CPU; bfloat16 where the device has units for its matrix products (a GPU, or a CPU with AMX, which is two to
-    three times as fast in it), else float32. TF32 stays off: float32 means float32.
+    auto: CUDA where there is one, else CPU; bfloat16 where the device has instructions for its matrix products (a GPU, or a
+    CPU with AMX, AVX-512 BF16 or Arm BF16, by capability, never by a timing), else float32. TF32 stays off: float32 means float32.
     Raises ValueError for a device that is not there and for an unknown dtype.
     """
     rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -83,7 +84,8 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtim
         if chosen.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = chosen.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+            capabilities = torch.cpu.get_capabilities() if chosen.type == "cpu" else {}
+            native = any(capabilities.get(name) for name in BF16_CAPABILITIES)
         kind = torch.bfloat16 if native else torch.float32
     elif dtype in DTYPES:
         kind = DTYPES[dtype]

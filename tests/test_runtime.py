@@ -89,7 +89,8 @@ def test_setup_without_torchrun(monkeypatch):
     runtime.cleanup()  # without a process group: nothing to do
 
 
-@pytest.mark.parametrize("capabilities, dtype", [({"amx_bf16": True}, torch.bfloat16), ({"amx_bf16": False, "avx512_bf16": True}, torch.float32), ({}, torch.float32)])
+@pytest.mark.parametrize("capabilities, dtype", [({"amx_bf16": True}, torch.bfloat16), ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16), ({"bf16": True}, torch.bfloat16),
+                                                 ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, torch.float32), ({}, torch.float32)])
 def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, capabilities, dtype):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
