@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -31,17 +30,53 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from model import KVCache, Transformer, load_config, load_model, pad
-from recipe.cost import Executed, prefill_flops, step_flops
-from router import (GRANULARITIES, Place, RouterConfig, RouterMeta, capacity, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
-                    mean_order, official_layers, parse_layers, quantile_cut, quantile_cuts, random_route, read_router_file, save_routers, set_cuts,
-                    skipped_places, skipped_shares, threshold_of)
+from model import KVCache, Transformer, load_config, load_model
+from recipe.calibrate import ANCHORS, calibrate, settle
+from recipe.controls import Controls, routed_flops
+from recipe.cost import prefill_flops, step_flops
+from recipe.fit import RidgeDescent, benefit_prior, order_prior, ranks_of, token_prior
+from recipe.measure import measure_benefits, measure_costs, typical_costs
+from recipe.orders import greedy_order, similarity_order
+from recipe.passes import (
+    Batch,
+    Example,
+    collate,
+    collect,
+    dense_states,
+    evaluate,
+    head_gradient,
+    n_units,
+    permutation,
+    real_logits,
+    states,
+    sum_over_ranks,
+    wait_for_all,
+)
+from recipe.trunk import TrunkCache
+from router import (
+    GRANULARITIES,
+    Place,
+    RouterConfig,
+    RouterMeta,
+    capacity,
+    cuts_for,
+    deep_layers,
+    freeze_all_but_routers,
+    load_router_weights,
+    official_layers,
+    parse_layers,
+    quantile_cut,
+    read_router_file,
+    save_routers,
+    set_cuts,
+    skipped_places,
+    threshold_of,
+)
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -55,21 +90,9 @@ RECIPES = {
 }
 FREE = ("out", "save_every", "overwrite", "trunk_gb")  # settings that may differ between a run and its continuation, and do not change the result
 
-EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
-LOGITS_AT_ONCE = 2**22  # logits held at a time, 16 MiB in fp32 (on a GPU 16 times that): the head and its loss run over blocks of rows
-COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
-LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
-COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
-STEP_RIDGE = 1.0  # strength of the ridge in the default recipe's steps, in mean eigenvalues of the inputs' covariance
-PRIOR_RIDGE = 1.0  # and where routers are fitted in closed form, in variances of the inputs
-MOMENTUM = 0.9  # of the same
 INPUT_SAMPLES = 512  # router inputs that stand for all in it
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
 SEARCH_SAMPLES = 96  # examples, at most, on which drop orders are searched
-TRIES = 3  # layers that a round of the greedy search measures at most (the first round twice as many)
-BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
-PASSES = 9  # routes that calibration runs to fill it
-ANCHORS = (0.25, 0.5, 0.75)  # budgets at which it compares the routers with the static order
 SPEED_CONTEXT = 512  # tokens of the prefill that the summary times
 
 
@@ -144,26 +167,6 @@ class TrainConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Example:
-    """One whole document. `prompt`: tokens before the first loss-carrying one; `targets`: positions whose token is predicted."""
-
-    tokens: list[int]
-    prompt: int
-    targets: list[int]
-
-
-@dataclass
-class Batch:
-    """Right-padded rows. `at` (n,) picks, from (B*T), the positions that predict `labels` (n,)."""
-
-    tokens: torch.Tensor
-    lengths: list[int]
-    prompts: list[int]
-    at: torch.Tensor
-    labels: torch.Tensor
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -251,16 +254,6 @@ def load_data(cfg: TrainConfig, tok, context: int) -> tuple[list[Example], list[
     return train, select, held
 
 
-def generator(*key) -> torch.Generator:
-    """A random generator that depends on the key alone: no state to save, the same on every rank."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def permutation(n: int, *key) -> list[int]:
-    return torch.randperm(n, generator=generator(*key)).tolist()
-
-
 def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Examples of one step, over all ranks: a stream of seeded permutations, so a pure function of its arguments."""
     epochs = {}
@@ -273,55 +266,7 @@ def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     return rows
 
 
-def collate(examples: list[Example], device: torch.device, multiple: int = 1) -> Batch:
-    """Pad on the right to the longest example, rounded up to `multiple` (few shapes for a compiled model)."""
-    width = -(-max(len(e.tokens) for e in examples) // multiple) * multiple
-    tokens = pad([e.tokens for e in examples], width=width)  # (B, T)
-    at = torch.tensor([row * width + i - 1 for row, e in enumerate(examples) for i in e.targets])
-    labels = torch.tensor([e.tokens[i] for e in examples for i in e.targets])
-    return Batch(tokens.to(device), [len(e.tokens) for e in examples], [e.prompt for e in examples], at.to(device), labels.to(device))
-
-
-def by_length(examples: list[Example], rows: int) -> list[list[Example]]:
-    """Groups of at most `rows` examples of similar length: little padding. The same on every rank."""
-    order = sorted(examples, key=lambda e: -len(e.tokens))
-    return [order[i:i + rows] for i in range(0, len(order), rows)]
-
-
 # ------------------------------------------------------------------------------------------------- loss, budget, schedule
-
-
-def token_losses(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
-    """Loss of each token (n,), fp32: cross-entropy with labels (n,), or KL(teacher || model) of logits (n,V) where a teacher's are given."""
-    if teacher is None:
-        return F.cross_entropy(logits, labels, reduction="none")
-    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
-
-
-def head_blocks(model: Transformer, h: torch.Tensor) -> list[slice]:
-    """The rows of final states h (n,D), so many at a time that no more than LOGITS_AT_ONCE logits exist; none should outlive its block."""
-    size = max(1, LOGITS_AT_ONCE * (1 if h.device.type == "cpu" else 16) // model.config.vocab_size)
-    return [slice(a, a + size) for a in range(0, len(h), size)]
-
-
-@torch.no_grad()
-def head_losses(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None) -> torch.Tensor:
-    """Loss of each token (n,) of final states h (n,D)."""
-    return torch.cat([token_losses(model.head(h[part]), labels[part], None if teacher_h is None else model.head(teacher_h[part]))
-                      for part in head_blocks(model, h)])
-
-
-def head_gradient(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None, *,
-                  scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of final states h (n,D), and the gradient (n,D) of scale * loss with respect to them."""
-    total, gradients = h.new_zeros((), dtype=torch.float32), []
-    for part in head_blocks(model, h):
-        own = h[part].detach().requires_grad_()
-        teacher = None if teacher_h is None else model.head(teacher_h[part]).detach()
-        loss = token_losses(model.head(own), labels[part], teacher).sum()
-        total += loss.detach()
-        gradients.append(torch.autograd.grad(loss * scale, own)[0])
-    return total, torch.cat(gradients)
 
 
 def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
@@ -330,476 +275,6 @@ def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
     if step < rising:
         return lr * (step + 1) / rising
     return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def ridge(features: torch.Tensor, target: torch.Tensor, strength: float = PRIOR_RIDGE) -> torch.Tensor:
-    """Weights w (D,) that minimise |features w - target|^2 + strength * N * variance * |w|^2, in the dual. features (N,D), target (N,).
-
-    variance is the features' mean square about their mean. Along that mean w costs almost nothing, so that it serves as the intercept that a router lacks.
-    """
-    features = features.double()
-    mean = features.mean(dim=0)
-    variance = (features - mean).square().sum(dim=1).mean()
-    pull = 100.0 ** 0.5 * F.normalize(mean, dim=0)  # (D,): weight along the mean's direction costs a hundredth
-    along = features @ pull  # (N,)
-    kernel = features @ features.T + along[:, None] * along  # (N, N)
-    kernel.diagonal().add_(strength * variance + 1e-9 * kernel.diagonal().mean())
-    dual = torch.linalg.solve(kernel, target.double())  # (N,)
-    return (features.T @ dual + (along @ dual) * pull).float()
-
-
-# ------------------------------------------------------------------------------------------------ passes over a data set
-
-
-def states(model: Transformer, batch: Batch, **kwargs):
-    """Final states (n,D) at the positions that predict, gates and logits of one batch. Everything else is left to Transformer.hidden."""
-    h, gates, z = model.hidden(batch.tokens, lengths=batch.lengths, prompt_lengths=batch.prompts, return_scores=True, **kwargs)
-    return h.flatten(0, 1)[batch.at], gates, z  # (B,T,D) -> (B*T,D) -> (n,D)
-
-
-def mine(groups: list, rt: runtime.Runtime) -> list[tuple[int, list]]:
-    """This rank's share of the groups, numbered. Groups never depend on the number of ranks, only who works on them does."""
-    return list(enumerate(groups))[rt.rank::rt.world_size]
-
-
-def sum_over_ranks(values: torch.Tensor, rt: runtime.Runtime) -> torch.Tensor:
-    if rt.world_size > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def wait_for_all(rt: runtime.Runtime) -> None:
-    if rt.world_size > 1:
-        dist.barrier()
-
-
-def collect(parts: list, rt: runtime.Runtime) -> list:
-    """Numbered parts of all ranks, in order of their numbers."""
-    if rt.world_size > 1:
-        everyone = [None] * rt.world_size
-        dist.all_gather_object(everyone, parts)
-        parts = [part for rank_parts in everyone for part in rank_parts]
-    return [part for _, part in sorted(parts, key=lambda numbered: numbered[0])]
-
-
-@torch.no_grad()
-def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, skipped: tuple[int, ...] | None = None,
-             random_at: float | None = None, teacher: dict[int, torch.Tensor] | None = None, trunk: "TrunkCache | None" = None) -> dict:
-    """Mean loss per loss-carrying token, and realised capacity in all and by place.
-
-    Instead of the routers: skipped, places that everyone skips (a static list); random_at, the random control at this budget.
-    teacher: dense final states by group, as `dense_states` gives them: the loss is then the KL to the dense model.
-    """
-    n_routed = 0 if model.routing is None or route == "off" else len(model.routing.places)
-    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, executed units by place
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch, gates = collate(group, rt.device), None
-        if skipped is not None:  # (R,B) whatever the unit: a place that everyone skips costs nothing, first tokens and keys included
-            gates = torch.ones(n_routed, len(group), device=rt.device)
-            gates[list(skipped)] = 0.0
-        elif random_at is not None:
-            gates = random_gates(model, batch, random_at, number).to(rt.device)
-        start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.places[0].layer}
-        h, gates, _ = states(model, batch, route=route, gates=gates, **start)
-        sums[0] += head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
-        sums[1] += len(batch.labels)
-        if n_routed:
-            sums[2] += len(group) if gates.dim() == 2 else sum(batch.lengths)
-            sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
-    loss, tokens, units, *executed = sum_over_ranks(sums, rt).tolist()
-    shares = [n / units for n in executed]
-    return {"loss": loss / tokens, "tokens": int(tokens), "capacity_per_layer": shares,
-            "capacity": capacity(torch.tensor(shares)[:, None], weights=model.place_weights()).item() if n_routed else 1.0}
-
-
-def random_gates(model: Transformer, batch: Batch, budget: float, number: int) -> torch.Tensor:
-    """Gates (R,B) or (R,B,T) of the random control for a numbered group of examples."""
-    width = batch.tokens.shape[1] if model.routing.unit == "token" else None
-    weights = model.place_weights()
-    routes = [random_route(weights, budget, generator("random routes", number, row), width) for row in range(len(batch.lengths))]
-    return torch.stack(routes, dim=1)
-
-
-class TrunkCache:
-    """Activations (T,D) that enter the first routed layer, by example, in a file of bounded size: they depend on no router, so later epochs,
-    trials and runs in the same folder read them instead of computing them. A file of another base, layer, dtype or data set is written anew;
-    where the disk has no room nothing is stored."""
-
-    def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
-        """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below the first routed one."""
-        weight, first = model.tok_embeddings.weight, model.routing.places[0].layer
-        self.place, size = {}, 0  # tokens of an example -> (number, first element)
-        for example in examples if first else []:
-            key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
-            if key not in self.place and (size + elements) * weight.element_size() <= limit:
-                self.place[key] = (len(self.place), size)
-                size += elements
-        if size:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(path.parent).free < 2 * size * weight.element_size():  # a mapped file that does not fit kills the process
-                self.place, size = {}, 0
-        if not size:
-            return
-        header, done = path.with_suffix(".json"), path.with_suffix(".done")
-        digest = hashlib.sha256(json.dumps(list(self.place)).encode()).hexdigest()
-        about = {"fingerprint": model.fingerprint, "first_layer": first, "dtype": str(weight.dtype), "tokens": digest}
-        if not (header.exists() and path.exists() and done.exists() and runtime.read_json(header) == about):
-            for old in (header, path, done):
-                old.unlink(missing_ok=True)
-            runtime.write_json(header, about)
-        self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
-        self.done = torch.from_file(str(done), shared=True, size=len(self.place), dtype=torch.uint8)  # set when an example is complete
-
-    @torch.no_grad()
-    def __call__(self, model: Transformer, group: list[Example], batch: Batch) -> torch.Tensor:
-        """Activations (B,T,D) of a batch, read where all its examples are stored, else computed and stored. Pads hold zeros when read."""
-        places = [self.place.get(tuple(example.tokens)) for example in group]
-        if any(place is None for place in places):
-            return model.trunk(batch.tokens)
-        width = model.config.dim
-        if all(self.done[number] for number, _ in places):
-            x = torch.zeros(*batch.tokens.shape, width, dtype=self.data.dtype)
-            for row, ((_, start), length) in enumerate(zip(places, batch.lengths)):
-                x[row, :length] = self.data[start:start + length * width].view(length, width)
-            return x.to(batch.tokens.device)
-        x = model.trunk(batch.tokens)
-        for row, ((number, start), length) in enumerate(zip(places, batch.lengths)):
-            self.data[start:start + length * width] = x[row, :length].flatten().cpu()
-            self.done[number] = 1
-        return x
-
-
-def n_units(routing: RouterConfig, lengths: list[int]) -> int:
-    """What one layer decides about: sequences, or their real tokens."""
-    return len(lengths) if routing.unit == "sequence" else sum(lengths)
-
-
-@torch.no_grad()
-def dense_states(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict[int, torch.Tensor]:
-    """Final states (n,D) of the dense model, by group of `evaluate`, for this rank's groups."""
-    groups = mine(by_length(examples, EVAL_BATCH), rt)
-    return {number: states(model, collate(group, rt.device), route="off")[0] for number, group in groups}
-
-
-def real_logits(z: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Logits (R,B) or (R,B,T) of real units as (R,N) on the CPU. A first token's is +inf, since it always executes."""
-    if z.dim() == 3:
-        z = torch.cat([F.pad(z[:, row, 1:length], (1, 0), value=math.inf) for row, length in enumerate(lengths)], dim=1)  # (R,B,T) -> (R,N)
-    return z.detach().cpu()
-
-
-@torch.no_grad()
-def route_logits(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> torch.Tensor:
-    """Logits (R,N) of every unit under the current cuts. A sequence decides on its prompt, so only that is run."""
-    if model.routing.unit == "sequence" and model.routing.pool == "prompt":
-        examples = [Example(e.tokens[:e.prompt], e.prompt, []) for e in examples]
-    parts = []
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        tokens = pad([e.tokens for e in group], rt.device)
-        lengths = [len(e.tokens) for e in group]
-        z = model.hidden(tokens, lengths=lengths, route="gather", return_scores=True)[2]
-        parts.append((number, real_logits(z, lengths)))
-    return torch.cat(collect(parts, rt), dim=1)
-
-
-def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, budget: float, rounds: int = 2) -> float:
-    """Set and return the global cut that realises `budget`. Routes change what deeper routers see, hence more than one round."""
-    for _ in range(rounds):
-        cut = quantile_cut(route_logits(model, examples, rt), budget, model.place_weights())
-        set_cuts(model, cut)
-    return cut
-
-
-def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, own: float, controls: "Controls | None" = None,
-              orders: dict[str, list[int]] | None = None) -> dict:
-    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts: twice
-    for the budget `own`, else for the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend.
-    With drop orders, budgets near one of ANCHORS where one loses less than the routers on the controls' examples get its cuts instead (`static`: budget -> its name)."""
-    routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
-    weights = model.place_weights()
-
-    def blended(budget: float) -> float:
-        low = max((realised for realised in routes if realised <= budget), default=min(routes))
-        high = min((realised for realised in routes if realised >= budget), default=max(routes))
-        a, b = routes[low][budget], routes[high][budget]
-        return a if low == high or math.isinf(a) or math.isinf(b) else a + (budget - low) / (high - low) * (b - a)
-
-    for i in range(PASSES):
-        if i < 2:
-            cut = (-math.inf, math.inf)[i]
-        else:
-            ends = sorted(routes)
-            low, high = max(zip(ends, ends[1:]), key=lambda gap: gap[1] - gap[0])
-            wanted = own if i in (2, PASSES - 1) else (low + high) / 2
-            cut = blended(min(BUDGETS, key=lambda budget: abs(budget - wanted)))
-        set_cuts(model, cut)
-        z = route_logits(model, examples, rt)
-        dense = z if i == 0 else dense
-        routes[capacity((z >= cut).double(), weights=weights).item()] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
-    cuts, cut = {1.0: -math.inf, 0.0: math.inf}, -math.inf
-    for budget in reversed(BUDGETS[1:-1]):
-        cut = max(cut, blended(budget))  # a smaller budget never has a lower cut
-        cuts[budget] = cut
-    rows = {budget: [cut] * len(weights) for budget, cut in cuts.items()}
-    static = {}
-    for anchor in ANCHORS if orders else ():
-        set_cuts(model, rows[anchor])
-        settle(model, controls.examples, rt, anchor, rounds=1)  # compared at exactly this capacity
-        routed = evaluate(model, controls.examples, rt, route="gather", trunk=controls.trunk)["loss"]
-        losses = {name: controls.static(order, 1 - anchor) for name, order in orders.items()}
-        best = min(losses, key=losses.get)
-        if losses[best] < routed:
-            static |= {budget: best for budget in rows if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor}
-    rows |= {budget: static_cuts(dense, orders[name], budget, weights) for budget, name in static.items()}
-    budgets = sorted(rows)
-    return {"budgets": budgets, "thresholds": [[threshold_of(cut) for cut in rows[budget]] for budget in budgets], "static": static}
-
-
-def static_cuts(z: torch.Tensor, order: list[int], budget: float, weights: torch.Tensor) -> list[float]:
-    """Cuts (R) that skip the first places of an order for everyone and run the others; a fraction of a place goes by its logits z (R,N)."""
-    return [quantile_cut(z[place], 1 - share) for place, share in enumerate(skipped_shares(order, weights, 1 - budget))]
-
-
-# --------------------------------------------------------------------------------------------------------- measured prior
-
-
-@contextlib.contextmanager
-def inputs_of(modules: list[nn.Module]):
-    """A list that collects, for a while, what each of these modules is given, in the order in which they run."""
-    given = []
-    hooks = [module.register_forward_pre_hook(lambda _, args: given.append(args[0].detach())) for module in modules]
-    try:
-        yield given
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def draw_labels(model: Transformer, h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """One label (n,) per final state (n,D), drawn from the model's own distribution by uniform numbers u (n,)."""
-    drawn = []
-    for part in head_blocks(model, h):
-        rising = model.head(h[part].detach()).softmax(-1).cumsum(-1)  # (n', V)
-        drawn.append(torch.searchsorted(rising, u[part, None] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
-    return torch.cat(drawn)
-
-
-def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runtime, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fisher cost (R,N) of skipping each unit, in nats summed over what it predicts, and the router inputs (R,N,D) beside it.
-
-    With labels drawn from the model itself and every gate at 1, E[(d loss / d gate)^2] / 2 is the second-order KL between the model with
-    and without that unit. Unit token: a seeded sample of at most COST_TOKENS tokens; first tokens, which always execute, are left out.
-    """
-    share = -(-COST_TOKENS // len(examples))
-    parts, token = [], model.routing.unit == "token"
-    for number, group in mine(by_length(examples, 4), rt):
-        n_targets = sum(len(e.targets) for e in group)
-        draws = [torch.rand(n_targets, generator=generator(seed, "labels", number, sample)).to(rt.device) for sample in range(LABEL_SAMPLES)]
-        for first in range(0, len(group), COST_ROWS):
-            batch = collate(group[first:first + COST_ROWS], rt.device)
-            gates = torch.ones(len(model.routers()), *(batch.tokens.shape if token else batch.tokens.shape[:1]), device=rt.device, requires_grad=True)
-            with inputs_of(model.routers()) as inputs:
-                h = states(model, batch, route="mask", gates=gates)[0]
-            costs, begin = torch.zeros_like(gates), sum(len(e.targets) for e in group[:first])
-            for u in draws:
-                labels = draw_labels(model, h, u[begin:begin + len(h)])
-                gradient = head_gradient(model, h, labels, scale=1.0)[1]
-                costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
-            costs, inputs = costs.detach().cpu(), torch.stack(inputs).float().cpu()
-            if token:
-                picks = [[1 + i for i in permutation(length - 1, seed, "tokens", number, first + row)[:share]] for row, length in enumerate(batch.lengths)]
-                rows = [row for row, columns in enumerate(picks) for _ in columns]
-                columns = [column for columns in picks for column in columns]
-                costs, inputs = costs[:, rows, columns], inputs[:, rows, columns]  # (R,B,T) -> (R,N), (R,B,T,D) -> (R,N,D)
-            parts.append(((number, first), (costs, inputs)))
-    parts = collect(parts, rt)
-    return torch.cat([costs for costs, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
-
-
-@torch.no_grad()
-def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Runtime, skipped: tuple[int, ...], trunk: "TrunkCache | None" = None,
-                     distill: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What running each place is worth to each sequence (R,N) where everyone skips the `skipped` ones, and the router inputs (R,N,D) there.
-
-    Benefit: the answer's loss without the layer minus its loss with it, each measured, in nats over the square root of the answer's tokens: a sum
-    over n tokens is as noisy as sqrt(n), and short answers should not drown. Only what stands above the toggled layer is computed again.
-    """
-    parts, layers = [], [place.layer for place in model.routing.places]
-    assert model.routing.unit == "sequence"
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch = collate(group, rt.device)
-        x = model.trunk(batch.tokens) if trunk is None else trunk(model, group, batch)
-        teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
-        gates = torch.ones(len(layers), len(group), device=rt.device)
-        gates[list(skipped)] = 0.0
-        distinct = list(dict.fromkeys(layers))
-        with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in distinct]) as entered:
-            h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
-        entered = dict(zip(distinct, entered))  # layer -> (B,T,D)
-
-        def by_row(h: torch.Tensor) -> torch.Tensor:  # (n,D) -> (B,) loss of each answer
-            losses = head_losses(model, h, batch.labels, teacher)
-            return losses.new_zeros(len(group)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
-
-        now, benefits = by_row(h), []
-        for place, layer in enumerate(layers):
-            first = layers.index(layer)  # of the routers in this layer
-            toggled = gates[first:].clone()
-            toggled[place - first] = 1 - gates[place]
-            h = states(model, batch, route="gather", gates=toggled, x=entered[layer], first_layer=layer)[0]
-            benefits.append((by_row(h) - now) * (2 * gates[place] - 1))  # a skipped place's loss falls by what it is worth
-        weight = torch.tensor([len(e.targets) for e in group], device=rt.device) ** -0.5
-        parts.append((number, ((torch.stack(benefits) * weight).cpu(), torch.stack(inputs).cpu())))
-    parts = collect(parts, rt)
-    return torch.cat([benefits for benefits, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
-
-
-def benefit_prior(benefits: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sequence routers (R,D) in closed form: the logit is what running the place is worth to the sequence, by what it counts in the budget.
-    benefits (R,N), inputs (R,N,D), weights (R,)."""
-    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, benefits / weights[:, None])]), inputs)
-
-
-def log_costs(costs: torch.Tensor) -> torch.Tensor:
-    """Log of Fisher costs (R,N). A cost estimated from few labels is often near zero by chance: a tenth of the place's mean keeps its log in bounds."""
-    return (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
-
-
-def typical_costs(costs: torch.Tensor) -> torch.Tensor:
-    """(R,) geometric mean of Fisher costs (R,N). An arithmetic one follows the few units that cost the most: the ranking by it changes with the sample."""
-    return log_costs(costs).mean(dim=1).exp()
-
-
-def token_prior(costs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Token routers (R,D) in closed form: the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D)."""
-    return unit_spread(torch.stack([ridge(x, y) for x, y in zip(inputs, log_costs(costs))]), inputs)
-
-
-def order_prior(ranks: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Routers (R,D) whose logit is the rank at which the layer falls in a drop order. ranks (R,N), inputs (R,N,D).
-
-    With the same ranks for everyone this is the static order itself, to within the fit: the normalised inputs share a strong mean, which
-    serves as the intercept.
-    """
-    return unit_spread(torch.stack([ridge(x, y, 0.1 * PRIOR_RIDGE) for x, y in zip(inputs, ranks)]), inputs)
-
-
-def unit_spread(weights: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Routers (R,D) scaled so that all their logits on inputs (R,N,D) have mean square 1 about their mean."""
-    return weights / torch.einsum("rnd,rd->rn", inputs, weights).std().clamp(min=1e-12)
-
-
-def ranks_of(order: list[int]) -> torch.Tensor:
-    """(R,) rank of each place in an order; 0 is dropped first."""
-    return torch.tensor(order).argsort().float()
-
-
-# ------------------------------------------------------------------------------------------------------------ drop orders
-
-
-def greedy_order(model: Transformer, examples: list[Example], rt: runtime.Runtime, guess: list[float], depth: float, trunk: "TrunkCache | None" = None) -> list[int]:
-    """Drop places one after another until a share `depth` of all they count is off, each time the one whose loss on the examples rises least by what it
-    counts; the rest follow by estimate.
-
-    guess: price of each place by what it counts, in any unit. Lazy (Minoux 1978): a place's last measured rise stands until a round finds it cheapest,
-    and what was never measured counts with its guess at the rate of those that were; a round measures at most TRIES places.
-    """
-    loss = Controls(model, examples, rt, trunk).loss
-    path, now, measured = [], loss(()), {}
-    rest, weights = set(range(len(guess))), (model.place_weights() * len(guess)).tolist()
-
-    def rise(place: int) -> float:
-        return (loss((*path, place)) - now) / weights[place]
-
-    while sum(weights[place] for place in path) < depth * len(guess) - 1e-6:
-        fresh = {}
-        if not path:  # no measured rise to go by yet: more of them, by their guesses
-            for place in sorted(rest, key=lambda place: guess[place])[:2 * TRIES]:
-                fresh[place] = rise(place)
-        else:
-            rate = sum(max(risen, 0.0) for risen in measured.values()) / max(sum(guess[place] for place in measured), 1e-12)
-            while len(fresh) < TRIES:
-                cheapest = min(rest, key=lambda place: (measured.get(place, rate * guess[place]), guess[place]))
-                if cheapest in fresh:
-                    break
-                fresh[cheapest] = measured[cheapest] = rise(cheapest)
-        measured |= fresh
-        path.append(min(fresh, key=fresh.get))
-        now += fresh[path[-1]] * weights[path[-1]]
-        rest.discard(path[-1])
-    return path + sorted(rest, key=lambda place: (measured.get(place, math.inf), guess[place]))
-
-
-@contextlib.contextmanager
-def sublayers_of(model: Transformer):
-    """A list that collects, for a while and by layer, what enters the layer, and what its attention and feed-forward add (B,T,D)."""
-    seen: list[dict[str, torch.Tensor]] = []
-    hooks = []
-    for block in model.layers:
-        hooks.append(block.register_forward_pre_hook(lambda _, args: seen.append({"x": args[0].detach()})))
-        for name in ("attention", "feed_forward"):
-            part = getattr(block, name)
-            hooks.append(part.register_forward_hook(lambda _, args, out, name=name: seen[-1].update({name: out.detach().clone()})))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def similarity_order(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> list[int]:
-    """Places by 1 - cos(x, y), x what enters the target and y that plus its output (What Matters in Transformers, arXiv 2406.15786), by what they count."""
-    places = model.routing.places
-    total = torch.zeros(len(places), dtype=torch.float64, device=rt.device)
-    for _, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch = collate(group, rt.device)
-        real = torch.arange(batch.tokens.shape[1], device=rt.device) < torch.tensor(batch.lengths, device=rt.device)[:, None]  # (B,T)
-        with sublayers_of(model) as seen:
-            model.hidden(batch.tokens, route="off")
-        for number, place in enumerate(places):
-            x = seen[place.layer]["x"]
-            middle = x + seen[place.layer]["attention"].view_as(x)
-            after = middle + seen[place.layer]["feed_forward"].view_as(x)
-            before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[place.target]
-            total[number] += (1 - F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)).sum()
-    return (sum_over_ranks(total, rt).cpu() / model.place_weights()).argsort().tolist()
-
-
-class RidgeDescent(torch.optim.Optimizer):
-    """Steps in the space of logits: each router moves by the ridge regression of its units' prices on their inputs, not along the raw gradient.
-
-    With prices p = -d loss / d logit of units with inputs X, the gradient is -X^T p and ridge regression gives (X^T X + e I)^-1 X^T p. So the
-    gradient (with momentum) is multiplied by (C + e I)^-1, C = X^T X / N of a fixed sample of inputs and e = STRENGTH times its mean
-    eigenvalue: a few massive dimensions of the residual stream no longer decide alone. A step is scaled so that the logits of that sample
-    move by `lr` (root mean square, over all routers together); the scale of the loss does not matter. inputs (R,N,D); weights R x (1,D);
-    counts (R,): what each router's units count in the budget; prices are taken by it.
-    """
-
-    def __init__(self, weights: list[torch.Tensor], inputs: torch.Tensor, lr: float, counts: torch.Tensor):
-        super().__init__(weights, {"lr": lr})
-        self.inputs, self.counts = inputs.to(weights[0].device), counts
-        kernel = self.inputs @ self.inputs.transpose(1, 2)  # (R, N, N)
-        self.ridge = STEP_RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1) / inputs.shape[2]  # (R,) N e: the trace of X^T X is that of X X^T
-        self.factor = torch.linalg.cholesky(kernel + torch.diag_embed(self.ridge[:, None].expand(-1, inputs.shape[1])))
-        for w in weights:
-            self.state[w] = {"exp_avg": torch.zeros_like(w)}
-
-    @torch.no_grad()
-    def step(self) -> float:
-        """Move the weights; returns by how much the sample's logits rose on average, which a cut should follow."""
-        weights = self.param_groups[0]["params"]
-        for w in weights:
-            self.state[w]["exp_avg"].lerp_(w.grad, 1 - MOMENTUM)
-        mean = (torch.cat([self.state[w]["exp_avg"] for w in weights]) / self.counts[:, None])[..., None]  # (R, D, 1)
-        inner = torch.cholesky_solve(self.inputs @ mean, self.factor)  # (R, N, 1)
-        move = (mean - self.inputs.transpose(1, 2) @ inner) / self.ridge[:, None, None]  # (R, D, 1), by Woodbury's identity
-        change = self.inputs @ move  # (R, N, 1)
-        scale = self.param_groups[0]["lr"] / change.square().mean().sqrt().clamp(min=1e-20)
-        for w, m in zip(weights, move):
-            w -= scale * m.T
-        return -(scale * change.mean()).item()
-
 
 
 # ----------------------------------------------------------------------------------------------------------------- tuning
@@ -1131,11 +606,6 @@ def tune(tuner: Tuner, out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- summary
 
 
-def routed_flops(config, routing: RouterConfig, shares: list[float], tokens: int, logits: int = 0) -> float:
-    """FLOPs of a prompt of `tokens` tokens when the places (R) execute these shares of their units."""
-    return prefill_flops(config, tokens, Executed.of(config, routing, shares), logits)
-
-
 @torch.no_grad()
 def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict:
     """Measured and possible speed-up of prompts that were not seen before, `gather` against `off`, each timed in turn: kernels meet new shapes, as they
@@ -1161,59 +631,6 @@ def measure_prefill(model: Transformer, examples: list[Example], rt: runtime.Run
     ceiling = prefill_flops(model.config, length) / routed_flops(model.config, model.routing, shares.tolist(), length, logits=1)
     return {"prefill_speedup": speedup, "prefill_ceiling": ceiling, "prefill_context": length,
             "prefill_capacity": capacity(shares[:, None], weights=model.place_weights()).item()}
-
-
-class Controls:
-    """What simple alternatives reach on the same examples at the capacity that a router realised. Each set of dropped layers is measured once."""
-
-    def __init__(self, model: Transformer, examples: list[Example], rt: runtime.Runtime, trunk: TrunkCache | None = None):
-        self.model, self.examples, self.rt, self.trunk, self.known = model, examples, rt, trunk, {}
-
-    def loss(self, skipped: tuple[int, ...]) -> float:
-        """Loss where everyone skips these places, given in any order."""
-        skipped = tuple(sorted(skipped))
-        if skipped not in self.known:
-            self.known[skipped] = evaluate(self.model, self.examples, self.rt, route="gather", skipped=skipped, trunk=self.trunk)["loss"]
-        return self.known[skipped]
-
-    def static(self, order: list[int], share: float) -> float:
-        """Loss where everyone skips the first places of an order, `share` of all they count; where that ends within a place it is interpolated."""
-        shares = skipped_shares(order, self.model.place_weights(), share)
-        part = next((value for value in shares if 0.0 < value < 1.0), 0.0)
-        loss = self.loss(tuple(place for place, value in enumerate(shares) if value == 1.0))
-        if part == 0.0:
-            return loss
-        more = self.loss(tuple(place for place, value in enumerate(shares) if value >= part))
-        return loss + part * (more - loss)
-
-    def share_saved(self, shares: list[float]) -> tuple[float, float]:
-        """What share of whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
-        routing = self.model.routing
-
-        def flops(routing: RouterConfig, shares: list[float]) -> float:
-            return sum(routed_flops(self.model.config, routing, shares, len(example.tokens)) for example in self.examples)
-
-        plain = replace(routing, unit="sequence", kv="routed")  # whole sequences: a skipped place leaves nothing behind
-        dense, routed, none = flops(plain, [1.0] * len(shares)), flops(routing, shares), flops(plain, [0.0] * len(shares))
-        return (dense - routed) / (dense - none), dense / routed
-
-    def row(self, budget: float, orders: dict[str, list[int]]) -> dict:
-        """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static orders) at equal ceiling."""
-        routed = evaluate(self.model, self.examples, self.rt, route="gather", trunk=self.trunk)
-        shares, skipped = routed["capacity_per_layer"], 1 - routed["capacity"]
-        saved, ceiling = self.share_saved(shares)
-        losses = {name: self.static(order, skipped) for name, order in orders.items()}
-        cheap = {name: self.static(order, saved) for name, order in orders.items()}
-        best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.loss(())
-
-        def gap_closed(static: float) -> float | None:
-            """Share of the gap between static and dense that routing closes; None where skipping for everyone costs nothing."""
-            return (static - routed["loss"]) / (static - dense) if static > dense else None
-
-        return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
-                "mean_route": self.static(mean_order(shares), skipped),
-                "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"], trunk=self.trunk)["loss"],
-                "gap_closed": gap_closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": gap_closed(best_cheap)}
 
 
 def finish(tuner: Tuner, out: Path) -> dict:

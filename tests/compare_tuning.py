@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
 import train  # noqa: E402
+from recipe import passes  # noqa: E402
 from model import load_config, load_model  # noqa: E402
 from router import deep_layers, pool, ste_gate  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -54,7 +55,7 @@ def settings(cfg: TuningConfig) -> train.TrainConfig:
                              micro_batch=cfg.micro_batch, steps=2 * cfg.steps + 1, trunk_gb=1.0, device="cpu", dtype="float32", out=cfg.scratch)
 
 
-def their_step(reference, routers: torch.nn.ParameterList, optimizer, micros: list[train.Batch]) -> float:
+def their_step(reference, routers: torch.nn.ParameterList, optimizer, micros: list[passes.Batch]) -> float:
     """One step of the plain loop; returns the mean loss."""
     n_targets, total, prompts = sum(len(batch.labels) for batch in micros), 0.0, []
     gates = {}
@@ -117,7 +118,7 @@ def one_side(cfg: TuningConfig) -> dict:
         del model
 
         def do(batch: list) -> float:
-            micros = [train.collate(batch[a:a + cfg.micro_batch], torch.device("cpu")) for a in range(0, len(batch), cfg.micro_batch)]
+            micros = [passes.collate(batch[a:a + cfg.micro_batch], torch.device("cpu")) for a in range(0, len(batch), cfg.micro_batch)]
             for group in optimizer.param_groups:
                 group["lr"] = train.lr_at(len(losses), steps, tuning.lr, tuning.warmup)
             return their_step(reference, routers, optimizer, micros)

@@ -18,7 +18,7 @@ ALLOWED = {  # module -> (modules of the project, packages) that it may import
     "model": ({"router"}, {"torch", "safetensors"}),
     "tokenizer": (set(), {"sentencepiece", "tiktoken"}),
     "convert_hf": ({"runtime", "model", "router", "tokenizer"}, {"torch", "safetensors", "numpy"}),
-    "recipe/cost": ({"model", "router"}, {"torch"}),
+    **{f"recipe/{path.stem}": ({"runtime", "model", "router", "recipe"}, {"torch"}) for path in (ROOT / "recipe").glob("*.py")},
     "train": ({"runtime", "model", "router", "tokenizer", "recipe"}, {"torch", "safetensors", "numpy", "data"}),  # data: prepares the demo model
     "eval": ({"runtime", "model", "router", "tokenizer", "recipe"}, {"torch", "numpy"}),
     "bench": ({"runtime", "model", "router", "recipe"}, {"torch", "numpy"}),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import router
 import runtime
 import train
+from recipe import calibrate, controls, fit, measure, orders, passes, trunk
 from model import ModelConfig, Transformer, load_model
 from recipe.cost import prefill_flops
 from router import capacity
@@ -113,27 +114,27 @@ def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
     torch.manual_seed(0)
     h, other, labels = torch.randn(7, 32), torch.randn(7, 32), torch.randint(0, 258, (7,))
     for teacher in (None, other):
-        monkeypatch.setattr(train, "LOGITS_AT_ONCE", 3 * 258)
-        loss, gradient = train.head_gradient(model, h, labels, teacher, scale=0.5)
+        monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 3 * 258)
+        loss, gradient = passes.head_gradient(model, h, labels, teacher, scale=0.5)
         leaf = h.clone().requires_grad_()
         whole = (torch.nn.functional.cross_entropy(model.head(leaf), labels, reduction="sum") if teacher is None else
                  (model.head(teacher).softmax(-1) * (model.head(teacher).log_softmax(-1) - model.head(leaf).log_softmax(-1))).sum())
         (whole * 0.5).backward()
         torch.testing.assert_close(loss, whole.detach())
         torch.testing.assert_close(gradient, leaf.grad)
-        torch.testing.assert_close(train.head_losses(model, h, labels, teacher).sum(), loss)
+        torch.testing.assert_close(passes.head_losses(model, h, labels, teacher).sum(), loss)
 
 
 def test_ridge_fits_and_shrinks():
     torch.manual_seed(0)
     x, w = torch.randn(50, 8), torch.randn(8)
-    torch.testing.assert_close(train.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
-    assert train.ridge(x, x @ w, 10.0).norm() < w.norm()
+    torch.testing.assert_close(fit.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
+    assert fit.ridge(x, x @ w, 10.0).norm() < w.norm()
     wide = torch.randn(50, 20) + 3.0  # a strong mean: constants are met, to within the spread along it
-    constant = wide @ train.ridge(wide, torch.full((50,), 2.0), 1.0)
+    constant = wide @ fit.ridge(wide, torch.full((50,), 2.0), 1.0)
     assert constant.mean().item() == pytest.approx(2.0, rel=0.02) and constant.std() < 0.2
     target = wide[:, 0] * 5.0
-    assert (wide @ train.ridge(wide, target, 10.0)).mean().item() == pytest.approx(target.mean().item(), rel=0.02)  # shrunk to the mean, not to zero
+    assert (wide @ fit.ridge(wide, target, 10.0)).mean().item() == pytest.approx(target.mean().item(), rel=0.02)  # shrunk to the mean, not to zero
 
 
 def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
@@ -144,10 +145,10 @@ def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
     gradient = torch.randn(3, 12)
     for w, g in zip(weights, gradient):
         w.grad = g[None].clone()
-    rise = train.RidgeDescent(weights, inputs, lr=0.3, counts=torch.ones(3)).step()
+    rise = fit.RidgeDescent(weights, inputs, lr=0.3, counts=torch.ones(3)).step()
     moved = torch.cat([w.detach() for w in weights]) - before
     covariance = inputs.transpose(1, 2) @ inputs / 7
-    ridge = train.STEP_RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = fit.STEP_RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
     wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
     logits = torch.einsum("rnd,rd->rn", inputs, moved)
     assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
@@ -194,7 +195,7 @@ def test_long_examples_are_refused_or_cut(base):
 def test_collated_positions_predict_their_labels(base):
     tok = train.load_tokenizer(base)
     examples = [train.encode({"prompt": "q" * n, "response": "ab"}, "here", tok, chat=None, limit=128, truncate=False) for n in (1, 9)]
-    batch = train.collate(examples, CPU.device, multiple=16)
+    batch = passes.collate(examples, CPU.device, multiple=16)
     assert batch.tokens.shape[1] % 16 == 0 and batch.lengths == [len(e.tokens) for e in examples]
     assert torch.equal(batch.tokens.flatten()[batch.at + 1], batch.labels) and len(batch.labels) == sum(len(e.targets) for e in examples)
 
@@ -206,9 +207,9 @@ def test_collated_positions_predict_their_labels(base):
 def test_paper_recipe_begins_dense(base, granularity):
     """Zero routers and a threshold of 0.5 execute everything: the first step's model is the base model, bit for bit."""
     made = tuner(base, recipe="paper", granularity=granularity)
-    batch = train.collate(made.train[:4], CPU.device)
-    h, gates, _ = train.states(made.model, batch, route="mask")
-    dense, _, _ = train.states(made.model, batch, route="off")
+    batch = passes.collate(made.train[:4], CPU.device)
+    h, gates, _ = passes.states(made.model, batch, route="mask")
+    dense, _, _ = passes.states(made.model, batch, route="off")
     assert capacity(gates, torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]) == 1.0
     assert torch.equal(h, dense) if granularity != "block_sequence" and granularity != "block_token" else torch.allclose(h, dense, atol=1e-5)
 
@@ -269,26 +270,26 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
     torch.testing.assert_close(within, without)
     made.put(weights)  # reference: autograd of lambda * capacity over the whole batch at once
     whole = sorted((made.train[i] for i in train.global_batch(len(made.train), 8, made.cfg.seed, 0)), key=lambda e: -len(e.tokens))
-    gates = train.states(made.model, train.collate(whole, CPU.device), route="mask")[1]
+    gates = passes.states(made.model, passes.collate(whole, CPU.device), route="mask")[1]
     expected = torch.cat(torch.autograd.grad(3.0 * capacity(gates, weights=made.model.place_weights()), made.weights))
     torch.testing.assert_close(over - without, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
     """KL between the model with a gate at 1 and at 1 - e is e^2 times the cost, up to sampling and third order."""
-    monkeypatch.setattr(train, "LABEL_SAMPLES", 600)
+    monkeypatch.setattr(measure, "LABEL_SAMPLES", 600)
     made = tuner(base, recipe="paper", layers="0-3")
     examples = made.train[:2]
-    costs, inputs = train.measure_costs(made.model, examples, CPU, 3)
+    costs, inputs = measure.measure_costs(made.model, examples, CPU, 3)
     assert costs.shape == (4, 2) and inputs.shape == (4, 2, 32)
-    batch, e = train.collate(train.by_length(examples, 4)[0], CPU.device), 0.05
-    dense = train.states(made.model, batch, route="off")[0]
+    batch, e = passes.collate(passes.by_length(examples, 4)[0], CPU.device), 0.05
+    dense = passes.states(made.model, batch, route="off")[0]
     row = torch.tensor([i // batch.tokens.shape[1] for i in batch.at.tolist()])
     for layer in range(4):
         gates = torch.ones(4, 2)
         gates[layer] -= e
-        h = train.states(made.model, batch, route="mask", gates=gates)[0]
-        kl = train.token_losses(made.model.head(h), batch.labels, made.model.head(dense)).detach()
+        h = passes.states(made.model, batch, route="mask", gates=gates)[0]
+        kl = passes.token_losses(made.model.head(h), batch.labels, made.model.head(dense)).detach()
         by_row = torch.zeros(2).index_add(0, row, kl) / e**2
         torch.testing.assert_close(costs[layer], by_row, rtol=0.25, atol=1e-4)
 
@@ -296,16 +297,16 @@ def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
 def test_typical_cost_follows_all_units_not_the_dearest():
     costs = torch.rand(4, 100, generator=torch.Generator().manual_seed(0)) + torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     costs[:, :10] = 0.0  # what few labels make of a small cost
-    assert torch.allclose(train.typical_costs(7 * costs), 7 * train.typical_costs(costs))
+    assert torch.allclose(measure.typical_costs(7 * costs), 7 * measure.typical_costs(costs))
     costs[0, 50] = 500.0
     assert costs.mean(dim=1).argmin() != 0
-    assert train.typical_costs(costs).argsort().tolist() == [0, 1, 2, 3]
+    assert measure.typical_costs(costs).argsort().tolist() == [0, 1, 2, 3]
 
 
 def test_drawn_labels_follow_the_model(base):
     model = load_model(base)
     h = torch.randn(1, 32) * 3
-    labels = train.draw_labels(model, h.expand(20000, 32), torch.rand(20000))
+    labels = measure.draw_labels(model, h.expand(20000, 32), torch.rand(20000))
     share = torch.bincount(labels, minlength=258) / 20000
     assert (share - model.head(h)[0].softmax(-1)).abs().max() < 0.015
 
@@ -313,10 +314,10 @@ def test_drawn_labels_follow_the_model(base):
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "both_sequence"])
 def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, granularity):
     made = tuner(base, granularity=granularity, layers="0-3", budget=0.5)
-    z, weights = train.route_logits(made.model, made.select, CPU), made.model.place_weights()
+    z, weights = passes.route_logits(made.model, made.select, CPU), made.model.place_weights()
     assert (capacity((z >= made.state.cut).float(), weights=weights) - 0.5).abs() < 0.02
-    controls = train.Controls(made.model, made.select, CPU)
-    static = [controls.static(order, 0.5) for order in made.state.orders.values()]
+    beside = controls.Controls(made.model, made.select, CPU)
+    static = [beside.static(order, 0.5) for order in made.state.orders.values()]
     # first tokens always execute, so a token router at the same capacity closes a few units of the next layer instead
     assert made.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.01)
     assert set(made.state.orders) == {"greedy", "fisher", "similarity"} and all(sorted(order) == list(range(len(weights))) for order in made.state.orders.values())
@@ -328,15 +329,15 @@ def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granul
     """Against whole forward passes of one example at a time, at a working point where everyone skips one layer."""
     made, closed = tuner(base, granularity=granularity, layers="1-3", steps=0), (1,)
     examples, n_places = made.train[:5], 6 if granularity == "both_sequence" else 3
-    benefits, inputs = train.measure_benefits(made.model, examples, CPU, closed, made.trunk, distill)
+    benefits, inputs = measure.measure_benefits(made.model, examples, CPU, closed, made.trunk, distill)
     assert benefits.shape == (n_places, 5) and inputs.shape == (n_places, 5, 32) and (benefits.abs() > 1e-4).all()
-    for n, example in enumerate(e for group in train.by_length(examples, train.EVAL_BATCH) for e in group):
-        batch, losses = train.collate([example], CPU.device), {}
-        teacher = {0: train.states(made.model, batch, route="off")[0]} if distill else None
+    for n, example in enumerate(e for group in passes.by_length(examples, passes.EVAL_BATCH) for e in group):
+        batch, losses = passes.collate([example], CPU.device), {}
+        teacher = {0: passes.states(made.model, batch, route="off")[0]} if distill else None
         for place in range(n_places):
             for opened in (True, False):
                 dropped = tuple(sorted({*closed, place} if not opened else {*closed} - {place}))
-                losses[opened] = train.evaluate(made.model, [example], CPU, route="gather", skipped=dropped, teacher=teacher)["loss"]
+                losses[opened] = passes.evaluate(made.model, [example], CPU, route="gather", skipped=dropped, teacher=teacher)["loss"]
             assert benefits[place, n].item() == pytest.approx((losses[False] - losses[True]) * len(example.targets) ** 0.5, rel=1e-3, abs=1e-5)
 
 
@@ -346,7 +347,7 @@ def test_benefit_prior_runs_a_layer_where_it_is_worth_most():
     kind = torch.tensor([0, 1] * 20)
     inputs = torch.randn(3, 40, 16) * 0.1 + torch.randn(3, 1, 16) + torch.randn(2, 16)[kind] * 0.5
     benefits = torch.stack([(kind == 0) * 2.0, (kind == 1) * 2.0, torch.full((40,), -1.0)]) + 0.1 * torch.randn(3, 40)
-    z = torch.einsum("rnd,rd->rn", inputs, train.benefit_prior(benefits, inputs, torch.ones(3) / 3))
+    z = torch.einsum("rnd,rd->rn", inputs, fit.benefit_prior(benefits, inputs, torch.ones(3) / 3))
     opened = z >= router.quantile_cut(z, 1 / 3)
     assert torch.equal(opened, torch.stack([kind == 0, kind == 1, kind > 1]))
 
@@ -355,7 +356,7 @@ def test_order_prior_is_the_static_order():
     torch.manual_seed(0)
     inputs = torch.randn(4, 30, 16) * 0.1 + torch.randn(4, 1, 16)  # a strong mean, as normalised inputs have
     order = [2, 0, 3, 1]
-    weights = train.order_prior(train.ranks_of(order)[:, None].expand(4, 30), inputs)
+    weights = fit.order_prior(fit.ranks_of(order)[:, None].expand(4, 30), inputs)
     z = torch.einsum("rnd,rd->rn", inputs, weights)
     for closed in range(1, 4):
         opened = z >= router.quantile_cut(z, 1 - closed / 4)
@@ -365,26 +366,26 @@ def test_order_prior_is_the_static_order():
 def test_greedy_order_drops_what_costs_least_each_time(base):
     made = tuner(base, layers="0-3", recipe="paper")
     for guess in ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]):  # six tries see all four layers in the first round, so the guess does not matter there
-        order = train.greedy_order(made.model, made.train, CPU, guess, 0.5)
-        loss = [train.evaluate(made.model, made.train, CPU, route="gather", skipped=(place,))["loss"] for place in range(4)]
+        order = orders.greedy_order(made.model, made.train, CPU, guess, 0.5)
+        loss = [passes.evaluate(made.model, made.train, CPU, route="gather", skipped=(place,))["loss"] for place in range(4)]
         assert order[0] == min(range(4), key=lambda place: loss[place]) and sorted(order) == [0, 1, 2, 3]
-    everything = train.greedy_order(made.model, made.train, CPU, guess, 1.0)
-    pairs = {place: train.evaluate(made.model, made.train, CPU, route="gather", skipped=(order[0], place))["loss"] for place in range(4) if place != order[0]}
+    everything = orders.greedy_order(made.model, made.train, CPU, guess, 1.0)
+    pairs = {place: passes.evaluate(made.model, made.train, CPU, route="gather", skipped=(order[0], place))["loss"] for place in range(4) if place != order[0]}
     assert everything[:2] == order[:2] and pairs[order[1]] <= min(pairs.values()) + 0.02
 
 
 def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
     made = tuner(base, layers="0-3", recipe="paper")
     made.model.layers[2].attention.wo.weight.data *= 1e-4  # changes nothing any more
-    assert train.similarity_order(made.model, made.train, CPU)[0] == 2
+    assert orders.similarity_order(made.model, made.train, CPU)[0] == 2
     made.model.layers[2].attention.wo.weight.data *= 1e4
 
 
 def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
     made = tuner(base, layers="2-3", recipe="paper")
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
-    cache = train.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, 1e9)
-    batch = train.collate(made.train[:3], torch.device("cpu"))
+    monkeypatch.setattr(trunk.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
+    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, 1e9)
+    batch = passes.collate(made.train[:3], torch.device("cpu"))
     assert not cache.place and not (tmp_path / "trunk.bin").exists()
     torch.testing.assert_close(cache(made.model, made.train[:3], batch), made.model.trunk(batch.tokens))
 
@@ -392,13 +393,13 @@ def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("limit, stored", [(1e9, True), (9000, True), (0, False)])
 def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     made = tuner(base, layers="2-3", recipe="paper", trunk_gb=0)
-    cache = train.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)
+    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)
     group = made.train[:5]
-    batch = train.collate(group, torch.device("cpu"))
+    batch = passes.collate(group, torch.device("cpu"))
     fresh = made.model.trunk(batch.tokens)
     torch.testing.assert_close(cache(made.model, group, batch), fresh)
-    again = train.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)  # another run in the same folder
-    mixed = train.collate(made.train[3:9], torch.device("cpu"))  # some stored, some not
+    again = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)  # another run in the same folder
+    mixed = passes.collate(made.train[3:9], torch.device("cpu"))  # some stored, some not
     torch.testing.assert_close(again(made.model, made.train[3:9], mixed), made.model.trunk(mixed.tokens))
     read = again(made.model, group, batch)
     for row, length in enumerate(batch.lengths):  # pads may differ: nothing reads them
@@ -407,7 +408,7 @@ def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     assert size <= limit and bool(again.place) == stored
     if stored:
         made.model.fingerprint = "another base"
-        assert not train.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit).done.any()
+        assert not trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit).done.any()
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "both_sequence"])
@@ -416,12 +417,12 @@ def test_one_table_serves_every_budget(base, granularity):
     torch.manual_seed(1)
     for w in made.weights:  # routers that really tell inputs apart
         w.data.normal_(std=1.0)
-    table = train.calibrate(made.model, made.select, CPU, 0.5)
-    assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(train.BUDGETS)
-    n = train.route_logits(made.model, made.select, CPU).shape[1] * 4
+    table = calibrate.calibrate(made.model, made.select, CPU, 0.5)
+    assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(calibrate.BUDGETS)
+    n = passes.route_logits(made.model, made.select, CPU).shape[1] * 4
     for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
         router.set_cuts(made.model, router.cuts_for(budget, table))
-        kept = train.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
+        kept = passes.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
         if "token" in granularity:  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
             assert kept == pytest.approx(max(budget, len(made.select) * 4 / n), abs=0.05)
         else:
@@ -433,50 +434,50 @@ def test_calibration_falls_back_on_the_best_static_order(base):
     made = tuner(base, granularity="attn_sequence", layers="0-3")
     order = min(made.state.orders.values(), key=lambda order: made.controls.static(order, 0.5))
     inputs = made.inputs
-    wrong = train.order_prior(train.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
+    wrong = fit.order_prior(fit.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
     made.put(wrong)
-    table = train.calibrate(made.model, made.select, CPU, 0.5, made.controls, {"worst": order[::-1], "best": order})
+    table = calibrate.calibrate(made.model, made.select, CPU, 0.5, made.controls, {"worst": order[::-1], "best": order})
     assert table["static"][0.5] == "best"
     router.set_cuts(made.model, router.cuts_for(0.5, table))
-    static = train.evaluate(made.model, made.select, CPU, route="gather", skipped=tuple(order[:2]))
-    found = train.evaluate(made.model, made.select, CPU, route="gather")
+    static = passes.evaluate(made.model, made.select, CPU, route="gather", skipped=tuple(order[:2]))
+    found = passes.evaluate(made.model, made.select, CPU, route="gather")
     assert found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
-    assert not train.calibrate(made.model, made.select, CPU, 0.5)["static"]
+    assert not calibrate.calibrate(made.model, made.select, CPU, 0.5)["static"]
 
 
 def test_static_cuts_close_in_order_and_split_a_layer():
     z, third = torch.arange(12.0).view(3, 4), torch.ones(3) / 3
-    opened = z >= torch.tensor(train.static_cuts(z, [2, 0, 1], 0.5, third))[:, None]
+    opened = z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.5, third))[:, None]
     assert opened.tolist() == [[False, False, True, True], [True] * 4, [False] * 4]
-    assert not (z >= torch.tensor(train.static_cuts(z, [2, 0, 1], 0.0, third))[:, None]).any() and (z >= torch.tensor(train.static_cuts(z, [2, 0, 1], 1.0, third))[:, None]).all()
+    assert not (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.0, third))[:, None]).any() and (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 1.0, third))[:, None]).all()
 
 
 def test_evaluation_does_not_depend_on_the_route_mode(base):
     made = tuner(base, layers="0-3")
-    by_mask, by_gather = (train.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
+    by_mask, by_gather = (passes.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
     assert by_mask["loss"] == pytest.approx(by_gather["loss"], abs=1e-5) and by_mask["capacity_per_layer"] == by_gather["capacity_per_layer"]
-    closed = train.evaluate(made.model, made.select, CPU, route="gather", skipped=(0, 2))
+    closed = passes.evaluate(made.model, made.select, CPU, route="gather", skipped=(0, 2))
     assert closed["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and closed["capacity"] == 0.5
-    assert train.evaluate(made.model, made.select, CPU, route="gather", skipped=())["loss"] == pytest.approx(
-        train.evaluate(made.model, made.select, CPU, route="off")["loss"], abs=1e-5)
+    assert passes.evaluate(made.model, made.select, CPU, route="gather", skipped=())["loss"] == pytest.approx(
+        passes.evaluate(made.model, made.select, CPU, route="off")["loss"], abs=1e-5)
 
 
 def test_static_control_interpolates_between_whole_layers(base):
     made = tuner(base, layers="0-3")
-    losses = [train.evaluate(made.model, made.select, CPU, route="gather", skipped=closed)["loss"] for closed in ((2,), (2, 0))]
-    controls = train.Controls(made.model, made.select, CPU)
-    assert controls.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
-    assert controls.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
+    losses = [passes.evaluate(made.model, made.select, CPU, route="gather", skipped=closed)["loss"] for closed in ((2,), (2, 0))]
+    beside = controls.Controls(made.model, made.select, CPU)
+    assert beside.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
+    assert beside.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
 
 
 @pytest.mark.parametrize("granularity, kv", [("attn_sequence", "routed"), ("attn_token", "all"), ("mlp_token", "routed"), ("block_sequence", "routed")])
 def test_share_saved_counts_flops(base, granularity, kv):
     """Two layers off for everyone save two layers; half of all tokens of every layer save less than half of them where keys and values stay."""
     made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
-    controls = train.Controls(made.model, made.select, CPU)
-    saved, ceiling = controls.share_saved([0.0, 1.0, 0.0, 1.0])
+    beside = controls.Controls(made.model, made.select, CPU)
+    saved, ceiling = beside.share_saved([0.0, 1.0, 0.0, 1.0])
     assert ceiling > 1 and (saved < 0.5 if kv == "all" else saved == pytest.approx(0.5))
-    assert controls.share_saved([1.0] * 4) == (0.0, 1.0)
+    assert beside.share_saved([1.0] * 4) == (0.0, 1.0)
 
 
 def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
@@ -484,7 +485,7 @@ def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
     for granularity, kv in (("attn_sequence", "routed"), ("attn_token", "all"), ("attn_token", "routed")):
         made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
         routing = made.model.routing
-        losses.append(train.evaluate(made.model, made.select, CPU, route="gather", skipped=(1, 3))["loss"])
+        losses.append(passes.evaluate(made.model, made.select, CPU, route="gather", skipped=(1, 3))["loss"])
         assert made.model.routing is routing and made.model.layers[1].routing is routing
     assert losses[0] == losses[1] == losses[2]
 
@@ -515,7 +516,7 @@ def test_run_writes_what_it_promises(base, tmp_path, granularity):
     assert "held-out loss" in train.show(summary)
     model = load_model(base, routers=tmp_path / "run/routers.safetensors")  # what was written is what was measured
     held = train.load_data(cfg, train.load_tokenizer(base), 128)[2]
-    again = train.evaluate(model, held, CPU, route="gather")
+    again = passes.evaluate(model, held, CPU, route="gather")
     assert again["loss"] == pytest.approx(summary["heldout_loss_routed"], abs=1e-6) and again["capacity"] == summary["capacity"]
     assert load_model(base, routers=tmp_path / "run/routers.safetensors", budget=0.9).routers()[0].cut < model.routers()[0].cut
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json"]
