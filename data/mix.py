@@ -3,10 +3,10 @@
     python data/mix.py [--from=data/reformatted] [--out=data/mixed] [--portions=vicuna_sharegpt:2.9,slim_orca:1]
                        [--seed=233] [--heldout=0.1] [--max_rows=500] [--max_chars=600]
 
-Reads FROM/NAME.jsonl (data/reformat.py writes them; any other `messages` file may lie there) and writes OUT/data.jsonl
-and OUT/data.report.json. The default is the paper's mix. A portion's whole part repeats every row, its fraction is a
-seeded draw. Rows stay on disk: 16 bytes of memory a row are enough. A second run with the same inputs and settings does
-nothing. Then: python train.py --data=OUT/data.jsonl. Depends on data/rows.py and runtime.
+Reads FROM/NAME.jsonl (data/reformat.py writes them; other `messages` files may lie there, .json and .gz too) and writes
+OUT/data.jsonl and OUT/data.report.json. The default is the paper's mix. A portion's whole part repeats every row, its
+fraction is a seeded draw. Rows stay on disk: 16 bytes of memory a row are enough. A second run with the same inputs and
+settings does nothing. Then: python train.py --data=OUT/data.jsonl. Depends on data/rows.py and runtime.
 """
 
 import difflib
@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import sys
+import tempfile
 from array import array
 from bisect import bisect_right
 from contextlib import ExitStack
@@ -35,7 +36,7 @@ PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # other 
 
 @dataclass
 class Settings:
-    from_: str = field(default="data/reformatted", metadata={"help": "folder with NAME.jsonl of each source"})
+    from_: str = field(default="data/reformatted", metadata={"help": "folder with NAME.jsonl of the sources"})
     out: str = field(default="data/mixed", metadata={"help": "folder to write data.jsonl into"})
     portions: tuple[str, ...] = field(default=PAPER, metadata={"help": "NAME:X, X times the rows of NAME"})
     seed: int = field(default=233, metadata={"help": "seed of draws and order"})
@@ -74,25 +75,44 @@ def read_portions(words: tuple[str, ...]) -> dict[str, Fraction]:
 
 
 def files_of(names: list[str], folder: Path) -> dict[str, Path]:
-    """FROM/NAME.jsonl of every name. Raises with the nearest name that is there."""
+    """FROM/NAME.jsonl (or .json, .gz) of every name. Raises with the nearest name that is there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} was not found, expected a folder with NAME.jsonl: run data/reformat.py")
-    present = sorted(path.stem for path in folder.glob("*.jsonl"))
+    files = {}
     for name in names:
-        if (folder / f"{name}.jsonl").exists():
-            rows.check_file(folder / f"{name}.jsonl")
-            continue
-        near = difflib.get_close_matches(name, present, n=1, cutoff=0)
-        hint = f"the nearest one there is {near[0]}" if near else "no .jsonl file lies there"
-        raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({hint}), expected the rows of {name}: correct "
-                                f"the name, leave it out of --portions, or run data/reformat.py --only={name}")
-    return {name: folder / f"{name}.jsonl" for name in names}
+        found = [folder / (name + suffix) for suffix in rows.SUFFIXES if (folder / (name + suffix)).exists()]
+        if not found:
+            raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({nearest(name, folder)}), expected rows of the "
+                                    "source: correct the name, leave it out of --portions, or run data/reformat.py")
+        if len(found) > 1:
+            raise ValueError(f"{' and '.join(map(str, found))} are there, expected one of them: move the other away")
+        rows.check_file(found[0])
+        files[name] = found[0]
+    return files
+
+
+def nearest(name: str, folder: Path) -> str:
+    paths = [path.name for path in folder.iterdir() if path.name.endswith(rows.SUFFIXES)]
+    present = sorted(path.partition(".json")[0] for path in paths if not path.endswith(".report.json"))
+    near = difflib.get_close_matches(name, present, n=1, cutoff=0)
+    return f"the nearest one there is {near[0]}" if near else "no file of rows lies there"
 
 
 # --------------------------------------------------------------------------------------------------- rows of one source
 
 
-def index_rows(path: Path, settings: Settings) -> tuple[array, int]:
+def as_lines(path: Path, folder: Path, settings: Settings) -> Path:
+    """The file itself where it is JSON lines as they stand, else a copy in `folder` that is."""
+    if rows.is_plain(path):
+        return path
+    copy = folder / path.name
+    with open(copy, "wb") as file:
+        for place, row in rows.read_rows(path):
+            file.write(json.dumps(check_row(row, place, settings)).encode("utf-8") + b"\n")
+    return copy
+
+
+def index_rows(path: Path, name: str, settings: Settings) -> tuple[array, int]:
     """Where the rows of a file lie, in a seeded order, at most --max_rows; and how many are longer than --max_chars.
 
     8 bytes a row: twice the offset in the file, plus 1 for a held-out row. Raises ValueError for what is no row.
@@ -101,10 +121,7 @@ def index_rows(path: Path, settings: Settings) -> tuple[array, int]:
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(rows.LONGEST), b""), 1):
             if line.strip():
-                row = parse_row(line, f"{path}, line {number}")
-                if settings.heldout and "split" in row:
-                    raise ValueError(f"{path}, line {number} has a \"split\" of its own, expected none with --heldout: "
-                                     "leave --heldout away, or take the field out")
+                row = parse_row(line, f"{path}, line {number}", settings)
                 if settings.max_chars and count_chars(row) > settings.max_chars:
                     too_long += 1
                 else:
@@ -113,7 +130,7 @@ def index_rows(path: Path, settings: Settings) -> tuple[array, int]:
     if not places:
         found = f"{too_long:,} rows, all of them longer than {settings.max_chars} characters" if too_long else "no row"
         raise ValueError(f"{path} holds {found}, expected rows to mix: run data/reformat.py, or raise --max_chars")
-    random.Random(f"{settings.seed} {path.stem}").shuffle(places)
+    random.Random(f"{settings.seed} {name}").shuffle(places)
     return places, too_long
 
 
@@ -130,17 +147,25 @@ def is_heldout(row: dict, share: float) -> bool:
     return number < share * 2**64
 
 
-def parse_row(line: bytes, place: str) -> dict:
+def parse_row(line: bytes, place: str, settings: Settings) -> dict:
     """One `messages` row. Raises ValueError naming the place."""
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON ({error}), expected a row: mend it, or run data/reformat.py") from None
+    return check_row(row, place, settings)
+
+
+def check_row(row, place: str, settings: Settings) -> dict:
+    """The row, which must hold messages. Raises ValueError naming the place."""
     turns = row.get("messages") if isinstance(row, dict) else None
     is_good = isinstance(turns, list) and all(is_turn(turn) for turn in turns)
     if not is_good or not any(turn["role"] == "assistant" for turn in turns):
-        raise ValueError(f"{place} has no messages with an assistant's turn, expected {{\"messages\": [{{\"role\": ..., "
-                         "\"content\": ...}, ...]}: convert it with data/reformat.py, or delete it")
+        raise ValueError(f"{place} has no messages with an assistant's turn, expected {{\"messages\": [{{\"role\": "
+                         "..., \"content\": ...}, ...]}: convert it with data/reformat.py, or delete it")
+    if settings.heldout and "split" in row:
+        raise ValueError(f"{place} has a \"split\" of its own, expected none with --heldout: leave --heldout away, or "
+                         "take the field out")
     return row
 
 
@@ -152,8 +177,7 @@ def is_turn(turn) -> bool:
 
 
 def add_copies(order: array, places: array, begin: int, portion: Fraction) -> tuple[int, int]:
-    """Append the copies of one source, the rows from `begin` to the end of `places`, to `order`; their number to tune on
-    and held out.
+    """Append the copies of the rows from `begin` to the end of `places`; their number to tune on and held out.
 
     Of n rows to tune on there are floor(portion * n) copies: each floor(portion) times, and the first ones, which are a
     seeded draw, once more. Held-out rows come once.
@@ -171,10 +195,16 @@ def add_copies(order: array, places: array, begin: int, portion: Fraction) -> tu
 
 def mix(files: dict[str, Path], portions: dict[str, Fraction], settings: Settings, output: Path) -> dict:
     """Write the mixed file. The counts: rows in all, and of each source."""
+    with tempfile.TemporaryDirectory(prefix=".mix-", dir=output.parent) as folder:
+        lines = {name: as_lines(path, Path(folder), settings) for name, path in files.items()}
+        return mix_lines(lines, portions, settings, output)
+
+
+def mix_lines(files: dict[str, Path], portions: dict[str, Fraction], settings: Settings, output: Path) -> dict:
     places, order, begins, counts = array("Q"), array("I"), [], {}
     for name, path in files.items():
         begins.append(len(places))
-        drawn, too_long = index_rows(path, settings)
+        drawn, too_long = index_rows(path, name, settings)
         usable = len(drawn)
         del drawn[settings.max_rows or usable:]
         places.extend(drawn)

@@ -26,7 +26,6 @@ from data import rows  # noqa: E402
 
 ROLES = {"system": "system", "human": "user", "user": "user"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "assistant"), "assistant")
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 CONTEXT_FIELDS = ("system", "history", "tools", "input", "context")  # text without which an answer makes no sense
 PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # other rules make another file
 
@@ -188,14 +187,14 @@ def files_of(name: str, raw: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder with {wanted}: move it into a folder of that name")
     present = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-    data = [path for path in present if path.name.endswith(SUFFIXES) and path.parent == folder]
+    data = [path for path in present if path.name.endswith(rows.SUFFIXES) and path.parent == folder]
     named = [path for path in data if path.name.removesuffix(".gz") in source.files]
     found = named or data
     if not found:
         for path in present:
             if path.is_file() and path.suffix == ".parquet":
                 rows.check_file(path)  # raises with the remedy
-        raise FileNotFoundError(f"{folder} holds no {', '.join(SUFFIXES)} file, expected {wanted}: put it there")
+        raise FileNotFoundError(f"{folder} holds no {', '.join(rows.SUFFIXES)} file, expected {wanted}: put it there")
     stems = Counter(path.name.removesuffix(".gz") for path in found)
     if max(stems.values()) > 1:
         twice = stems.most_common(1)[0][0]
@@ -293,7 +292,8 @@ def check_names(names: tuple[str, ...]) -> None:
 def main() -> None:
     settings = runtime.cli(Settings)
     check_names(settings.only)
-    inputs = {name: files_of(name, Path(settings.raw)) for name in settings.only}  # all are checked before one is written
+    raw = Path(settings.raw)
+    inputs = {name: files_of(name, raw) for name in settings.only}  # all are checked before one is written
     for name, files in inputs.items():
         output = Path(settings.out) / f"{name}.jsonl"
         made_from = {"source": name, "program": PROGRAM, "inputs": [rows.stamp(path) for path in files]}

@@ -20,6 +20,7 @@ import runtime
 CHUNK = 1 << 20  # bytes read at once
 LONGEST = 64 << 20  # bytes of one row; what is longer is no row, but a file without line feeds or closing quotes
 BLANKS = re.compile(r"[ \t\r\n]*")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")  # names under which rows are looked for
 SPLIT_TOKEN = 16  # characters that a JSON token cut by the end of a piece can have: null, -1.5e-300, a \u escape
 OTHER_FORMATS = (  # how a file that is no JSON begins, what it is, and what to do about it
     (b"PAR1", "a Parquet file", "write its rows as JSON lines, e.g. python -c \"import pandas; "
@@ -73,6 +74,12 @@ def check_file(path: Path) -> None:
         if begin.startswith(magic):
             remedy = remedy.format(name=path, stem=path.with_suffix(""))
             raise ValueError(f"{path} is {what}, expected JSON, JSON lines or either of them gzipped: {remedy}")
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the file holds JSON lines as they stand: not gzipped, no list, no byte order mark."""
+    with open(path, "rb") as file:
+        return _first_byte(file) not in (b"[", b"\x1f", b"\xef")
 
 
 def _open(path: Path) -> io.BufferedIOBase:
