@@ -82,8 +82,8 @@ def files_of(names: list[str], folder: Path) -> dict[str, Path]:
     for name in names:
         found = [folder / (name + suffix) for suffix in rows.SUFFIXES if (folder / (name + suffix)).exists()]
         if not found:
-            raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({nearest(name, folder)}), expected rows of the "
-                                    "source: correct the name, leave it out of --portions, or run data/reformat.py")
+            raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({nearest(name, folder)}), expected its rows: "
+                                    "correct the name, leave it out of --portions, or run data/reformat.py")
         if len(found) > 1:
             raise ValueError(f"{' and '.join(map(str, found))} are there, expected one of them: move the other away")
         rows.check_file(found[0])

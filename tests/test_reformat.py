@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import reformat
+from data import records, reformat
+from tiny import write_tokenizer
+from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "data" / "reformat.py"
 
@@ -24,7 +26,7 @@ def talk(*turns: str) -> dict:
 
 
 GOOD = {
-    "vicuna_sharegpt": [talk("human: a", "gpt: b", "user: c", "bard: d") | {"id": "x_0"}, talk("user: e", "chatgpt: f")],
+    "vicuna_sharegpt": [talk("human: a", "gpt: b", "user: c", "bard: d") | {"id": "x_0"}, talk("user: e", "gpt: f")],
     "evol_instruct": [talk("human: a", "gpt: b") | {"idx": "1"}],
     "slim_orca": [talk("system: s", "human: a", "gpt: b")],
     "meta_math_qa": [{"query": "a", "response": "b", "type": "t", "original_question": "o"}],
@@ -123,8 +125,15 @@ RAW_ROWS = st.one_of(
 )
 
 
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
 @given(st.sampled_from(sorted(GOOD)), st.lists(RAW_ROWS, max_size=8))
-def test_kept_and_dropped_are_all_rows_and_kept_ones_can_be_tuned_on(tmp_path_factory, name, rows):
+def test_kept_and_dropped_are_all_rows_and_kept_ones_can_be_tuned_on(tmp_path_factory, tok, name, rows):
     folder = tmp_path_factory.mktemp("x")
     path = put(folder, name, [*rows, GOOD[name][0]])  # one good row: a file without any is an error
     report = reformat.convert(name, [path], folder / "y")
@@ -136,7 +145,7 @@ def test_kept_and_dropped_are_all_rows_and_kept_ones_can_be_tuned_on(tmp_path_fa
         turns = row["messages"][roles[0] == "system":]
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) and turns
         assert all(turn["content"].strip() for turn in turns)
-        assert any(turn.get("weight", 1) for turn in turns[1::2])
+        assert records.encode(row, "here", records.Form(tok, limit=10_000, chat="mistral")).targets  # the strictest
     indices = [int(row["id"].rpartition("_")[2]) for row in kept]
     assert indices == sorted(set(indices)) and indices[-1] == len(rows)  # an id says which row of the source it was
 
@@ -186,6 +195,14 @@ def test_why_a_row_is_dropped(tmp_path, name, row, reason):
     (found, entry), = report["dropped"].items()
     assert found.startswith(reason) and entry["rows"] == 1 and report["kept"] == len(GOOD[name])
     assert entry["first"].startswith(f"{path}, {'line' if path.suffix == '.jsonl' else 'item'} 1: ")
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_a_raw_row_and_its_reformatted_row_are_the_same_conversation(tmp_path, name):
+    """As train.py reads the two."""
+    reformat.convert(name, [put(tmp_path, name, GOOD[name])], tmp_path / "y")
+    for raw_row, row in zip(GOOD[name], read(tmp_path / "y"), strict=True):
+        assert records.to_messages(raw_row, "here") == records.to_messages(row, "here")
 
 
 def test_a_loss_flag_stays_where_it_matters(tmp_path):
