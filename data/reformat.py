@@ -11,6 +11,7 @@ Then: python data/mix.py. What is dropped: data/README.md. Depends on data/rows.
 import difflib
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from data import rows  # noqa: E402
 ROLES = {"system": "system", "human": "user", "user": "user"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "assistant"), "assistant")
 CONTEXT_FIELDS = ("system", "history", "tools", "input", "context")  # text without which an answer makes no sense
+SHAREGPT_ID = re.compile(r"(\w{7})_\d+")  # QWJhYvA_0, QWJhYvA_12, ...: the pieces into which a conversation was cut
 PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # other rules make another file
 
 
@@ -169,8 +171,9 @@ def group_of(row: dict, source: Source) -> str | None:
     value = row.get(source.group)
     if not isinstance(value, str):
         return None
-    if source.group == "id":
-        value = value.rpartition("_")[0] or value  # the pieces of one conversation are NAME_0, NAME_7, ...
+    piece = SHAREGPT_ID.fullmatch(value) if source.group == "id" else None
+    if piece:
+        value = piece[1]
     return hashlib.blake2b(value.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 

@@ -213,10 +213,11 @@ def test_a_loss_flag_stays_where_it_matters(tmp_path):
 
 
 def test_rows_of_one_origin_share_a_group(tmp_path):
-    pieces = [talk("human: a", "gpt: b") | {"id": identity} for identity in ("x_0", "x_12", "y_0", None, "z")]
+    names = ("QWJhYvA_0", "QWJhYvA_12", "i6IyJda_0", None, "identity_0", "identity_1")
+    pieces = [talk("human: a", "gpt: b") | {"id": identity} for identity in names]
     reformat.convert("vicuna_sharegpt", [put(tmp_path, "vicuna_sharegpt", pieces)], tmp_path / "y")
     groups = [row.get("group") for row in read(tmp_path / "y")]
-    assert groups[0] == groups[1] and groups[3] is None and len(set(groups)) == 4
+    assert groups[0] == groups[1] and groups[3] is None and len(set(groups)) == 5
 
 
 # --------------------------------------------------------------------------------------------------------------- files
