@@ -47,7 +47,7 @@ def conversation_turns(row: dict) -> list[dict]:
     """Turns of {"conversations": [{"from": ..., "value": ...}, ...]}, the ShareGPT form."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise Unusable("no conversation", f"conversations is {str(turns)[:40]}")
+        raise Unusable("no conversation", f"conversations is {repr(turns)[:40]}")
     return turns
 
 
@@ -141,7 +141,7 @@ def clean(row: dict, source: Source) -> tuple[list[dict], bool]:
 
 def _message(turn, source: Source) -> dict:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise Unusable("a turn without text", str(turn)[:60])
+        raise Unusable("a turn without text", repr(turn)[:60])
     speaker = turn.get("from")
     if speaker in source.drops:
         raise Unusable(f"a turn by {speaker}", "the official script drops these conversations")
