@@ -290,6 +290,32 @@ def _tools(row: dict, place: str) -> list | None:
     return tools
 
 
+def usable_rows(path: str | Path, bad: list[str]) -> list[tuple[str, dict]]:
+    """Rows of a file that hold a conversation or a text, with their places; what is wrong with others goes to `bad`."""
+    rows = []
+    for place, row in read_records(path, bad):
+        try:
+            to_messages(row, place)
+        except ValueError as error:
+            bad.append(str(error))
+        else:
+            rows.append((place, row))
+    return rows
+
+
+def split_rows(rows: list[tuple[str, dict]]) -> tuple[list, list]:
+    """Rows to tune on, and rows whose "split" is heldout. Raises ValueError for any other split than these two."""
+    splits = [row.get("split") for _, row in rows]
+    if unknown := [split for split in splits if split not in (None, "train", "heldout")]:
+        counts = ", ".join(f"{split!r} {splits.count(split)}" for split in sorted({*splits}, key=str))
+        raise ValueError(
+            f"rows have the split {unknown[0]!r} (all: {counts}); expected train or heldout: rename it, or "
+            "delete these rows"
+        )
+    held = [row for row in rows if row[1].get("split") == "heldout"]
+    return [row for row in rows if row[1].get("split") != "heldout"], held
+
+
 # -----------------------------------------------------------------------------
 # From conversations to tokens
 
