@@ -45,34 +45,15 @@ from recipe.fit import RidgeDescent
 from recipe.measure import Measured, measure_costs
 from recipe.orders import search_orders
 from recipe.passes import (
-    Batch,
-    Workload,
-    collate,
-    dense_states,
-    head_gradient,
-    n_units,
-    real_logits,
-    states,
+    Batch, Workload, collate, dense_states, head_gradient, n_units, real_logits, states,
 )
-from recipe.report import compare, show
+from recipe.report import compare, show, show_step
 from recipe.speed import measure_prefill
-from recipe.start import benefit_start, best_static, cheapest, loss_at_budget, router_starts, show_costs
+from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
-    GRANULARITIES,
-    RouterConfig,
-    RouterMeta,
-    cuts_for,
-    deep_layers,
-    freeze_all_but_routers,
-    load_router_weights,
-    official_layers,
-    parse_layers,
-    quantile_cut,
-    read_router_file,
-    save_routers,
-    set_cuts,
-    threshold_of,
+    GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
+    official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of,
 )
 from runtime import Runtime, collect, permutation, print0, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
@@ -116,9 +97,7 @@ class TrainConfig:
     model: str = setting(DEMO_MODEL, "checkpoint folder written by convert_hf.py")
     data: tuple[str, ...] = setting((DEMO_DATA,), "files of rows, in any form that data/records.py names")
     out: str = setting("out/demo", "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors")
-    recipe: Literal["default", "paper"] = setting(
-        "default", "default: measured start, ridge steps; paper: AdamW, penalty"
-    )
+    recipe: Literal["default", "paper"] = setting("default", "default: measured start, ridge; paper: AdamW, penalty")
     effort: Literal["quick", "default", "thorough"] = setting("default", "examples that the recipe measures on")
     granularity: str = setting("attn_sequence", "what a gate skips, and for what: " + ", ".join(GRANULARITIES))
     layers: str | None = setting(None, "routed layers: auto:N (N cheapest places), deep:N (paper), all, or 3,5,8-12")
@@ -177,10 +156,8 @@ class TrainConfig:
     def check(self) -> None:
         """Raise ValueError for a value that is out of range, or that contradicts another."""
         if not 0.0 < self.budget < 1.0:
-            raise ValueError(
-                f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. "
-                "--budget=0.5, and the router file then serves every budget from 0 to 1"
-            )
+            raise ValueError(f"budget is {self.budget}, expected a share between 0 and 1 (both excluded): tune at e.g. "
+                             "--budget=0.5, and the router file then serves every budget from 0 to 1")
         for name, least in LEAST.items():
             value, shown = getattr(self, name), name.rstrip("_")
             if value is not None and not value >= least:
@@ -188,18 +165,13 @@ class TrainConfig:
         if not all(0.0 <= budget <= 1.0 for budget in self.report):
             raise ValueError(f"report is {self.report}, expected shares from 0 to 1: change --report")
         if isinstance(self.heldout, float) and not 0.0 < self.heldout < 1.0:
-            raise ValueError(
-                f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: change --heldout"
-            )
+            raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: change --heldout")
         if self.import_official and self.recalibrate:
-            raise ValueError(
-                "--import_official and --recalibrate each name a router file, expected one: leave one away"
-            )
+            raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one "
+                             "away")
         if self.import_official and self.granularity.startswith("both"):
-            raise ValueError(
-                f"granularity is {self.granularity!r} with --import_official; the official code has one "
-                "router per layer: name what it gated"
-            )
+            raise ValueError(f"granularity is {self.granularity!r} with --import_official; the official code has one "
+                             "router per layer: name what it gated")
 
 
 # -----------------------------------------------------------------------------
@@ -227,10 +199,8 @@ def load_data(cfg: TrainConfig, tok: Tokenizer, context: int) -> Data:
     """
     limit = min(cfg.max_length or context, context)
     if (cfg.max_length or 0) > context:
-        raise ValueError(
-            f"max_length is {cfg.max_length:,}, expected at most the model's context of {context:,} tokens: "
-            "lower --max_length"
-        )
+        raise ValueError(f"max_length is {cfg.max_length:,}, expected at most the model's context of {context:,} "
+                         "tokens: lower --max_length")
     form, bad = Form(tok, limit, cfg.chat, cfg.truncate, cfg.loss_on == "last"), []
     rows = [row for path in cfg.data for row in usable_rows(path, bad)]
     train, held = split_rows([rows[i] for i in permutation(len(rows), cfg.seed, "split")])
@@ -245,15 +215,12 @@ def load_data(cfg: TrainConfig, tok: Tokenizer, context: int) -> Data:
     parts = [encode_all(part, form, bad) for part in (train[n_select:], train[:n_select], held)]
     settle_bad(bad, cfg.skip_bad, print0)
     if len(train) < 2 or not held:
-        raise ValueError(
-            f"{len(train)} training and {len(held)} held-out examples, expected at least 2 and 1: add data "
-            "or change --heldout, --max_samples"
-        )
+        raise ValueError(f"{len(train)} training and {len(held)} held-out examples, expected at least 2 and 1: add "
+                         "data or change --heldout, --max_samples")
     data = Data(*(examples for examples, _ in parts))
     if not (data.train and data.select and data.held):
-        raise ValueError(
-            f"--max_length={limit} leaves no answer in the training, selection or held-out examples: raise it"
-        )
+        raise ValueError(f"--max_length={limit} leaves no answer in the training, selection or held-out examples: "
+                         "raise it")
     describe_data(data, limit, sum(cut for _, cut in parts))
     return data
 
@@ -261,11 +228,9 @@ def load_data(cfg: TrainConfig, tok: Tokenizer, context: int) -> Data:
 def describe_data(data: Data, limit: int, cut: int) -> None:
     tokens = sum(len(example.tokens) for example in data.train)
     at_limit = sum(len(example.tokens) == limit for example in data.all)
-    print0(
-        f"data: {len(data.train)} examples to tune on ({tokens:,} tokens), {len(data.select)} to select, "
-        f"{len(data.held)} held out; {at_limit} at the limit of {limit:,} tokens, {cut} left out because truncation "
-        "leaves no answer"
-    )
+    print0(f"data: {len(data.train)} examples to tune on ({tokens:,} tokens), {len(data.select)} to select, "
+           f"{len(data.held)} held out; {at_limit} at the limit of {limit:,} tokens, {cut} left out because truncation "
+           "leaves no answer")
     tuned = {tuple(example.tokens) for example in data.train + data.select}
     if leaked := sum(tuple(example.tokens) in tuned for example in data.held):
         print0(f"warning: {leaked} of {len(data.held)} held-out texts are also tuned on, so held-out losses flatter")
@@ -402,9 +367,10 @@ def begin(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, phases:
     """A run before its first step: routed places chosen, orders of the static lists found, first routers set."""
     started = time.perf_counter()
     with phases("costs"):
-        measured = place_routers(cfg, rt, model, data)
+        costed = Workload(model, data.train[: cfg.cost_samples], rt)
+        measured = place_routers(costed, *candidates(cfg, model.config.n_layers), cfg.seed)
     with phases("orders"):
-        orders = find_orders(cfg, workload(cfg, rt, model, data), measured)
+        orders = orders_of(cfg, workload(cfg, rt, model, data), measured)
     inputs = None
     if cfg.recipe == "default":
         inputs = measured.inputs[:, permutation(measured.inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
@@ -417,31 +383,18 @@ def begin(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, phases:
     return run
 
 
-def place_routers(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data) -> Measured:
-    """Put zero routers at the routed places; returns what they cost."""
-    n_layers = model.config.n_layers
+def candidates(cfg: TrainConfig, n_layers: int) -> tuple[RouterConfig, int | None]:
+    """Places where routers may stand, and how many of them are kept: the cheapest; None: all."""
     kind, chosen = parse_layers(cfg.layers, n_layers)
-    layers = {"auto": range(n_layers), "list": chosen}.get(kind)
-    layers = deep_layers(chosen, n_layers) if kind == "deep" else layers
+    layers = {"auto": range(n_layers), "list": chosen}.get(kind) or deep_layers(chosen, n_layers)
     routing = RouterConfig.of(cfg.granularity, layers, pool=cfg.pool, kv=cfg.kv)
-    model.add_routers(routing)
-    measured = measure_costs(Workload(model, data.train[: cfg.cost_samples], rt), cfg.seed)
-    show_costs(measured, routing.names)
-    if kind == "auto":
-        kept = cheapest(measured, model.place_weights(), chosen)
-        measured = measured.at(kept)
-        model.add_routers(routing.at(kept))
-    return measured
+    return routing, chosen if kind == "auto" else None
 
 
-def find_orders(cfg: TrainConfig, work: Workload, measured: Measured) -> dict[str, list[int]]:
+def orders_of(cfg: TrainConfig, work: Workload, measured: Measured) -> dict[str, list[int]]:
     """Orders of the static lists, as deep as the budgets in question go."""
     examples = work.examples[: min(cfg.cost_samples, SEARCH_SAMPLES)]
-    orders = search_orders(work.of(examples), measured, 1 - min((cfg.budget, *cfg.report)))
-    names = work.model.routing.names
-    for name, order in orders.items():
-        print0(f"first to skip, {name}: " + ", ".join(names[place] for place in order))
-    return orders
+    return search_orders(work.of(examples), measured, 1 - min((cfg.budget, *cfg.report)))
 
 
 def first_routers(run: Run, measured: Measured) -> None:
@@ -498,7 +451,7 @@ def tune(run: Run, out: Path) -> None:
         row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
         state.step_seconds += seconds
         state.seconds = time.perf_counter() - begun
-        show_step(run, row)
+        show_step(row, run.steps, state.best_step == state.step)
         if rt.is_master:
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -531,10 +484,8 @@ def step(run: Run) -> dict:
     norm = torch.nn.utils.clip_grad_norm_(run.weights, cfg.clip).item()
     loss, executed = sum_over_ranks(torch.stack([loss, executed]), rt).tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(
-            f"step {state.step}: loss {loss}, gradient norm {norm}; expected finite numbers: lower --lr, or "
-            "use --dtype=float32"
-        )
+        raise ValueError(f"step {state.step}: loss {loss}, gradient norm {norm}; expected finite numbers: lower --lr, "
+                         "or use --dtype=float32")
     run.optimizer.param_groups[0]["lr"] = lr
     rise = run.optimizer.step()
     run.optimizer.zero_grad()
@@ -543,8 +494,8 @@ def step(run: Run) -> dict:
     state.step += 1
     state.tokens += sum(lengths)
     flops = step_flops(model.config, run.work.first_layer, lengths, n_targets, cfg.objective == "distill")
-    row = {"step": state.step, "loss": loss / n_targets, "capacity": executed / units, "budget": cfg.budget}
-    return {**row, "cut": state.cut, "lr": lr, "grad_norm": norm, "tokens": sum(lengths), "flops": flops}
+    row = {"step": state.step, "loss": loss / n_targets, "capacity": executed / units, "lr": lr, "grad_norm": norm}
+    return {**row, "budget": cfg.budget, "cut": state.cut, "tokens": sum(lengths), "flops": flops}
 
 
 def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, Batch]]]:
@@ -618,26 +569,6 @@ def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
     return {"milliseconds": seconds * 1e3, "tokens_per_second": tokens / seconds, "mfu": mfu}
 
 
-def show_step(run: Run, row: dict) -> None:
-    mfu = f"{row['mfu']:.1%}" if row["mfu"] else "n/a"
-    parts = [
-        f"iter {row['step']}/{run.steps}",
-        f"loss {row['loss']:.4f}",
-        f"capacity {row['capacity']:.3f} (budget {row['budget']:.3f})",
-        f"lr {row['lr']:.1e}",
-        f"gnorm {row['grad_norm']:.2e}",
-        f"{row['milliseconds']:,.0f} ms",
-        f"{row['tokens_per_second']:,.0f} tok/s",
-        f"mfu {mfu}",
-    ]
-    if row["select_loss"] is not None:
-        best = " (best)" if run.state.best_step == row["step"] else ""
-        parts.append(f"selection loss {row['select_loss']:.4f}{best}")
-    if runtime.Phases.active is not None:
-        parts.append(runtime.Phases.active.eta(row["step"] / run.steps))
-    print0(" | ".join(parts))
-
-
 # -----------------------------------------------------------------------------
 # Checkpoints
 
@@ -655,10 +586,8 @@ def refuse_other(out: Path, saved: dict, now: dict) -> None:
     names = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
     if names:
         differing = ", ".join(f"{name} ({saved.get(name)!r} there, {now.get(name)!r} now)" for name in names)
-        raise ValueError(
-            f"{out} holds a run with other settings: {differing}; expected the same ones to go on: give "
-            "another --out, or --overwrite to begin anew"
-        )
+        raise ValueError(f"{out} holds a run with other settings: {differing}; expected the same ones to go on: give "
+                         "another --out, or --overwrite to begin anew")
 
 
 def save_checkpoint(run: Run, path: Path) -> None:
@@ -685,9 +614,7 @@ def read_checkpoint(path: Path) -> tuple[State, dict, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return State(**about["state"]), about["identity"], tensors
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with --overwrite"
-        ) from None
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with --overwrite") from None
 
 
 def resume(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, saved: tuple[State, dict]) -> Run:
@@ -737,10 +664,8 @@ def finish(cfg: TrainConfig, work: Workload, data: Data, state: State, phases: r
         cuts = [0.0] * len(model.routing.places) if plain else cuts_for(cfg.budget, table)
     for anchor in ANCHORS:
         if anchor in table["static"]:
-            print0(
-                f"calibration: around budget {anchor:g} the static order {table['static'][anchor]} loses less on the "
-                "selection set than the routers, and stands in the table"
-            )
+            print0(f"calibration: around budget {anchor:g} the static order {table['static'][anchor]} loses less on "
+                   "the selection set than the routers, and stands in the table")
     path = out / "routers.safetensors"
     if master:
         save_routers(path, model, router_meta(cfg, model, state, table, cuts))
@@ -829,21 +754,19 @@ def tuned(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, saved: 
 def recalibrated(cfg: TrainConfig, work: Workload) -> State:
     """Routers of our file, which the model came with, and the orders that it holds."""
     orders, names = read_router_file(cfg.recalibrate)[1].orders, work.model.routing.names
-    if not orders:
-        return State(orders=measured_orders(cfg, work))
-    return State(orders={name: [names.index(place) for place in order] for name, order in orders.items()})
+    if orders:
+        return State(orders={name: [names.index(place) for place in order] for name, order in orders.items()})
+    return State(orders=orders_of(cfg, work, measure(cfg, work)))
 
 
 def imported(cfg: TrainConfig, work: Workload, tensors: dict[str, Tensor]) -> State:
     """Routers of a file of the official code, put into the model."""
     load_router_weights(cfg.import_official, work.model, tensors, work.model.routing)
-    return State(orders=measured_orders(cfg, work))
+    return State(orders=orders_of(cfg, work, measure(cfg, work)))
 
 
-def measured_orders(cfg: TrainConfig, work: Workload) -> dict[str, list[int]]:
-    measured = measure_costs(work.of(work.examples[: cfg.cost_samples]), cfg.seed)
-    show_costs(measured, work.model.routing.names)
-    return find_orders(cfg, work, measured)
+def measure(cfg: TrainConfig, work: Workload) -> Measured:
+    return measure_costs(work.of(work.examples[: cfg.cost_samples]), cfg.seed)
 
 
 def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
@@ -872,10 +795,8 @@ def train(cfg: TrainConfig) -> dict:
     if not cfg.import_official and not cfg.recalibrate:
         parse_layers(cfg.layers, config.n_layers)  # a wrong setting is told before anything is loaded
     if cfg.batch_size % rt.world_size:
-        raise ValueError(
-            f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change "
-            "--batch_size or the number of ranks"
-        )
+        raise ValueError(f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change "
+                         "--batch_size or the number of ranks")
     data = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len)
     model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
     if tensors is not None:
@@ -940,18 +861,12 @@ def describe(run: Run) -> None:
     trainable, total = sum(w.numel() for w in run.weights), sum(p.numel() for p in model.parameters())
     dtype, per_rank = str(rt.dtype).removeprefix("torch."), cfg.batch_size // rt.world_size
     print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled()}")
-    print0(
-        f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint "
-        f"{model.fingerprint}"
-    )
-    print0(
-        f"routed places: {', '.join(routing.names)} of {model.config.n_layers} layers; {routing.granularity}, pool "
-        f"{routing.pool}, kv {routing.kv}; budget {cfg.budget}"
-    )
-    print0(
-        f"steps: {run.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "
-        f"{cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}"
-    )
+    print0(f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint "
+           f"{model.fingerprint}")
+    print0(f"routed places: {', '.join(routing.names)} of {model.config.n_layers} layers; {routing.granularity}, pool "
+           f"{routing.pool}, kv {routing.kv}; budget {cfg.budget}")
+    print0(f"steps: {run.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "
+           f"{cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}")
 
 
 def main() -> None:

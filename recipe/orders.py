@@ -7,7 +7,7 @@ from torch import Tensor
 from recipe.controls import Controls
 from recipe.measure import Measured, typical_costs
 from recipe.passes import Workload
-from runtime import Progress
+from runtime import Progress, print0
 
 TRIES = 3  # places that a round of the greedy search measures at most (the first round twice as many)
 
@@ -16,11 +16,14 @@ def search_orders(work: Workload, measured: Measured, skip: float) -> dict[str, 
     """Orders by name: numbers of places, the first to skip in front. skip: how deep the greedy one is searched."""
     weights = work.model.place_weights()
     prices = typical_costs(measured.costs) / weights
-    return {
+    orders = {
         "greedy": greedy_order(work, prices, skip),
         "fisher": prices.argsort().tolist(),
         "similarity": (measured.turned / weights).argsort().tolist(),
     }
+    for name, order in orders.items():
+        print0(f"first to skip, {name}: " + ", ".join(work.model.routing.names[place] for place in order))
+    return orders
 
 
 def greedy_order(work: Workload, guess: Tensor, skip: float) -> list[int]:

@@ -152,10 +152,8 @@ def finite(values: Tensor, model: Transformer, what: str) -> Tensor:
     """
     if not torch.isfinite(values).all():
         dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{what}: the model's outputs are not finite numbers in {dtype}; expected finite ones: use "
-            "--dtype=float32 or --dtype=bfloat16, and if that does not help convert the checkpoint again"
-        )
+        raise ValueError(f"{what}: the model's outputs are not finite numbers in {dtype}; expected finite ones: use "
+                         "--dtype=float32 or --dtype=bfloat16, and if that does not help convert the checkpoint again")
     return values
 
 

@@ -3,9 +3,28 @@
 from recipe.controls import Controls
 from recipe.passes import Workload
 from router import set_cuts
-from runtime import print0
+from runtime import Phases, print0
 
 COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "mean_route", "random")
+
+
+def show_step(row: dict, steps: int, best: bool) -> None:
+    """Print a step's line. best: the router tried after it is the best so far."""
+    parts = [
+        f"iter {row['step']}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"capacity {row['capacity']:.3f} (budget {row['budget']:.3f})",
+        f"lr {row['lr']:.1e}",
+        f"gnorm {row['grad_norm']:.2e}",
+        f"{row['milliseconds']:,.0f} ms",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"mfu {row['mfu']:.1%}" if row["mfu"] else "mfu n/a",
+    ]
+    if row["select_loss"] is not None:
+        parts.append(f"selection loss {row['select_loss']:.4f}{' (best)' if best else ''}")
+    if Phases.active is not None:
+        parts.append(Phases.active.eta(row["step"] / steps))
+    print0(" | ".join(parts))
 
 
 def compare(held: Workload, cuts: dict[float, list[float]], orders: dict[str, list[int]]) -> list[dict]:

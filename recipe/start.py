@@ -5,20 +5,25 @@ from torch import Tensor
 from recipe.calibrate import settle
 from recipe.controls import Controls
 from recipe.fit import benefit_prior, order_prior, token_prior
-from recipe.measure import Measured, measure_benefits, typical_costs
+from recipe.measure import Measured, measure_benefits, measure_costs, typical_costs
 from recipe.passes import Workload, evaluate
-from router import skipped_places
+from router import RouterConfig, skipped_places
 from runtime import print0
 
 
-def cheapest(measured: Measured, weights: Tensor, n: int) -> list[int]:
-    """Numbers of the n places that cost least by what they count, ascending."""
-    return sorted((typical_costs(measured.costs) / weights).argsort()[:n].tolist())
-
-
-def show_costs(measured: Measured, names: tuple[str, ...]) -> None:
-    costs = zip(names, typical_costs(measured.costs).tolist())
-    print0("cost of skipping, in nats: " + ", ".join(f"{name}: {cost:.3g}" for name, cost in costs))
+def place_routers(work: Workload, routing: RouterConfig, kept: int | None, seed: int) -> Measured:
+    """Put zero routers at these places, or at the `kept` of them that cost least by what they count; returns their costs."""
+    model = work.model
+    model.add_routers(routing)
+    measured = measure_costs(work, seed)
+    typical = typical_costs(measured.costs)
+    shown = zip(routing.names, typical.tolist())
+    print0("cost of skipping, in nats: " + ", ".join(f"{name}: {cost:.3g}" for name, cost in shown))
+    if kept is None:
+        return measured
+    cheapest = sorted((typical / model.place_weights()).argsort()[:kept].tolist())
+    model.add_routers(routing.at(cheapest))
+    return measured.at(cheapest)
 
 
 def best_static(select: Workload, orders: dict[str, list[int]], budget: float) -> tuple[str, tuple[int, ...]]:
