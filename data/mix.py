@@ -82,7 +82,7 @@ def files_of(names: list[str], folder: Path) -> dict[str, Path]:
     for name in names:
         found = [folder / (name + suffix) for suffix in rows.SUFFIXES if (folder / (name + suffix)).exists()]
         if not found:
-            raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({nearest(name, folder)}), expected its rows: "
+            raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({nearest(name, folder)}), expected rows: "
                                     "correct the name, leave it out of --portions, or run data/reformat.py")
         if len(found) > 1:
             raise ValueError(f"{' and '.join(map(str, found))} are there, expected one of them: move the other away")
@@ -107,7 +107,7 @@ def as_lines(path: Path, folder: Path, settings: Settings) -> Path:
         return path
     copy = folder / path.name
     with open(copy, "wb") as file:
-        for place, row in rows.read_rows(path):
+        for place, row in runtime.track(rows.read_rows(path), f"unpack {path.name}"):
             file.write(json.dumps(check_row(row, place, settings)).encode("utf-8") + b"\n")
     return copy
 
@@ -118,8 +118,9 @@ def index_rows(path: Path, name: str, settings: Settings) -> tuple[array, int]:
     8 bytes a row: twice the offset in the file, plus 1 for a held-out row. Raises ValueError for what is no row.
     """
     places, too_long, offset = array("Q"), 0, 0
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, runtime.Progress(f"{name}: bytes read", path.stat().st_size) as progress:
         for number, line in enumerate(iter(lambda: file.readline(rows.LONGEST), b""), 1):
+            progress.step(len(line))
             if line.strip():
                 row = parse_row(line, f"{path}, line {number}", settings)
                 if settings.max_chars and count_chars(row) > settings.max_chars:
@@ -235,7 +236,7 @@ def write_rows(index: tuple[array, array, list[int]], paths: list[Path], output:
     with ExitStack() as stack:
         sources = [stack.enter_context(open(path, "rb")) for path in paths]
         target = stack.enter_context(open(output, "wb"))
-        for number in order:
+        for number in runtime.track(order, "rows written"):
             source, place = sources[bisect_right(begins, number) - 1], places[number]
             source.seek(place >> 1)
             line = source.readline().strip()

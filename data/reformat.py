@@ -233,7 +233,7 @@ def convert(name: str, files: list[Path], output: Path) -> dict:
     source, count, known = SOURCES[name], Count(), set(SOURCES[name].fields)
     with open(output, "wb") as file:
         for path in files:
-            for place, row in rows.read_rows(path):
+            for place, row in runtime.track(rows.read_rows(path), f"{name}: {path.name}"):
                 count.unused_fields.update(row.keys() - known)
                 count.rows += 1
                 try:

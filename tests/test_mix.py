@@ -172,7 +172,7 @@ def test_a_second_run_does_nothing_until_something_changes(source, capsys):
 
 
 def test_memory_is_at_most_sixteen_bytes_a_row(tmp_path):
-    count = 20_000
+    count = 8_000
     path = tmp_path / "a.jsonl"
     line = json.dumps(row("a", 0)).encode() + b"\n"
     path.write_bytes(line * count)

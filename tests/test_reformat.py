@@ -51,11 +51,6 @@ def raw(tmp_path):
     return tmp_path / "raw"
 
 
-def run(raw: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPT, f"--raw={raw}", f"--out={raw.parent / 'out'}", *words]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def call(raw: Path, monkeypatch, *words: str) -> Path:
     """The script's main in this process; the folder that it writes."""
     monkeypatch.setattr(sys, "argv", ["reformat.py", f"--raw={raw}", f"--out={raw.parent / 'out'}", *words])
@@ -75,9 +70,7 @@ def read(path: Path) -> list[dict]:
 
 
 def test_six_sources_in_their_publishers_forms(raw, monkeypatch, capsys):
-    done = run(raw)
-    assert done.returncode == 0, done.stderr
-    out = raw.parent / "out"
+    out = call(raw, monkeypatch)
     rows = {name: read(out / f"{name}.jsonl") for name in GOOD}
     assert {path.name for path in out.iterdir()} == {f"{n}.{end}" for n in GOOD for end in ("jsonl", "report.json")}
     a_b = [("user", "a"), ("assistant", "b")]
@@ -90,7 +83,7 @@ def test_six_sources_in_their_publishers_forms(raw, monkeypatch, capsys):
         assert [row["id"] for row in found] == [f"{name}_{i}" for i in range(len(GOOD[name]))]
         report = json.loads((out / f"{name}.report.json").read_text())
         assert (report["rows"], report["kept"], report["dropped"]) == (len(GOOD[name]), len(GOOD[name]), {})
-    assert "type (1 rows)" in done.stdout  # what is not used is said
+    assert "type (1 rows)" in capsys.readouterr().out  # what is not used is said
 
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     call(raw, monkeypatch)
@@ -299,5 +292,6 @@ def test_an_unknown_source_names_the_nearest(raw, monkeypatch, only, says):
 
 
 def test_a_missing_raw_folder(tmp_path):
-    done = run(tmp_path / "nowhere")
+    words = [sys.executable, SCRIPT, f"--raw={tmp_path / 'nowhere'}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and "vicuna_sharegpt was not found" in done.stderr and done.stderr.count("\n") == 1
