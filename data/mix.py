@@ -253,6 +253,9 @@ def show(output: Path, report: dict) -> None:
         held = f" and {count['heldout']:,} held out" if count["heldout"] else ""
         print(f"{name}: {count['rows']:,} rows{left_out}; x {count['portion']:g} -> {count['train']:,}{held}")
     print(f"{output}: {report['rows']:,} rows", flush=True)
+    repeats = any(count["portion"] > 1 for count in report["sources"].values())
+    if repeats and not any(count["heldout"] for count in report["sources"].values()):
+        print("rows repeat: with --heldout=0.01 train.py scores on questions that it does not tune on")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

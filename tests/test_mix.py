@@ -145,6 +145,12 @@ def test_held_out_questions_are_never_tuned_on_in_any_mix(tmp_path_factory, shar
     assert not sides["train"] & sides["heldout"]
 
 
+def test_repeated_rows_without_held_out_ones_are_said_aloud(source, capsys):
+    for words, is_said in ((("a:2",), True), (("a:2", "--heldout=0.5"), False), (("a,b",), False)):
+        call(source, f"--portions={words[0]}", *words[1:])
+        assert ("rows repeat" in capsys.readouterr().out) == is_said
+
+
 def test_the_held_out_share_is_the_one_asked_for(tmp_path):
     put(tmp_path / "from", "a", [row("a", number) for number in range(4000)])
     found = call(tmp_path / "from", "--portions=a", "--heldout=0.1")
