@@ -51,7 +51,7 @@ def tuner(base, **changes):
     cfg = settings(base, "unused", **{"trunk_gb": 0, **changes})  # nothing is written
     model = load_model(cfg.model)
     data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
-    return train.begin(cfg, CPU, model, data, train.plan(cfg, data))
+    return train.begin(train.Job(cfg, CPU, model, data, train.plan(cfg, data)))
 
 
 def workload(made, trunk=None):
@@ -167,9 +167,9 @@ def test_paper_recipe_begins_dense(base, granularity):
 def test_only_routers_change(base, granularity, recipe):
     made = tuner(base, recipe=recipe, granularity=granularity)
     frozen = {name: p.clone() for name, p in made.model.named_parameters() if "router" not in name}
-    before = made.stacked()
+    before = train.stacked(made.weights)
     train.step(made)
-    assert not torch.equal(before, made.stacked())
+    assert not torch.equal(before, train.stacked(made.weights))
     for name, p in made.model.named_parameters():
         assert "router" in name or (torch.equal(p, frozen[name]) and p.grad is None and not p.requires_grad)
 
@@ -208,7 +208,7 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
         torch.manual_seed(6)
         for w in made.weights:  # routes that differ by layer and sequence
             w.data.normal_(std=2.0)
-        weights = made.stacked()
+        weights = train.stacked(made.weights)
         row = train.step(made)
         return gradients(made), row["capacity"], made, weights
 
@@ -217,7 +217,7 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
     within, _, _, _ = first_gradient(kept + 0.01, 3.0)
     over, _, made, weights = first_gradient(kept - 0.01, 3.0)
     torch.testing.assert_close(within, without)
-    made.put(weights)  # reference: autograd of lambda * capacity over the whole batch at once
+    train.put(made, weights)  # reference: autograd of lambda * capacity over the whole batch at once
     whole = sorted((made.data.train[i] for i in train.global_batch(len(made.data.train), 8, made.cfg.seed, 0)), key=lambda e: -len(e.tokens))
     gates = passes.states(made.model, passes.collate(whole, CPU.device), route="mask")[1]
     expected = torch.cat(torch.autograd.grad(3.0 * capacity(gates, weights=made.model.place_weights()), made.weights))
@@ -384,7 +384,7 @@ def test_calibration_falls_back_on_the_best_static_order(base):
     made = tuner(base, granularity="attn_sequence", layers="0-3")
     beside = controls.Controls(workload(made))
     order = min(made.state.orders.values(), key=lambda order: beside.static(order, 0.5))
-    made.put(fit.order_prior(order[::-1], made.inputs))
+    train.put(made, fit.order_prior(order[::-1], made.inputs))
     table = calibrate.calibrate(workload(made), 0.5, beside, {"worst": order[::-1], "best": order})
     assert table["static"][0.5] == "best"
     router.set_cuts(made.model, router.cuts_for(0.5, table))
