@@ -109,8 +109,9 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtim
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
-                                timeout=COLLECTIVE_TIMEOUT)
+        with _together():
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
+                                    timeout=COLLECTIVE_TIMEOUT)
     return Runtime(rank, world_size, local_rank, chosen, kind, rank == 0)
 
 
@@ -234,13 +235,18 @@ class RankError(RuntimeError):
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
+    """Around every wait for other ranks: what gloo and nccl say of a lost or silent one becomes a RankError."""
     try:
         yield
-    except RuntimeError as error:  # gloo and nccl raise it, or a subclass, for a time-out and for a lost connection
-        reason = str(error).strip().split("\n")[0]
-        raise RankError(f"rank {dist.get_rank()} lost another rank, or waited for it for more than "
-                        f"{COLLECTIVE_TIMEOUT.total_seconds() / 60:.0f} minutes: read what the other ranks printed, "
-                        f"then run the same command again ({reason})") from error
+    except RuntimeError as error:
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            happened = f"has waited {COLLECTIVE_TIMEOUT} (h:mm:ss) for another rank"
+        elif "connection" in str(error).lower():
+            happened = "lost the connection to another rank"
+        else:
+            raise
+        raise RankError(f"rank {os.environ['RANK']} {happened}: read what the other ranks printed, then run the same "
+                        "command again") from error
 
 
 # -----------------------------------------------------------------------------
