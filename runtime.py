@@ -563,7 +563,7 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = f"{error.filename} was not written, " if error.filename else ""
         return f"{place}disk full ({error.strerror}): free space and run the same command again"
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
         path = error.filename2 or error.filename
         return f"{path} {REMEDIES.get(error.errno, f'cannot be used ({error.strerror}): check the path')}"
     if isinstance(error, PATH_ERRORS):
