@@ -418,7 +418,7 @@ class Progress:
         self.done += n
         self.note = note or self.note
         now = self.clock()
-        if Progress.active is not self or not _is_master() or now - self.begin < 2.0:
+        if Progress.active is not self or not _is_master() or now - self.begin < 2.0 or self.done == self.total:
             return
         if self.last is None or now - self.last >= (0.2 if self.terminal else 20.0):
             self.last, self.drawn = now, self.terminal
@@ -452,8 +452,9 @@ class Progress:
         if Progress.active is not self:
             return
         self.wipe()
-        if kind is None and self.last is not None:
-            self._write(self._line(self.clock() - self.begin, ended=True), end="\n")
+        seconds = self.clock() - self.begin
+        if kind is None and seconds >= 2.0 and _is_master():
+            self._write(self._line(seconds, ended=True), end="\n")
         Progress.active = None
 
 
@@ -605,13 +606,15 @@ def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except Exception as error:
         number = getattr(error, "errno", None)
-        hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors tells the system's number in its text alone
-        if number is None and hidden is None:
-            raise
-        number = number or int(hidden[1])
+        hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors tells the number in its text alone
+        if hidden is not None:
+            number = int(hidden[1])
+        if number is None or getattr(error, "filename", None) not in (None, str(temporary)):
+            raise  # no error of the system, or one about another file that the writer used
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _fsync(path.parent)  # the rename itself lives in the directory
 
 

@@ -281,6 +281,9 @@ def test_nothing_shows_before_two_seconds(monkeypatch, kind):
     for _ in runtime.track(range(19), "score", clock=clock):
         clock.now += 0.1
     assert stderr.getvalue() == ""
+    for _ in runtime.track(range(1), "score", clock=clock):
+        clock.now += 3.0
+    assert stderr.getvalue().removeprefix("\r\x1b[K") == "score | 1/1 | 0.1m\n"
 
 
 @LOG_AND_TERMINAL
@@ -450,6 +453,9 @@ def test_write_atomic_names_the_path_that_the_user_gave(tmp_path):
         with pytest.raises(OSError) as error:
             runtime.write_atomic(path, writer)
         assert error.value.errno == 28 and error.value.filename == str(path) and not os.listdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:  # a file that the writer reads keeps its own name
+        runtime.write_atomic(path, lambda temporary: temporary.write_text((tmp_path / "source").read_text()))
+    assert error.value.filename == str(tmp_path / "source")
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError) as error:
         runtime.write_json(tmp_path / "folder", {})
