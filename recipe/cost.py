@@ -85,7 +85,9 @@ def layer_flops(config: ModelConfig, layer: int, tokens: int, executed: Executed
 def prefill_flops(config: ModelConfig, tokens: int, executed: Executed = DENSE, logits: int = 1) -> float:
     """One row of `tokens` tokens, with logits at `logits` positions."""
     head = 2.0 * config.dim * config.vocab_size  # D V
-    layers = sum(layer_flops(config, layer, tokens, executed) for layer in range(config.n_layers))
+    layers = 0.0
+    for layer in range(config.n_layers):
+        layers += layer_flops(config, layer, tokens, executed)
     return layers + logits * head
 
 
@@ -125,7 +127,9 @@ def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int, e
     """Bytes that one decode step of the whole batch must read: weights, head, keys and values of `context` slots."""
     head = config.dim * config.vocab_size
     embeddings = config.dim * batch
-    layers = sum(layer_elements(config, layer, batch, context, executed) for layer in range(config.n_layers))
+    layers = 0.0
+    for layer in range(config.n_layers):
+        layers += layer_elements(config, layer, batch, context, executed)
     return (layers + head + embeddings) * itemsize
 
 
@@ -141,8 +145,8 @@ def kv_bytes(config: ModelConfig, itemsize: int, length: int, skipped: float = 0
 
 def prefill_ceiling(config: ModelConfig, routing: RouterConfig, gates: Tensor, tokens: int) -> float:
     """By FLOPs, of a prompt of `tokens` tokens. gates (R,B) or (R,B,T)."""
-    routed = prefill_flops(config, tokens, Executed.by(config, routing, gates))
-    return prefill_flops(config, tokens) / routed
+    executed = Executed.by(config, routing, gates)
+    return prefill_flops(config, tokens) / prefill_flops(config, tokens, executed)
 
 
 def decode_ceiling(config: ModelConfig, routing: RouterConfig, itemsize: int, context: int, gates: Tensor,
