@@ -476,35 +476,38 @@ class Phases:
         with phases("orders"):                                # phase 1/2: orders
         with phases("fit"):                                   # phase 2/2: fit (run eta 0.5m)
 
-    The rate is work done over the time since the start; the running phase counts in part, by its `Progress`. What
-    stands before the running phase is not waited for: a resumed run may leave phases out.
+    The rate is work done over the time since the start; the running phase counts in part, by its `Progress`. A resumed
+    run may leave phases out, and begin one where it stopped: phases("fit", begun=0.4).
     """
 
     active: "Phases | None" = None
 
     def __init__(self, work: dict[str, float], clock: Callable[[], float] = time.monotonic):
         self.work, self.clock = dict(work), clock
-        self.begin, self.done, self.name = clock(), 0.0, ""
+        self.begin, self.done = clock(), 0.0
+        self.name, self.begun = "", 0.0  # of the running phase; begun: share done by an earlier run
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.name, Phases.active = name, self
+    def __call__(self, name: str, begun: float = 0.0) -> Iterator[None]:
+        self.name, self.begun, Phases.active = name, begun, self
         number = list(self.work).index(name) + 1
         if _is_master():
             Progress.wipe()
-            eta = f" ({self.eta()})" if self.done > 0 else ""
+            eta = f" ({self.eta(begun)})" if self.done > 0 else ""
             print(f"phase {number}/{len(self.work)}: {name}{eta}", file=sys.stderr, flush=True)
         try:
             yield
-            self.done += self.work[name]
+            self.done += (1 - begun) * self.work[name]
         finally:
             Phases.active = None
 
     def eta(self, share: float = 0.0) -> str:
-        """When the run ends, with this share of the running phase done."""
+        """When the run ends, with this share of the running phase done; n/a before anything is."""
         names = list(self.work)
         current, later = self.work[self.name], names[names.index(self.name) + 1:]
-        done = self.done + share * current
+        done = self.done + (share - self.begun) * current
+        if done <= 0:
+            return "run eta n/a"
         left = (1 - share) * current + sum(self.work[name] for name in later)
         return f"run eta {(self.clock() - self.begin) * left / done / 60:.1f}m"
 

@@ -369,6 +369,18 @@ def test_phases_tell_when_the_run_ends(monkeypatch, kind):
     assert "orders | 1/10 | eta 0.9m | run eta 4.4m" in shown and "fit | 5/10 | eta 1.0m | run eta 2.5m" in shown
 
 
+def test_a_resumed_phase_counts_what_this_run_did(monkeypatch):
+    stderr, clock = watch(monkeypatch, io.StringIO), Clock()
+    phases = runtime.Phases({"tune": 600.0, "report": 60.0}, clock)
+    with phases("tune", begun=0.9):
+        assert phases.eta(0.9) == "run eta n/a"
+        clock.now += 30.0
+        assert phases.eta(0.95) == "run eta 1.5m"
+        clock.now += 30.0
+    with phases("report"):
+        assert "phase 2/2: report (run eta 1.0m)\n" in stderr.getvalue()
+
+
 # -----------------------------------------------------------------------------
 # Ranks
 
