@@ -183,6 +183,18 @@ def test_seconds_and_speedup_are_medians_of_rounds_in_turn():
     assert [(a.seconds, b.seconds) for a, b in pairs] == [(2.0, 2.0), (8.0, 3.0), (10.0, 6.0)]
 
 
+def test_rows_hold_medians_of_seconds_and_of_ratios(checkpoint, monkeypatch, capsys):
+    seconds = [(2.0, 1.0), (9.0, 3.0), (5.0, 1.0)]  # dense, routed; the ratios are 2, 3 and 5
+
+    def in_turn(dense, routed, rounds):
+        return [(replace(dense(), seconds=a), replace(routed(), seconds=b)) for a, b in seconds]
+
+    monkeypatch.setattr(bench, "in_turn", in_turn)
+    report = script(monkeypatch, capsys, f"--model={checkpoint}", "--layers=all", "--prefill=12", "--budget=0.5")
+    off, on = report["rows"]
+    assert (off["seconds"], on["seconds"], on["speedup"]) == (5.0, 1.0, 3.0)
+
+
 def test_analytic_report(monkeypatch, capsys):
     report = script(monkeypatch, capsys, "--analytic")
     assert {row["model"] for row in report["analytic"]} == set(PUBLISHED)
