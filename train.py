@@ -623,7 +623,7 @@ def read_checkpoint(path: Path) -> tuple[State, dict, dict[str, Tensor]]:
             # cloned: mapped tensors begin at any address, and the last bit of a product depends on it
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return State(**about["state"]), about["identity"], tensors
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with "
                          "--overwrite") from None
 
@@ -751,7 +751,7 @@ def tuned(job: Job, saved: tuple | None) -> State:
     """Begin or resume a run, take the steps that are left, and put its best routers into the model."""
     run = begin(job) if saved is None else resume(job, saved)
     describe(run)
-    with job.phases("tuning"):
+    with job.phases("tuning", begun=run.state.step / max(1, job.cfg.steps)):
         tune(run, Path(job.cfg.out))
     if job.cfg.recipe == "default" and run.state.best_loss < math.inf:
         put(run, run.best)
