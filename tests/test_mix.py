@@ -246,6 +246,19 @@ def test_a_bad_row_is_named_and_nothing_is_written(source, content, says):
     assert str(source / "a.jsonl") in str(error.value) and not list((source.parent / "out").glob("*"))
 
 
+def test_a_row_is_copied_byte_for_byte(tmp_path):
+    """A number's spelling, half of a surrogate pair, blanks: json.loads and dumps would not keep them."""
+    line = b'{ "messages": [{"role": "user", "content": "\\ud83d \xc3\xa9"}, {"role": "assistant", "content": "b"}], '
+    line += b'"n": 1e00 }'
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "a.jsonl").write_bytes(b" " + line + b" \r\n" + line.replace(b'"b"', b'"c"'))
+    call(tmp_path / "from", "--portions=a")
+    assert sorted((tmp_path / "out" / "data.jsonl").read_bytes().splitlines())[0] == line
+    put(tmp_path / "from", "b", [row("b", number) for number in range(20)])
+    found = call(tmp_path / "from", "--portions=a,b", "--heldout=0.5")
+    assert sum(item["messages"][0]["content"] == "\ud83d é" for item in found) == 2
+
+
 def test_lists_and_packed_files_are_mixed_as_well(tmp_path):
     items = [row("a", number) for number in range(9)]
     forms = {".jsonl": "".join(json.dumps(item) + "\n" for item in items).encode(), ".json": json.dumps(items).encode()}
