@@ -6,7 +6,7 @@
 Reads FROM/NAME.jsonl (data/reformat.py writes them; other `messages` files may lie there, .json and .gz too) and writes
 OUT/data.jsonl and OUT/data.report.json. The default is the paper's mix. A portion's whole part repeats every row, its
 fraction is a seeded draw. Rows stay on disk: 16 bytes of memory a row are enough. A second run with the same inputs and
-settings does nothing. Then: python train.py --data=OUT/data.jsonl. Depends on data/rows.py and runtime.
+settings does nothing. Then: python train.py --data=OUT/data.jsonl. Depends on data/stream.py and runtime.
 """
 
 import difflib
@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
-from data import rows  # noqa: E402
+from data import stream  # noqa: E402
 
 PAPER = ("vicuna_sharegpt:2.9", "evol_instruct:1", "slim_orca:1", "meta_math_qa:1", "evol_code_alpaca:1")
 MOST = 1000  # largest portion
@@ -80,19 +80,19 @@ def files_of(names: list[str], folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} was not found, expected a folder with NAME.jsonl: run data/reformat.py")
     files = {}
     for name in names:
-        found = [folder / (name + suffix) for suffix in rows.SUFFIXES if (folder / (name + suffix)).exists()]
+        found = [folder / (name + suffix) for suffix in stream.SUFFIXES if (folder / (name + suffix)).exists()]
         if not found:
             raise FileNotFoundError(f"{folder}/{name}.jsonl was not found ({nearest(name, folder)}), expected rows: "
                                     "correct the name, leave it out of --portions, or run data/reformat.py")
         if len(found) > 1:
             raise ValueError(f"{' and '.join(map(str, found))} are there, expected one of them: move the other away")
-        rows.check_file(found[0])
+        stream.check_file(found[0])
         files[name] = found[0]
     return files
 
 
 def nearest(name: str, folder: Path) -> str:
-    paths = [path.name for path in folder.iterdir() if path.name.endswith(rows.SUFFIXES)]
+    paths = [path.name for path in folder.iterdir() if path.name.endswith(stream.SUFFIXES)]
     present = sorted(path.partition(".json")[0] for path in paths if not path.endswith(".report.json"))
     near = difflib.get_close_matches(name, present, n=1, cutoff=0)
     return f"the nearest one there is {near[0]}" if near else "no file of rows lies there"
@@ -103,11 +103,11 @@ def nearest(name: str, folder: Path) -> str:
 
 def as_lines(path: Path, folder: Path, settings: Settings) -> Path:
     """The file itself where it is JSON lines as they stand, else a copy in `folder` that is."""
-    if rows.is_plain(path):
+    if stream.is_plain(path):
         return path
     copy = folder / path.name
     with open(copy, "wb") as file:
-        for place, row in runtime.track(rows.read_rows(path), f"unpack {path.name}"):
+        for place, row in runtime.track(stream.read_rows(path), f"unpack {path.name}"):
             file.write(json.dumps(check_row(row, place, settings)).encode("utf-8") + b"\n")
     return copy
 
@@ -119,7 +119,7 @@ def index_rows(path: Path, name: str, settings: Settings) -> tuple[array, int]:
     """
     places, too_long, offset = array("Q"), 0, 0
     with open(path, "rb") as file, runtime.Progress(f"{name}: bytes read", path.stat().st_size) as progress:
-        for number, line in enumerate(iter(lambda: file.readline(rows.LONGEST), b""), 1):
+        for number, line in enumerate(iter(lambda: file.readline(stream.LONGEST), b""), 1):
             progress.step(len(line))
             if line.strip():
                 row = parse_row(line, f"{path}, line {number}", settings)
@@ -271,12 +271,12 @@ def main() -> None:
         "program": PROGRAM,
         "portions": {name: str(portion) for name, portion in portions.items()},
         **{name: getattr(settings, name) for name in ("seed", "heldout", "max_rows", "max_chars")},
-        "inputs": [rows.stamp(path) for path in files.values()],
+        "inputs": [stream.stamp(path) for path in files.values()],
     }
-    if rows.is_built(output, made_from):
+    if stream.is_built(output, made_from):
         print(f"{output} is there already, made from the same files with the same settings: nothing to do")
         return
-    show(output, rows.build(output, made_from, lambda path: mix(files, portions, settings, path)))
+    show(output, stream.build(output, made_from, lambda path: mix(files, portions, settings, path)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 RAW/NAME holds the files of the source NAME (SOURCES below: names, homes, licences). Each becomes OUT/NAME.jsonl, rows
 {"messages", "source", "domain", "id"}, and OUT/NAME.report.json, which counts what was kept and dropped, and why. Files
 of any size are read row by row and written whole or not at all; a second run with the same inputs does nothing.
-Then: python data/mix.py. What is dropped: data/README.md. Depends on data/rows.py and runtime.
+Then: python data/mix.py. What is dropped: data/README.md. Depends on data/stream.py and runtime.
 """
 
 import difflib
@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
-from data import rows  # noqa: E402
+from data import stream  # noqa: E402
 
 ROLES = {"system": "system", "human": "user", "user": "user"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "assistant"), "assistant")
@@ -190,20 +190,20 @@ def files_of(name: str, raw: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file, expected a folder with {wanted}: move it into a folder of that name")
     present = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-    data = [path for path in present if path.name.endswith(rows.SUFFIXES) and path.parent == folder]
+    data = [path for path in present if path.name.endswith(stream.SUFFIXES) and path.parent == folder]
     named = [path for path in data if path.name.removesuffix(".gz") in source.files]
     found = named or data
     if not found:
         for path in present:
             if path.is_file() and path.suffix == ".parquet":
-                rows.check_file(path)  # raises with the remedy
-        raise FileNotFoundError(f"{folder} holds no {', '.join(rows.SUFFIXES)} file, expected {wanted}: put it there")
+                stream.check_file(path)  # raises with the remedy
+        raise FileNotFoundError(f"{folder} holds no {', '.join(stream.SUFFIXES)} file, expected {wanted}: put it there")
     stems = Counter(path.name.removesuffix(".gz") for path in found)
     if max(stems.values()) > 1:
         twice = stems.most_common(1)[0][0]
         raise ValueError(f"{folder} holds {twice} and {twice}.gz, expected one of them: move the other one away")
     for path in found:
-        rows.check_file(path)
+        stream.check_file(path)
     unread = [path for path in present if path.suffix in (".json", ".jsonl", ".gz", ".parquet") and path not in found]
     if unread:
         print(f"{name}: not read: {', '.join(str(path.relative_to(folder)) for path in unread)}")
@@ -233,7 +233,7 @@ def convert(name: str, files: list[Path], output: Path) -> dict:
     source, count, known = SOURCES[name], Count(), set(SOURCES[name].fields)
     with open(output, "wb") as file:
         for path in files:
-            for place, row in runtime.track(rows.read_rows(path), f"{name}: {path.name}"):
+            for place, row in runtime.track(stream.read_rows(path), f"{name}: {path.name}"):
                 count.unused_fields.update(row.keys() - known)
                 count.rows += 1
                 try:
@@ -299,12 +299,12 @@ def main() -> None:
     inputs = {name: files_of(name, raw) for name in settings.only}  # all are checked before one is written
     for name, files in inputs.items():
         output = Path(settings.out) / f"{name}.jsonl"
-        made_from = {"source": name, "program": PROGRAM, "inputs": [rows.stamp(path) for path in files]}
-        if rows.is_built(output, made_from):
+        made_from = {"source": name, "program": PROGRAM, "inputs": [stream.stamp(path) for path in files]}
+        if stream.is_built(output, made_from):
             print(f"{name}: {output} is there already, made from the same files: nothing to do")
             continue
         print(f"{name}: {SOURCES[name].home}; licence: {SOURCES[name].licence}", flush=True)
-        report = rows.build(output, made_from, lambda path, name=name, files=files: convert(name, files, path))
+        report = stream.build(output, made_from, lambda path, name=name, files=files: convert(name, files, path))
         show(name, output, report)
 
 

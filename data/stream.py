@@ -35,28 +35,42 @@ OTHER_FORMATS = (  # how a file that is no JSON begins, what it is, and what to 
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_rows(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """Objects of a JSON list or of JSON lines (empty lines skipped), each with its place in words.
 
-    Raises FileNotFoundError for a missing file; ValueError for a folder, another format, what is not UTF-8 or not JSON,
-    a row that is not an object or longer than LONGEST, and a file that was cut or holds no row.
+    What is wrong with a single row goes to `bad`; without `bad` it raises ValueError. Raises FileNotFoundError for a
+    missing file; ValueError for a folder, another format, a row longer than LONGEST, a list that is not JSON or not
+    UTF-8, and a file that was cut or holds no row.
     """
     path = Path(path)
     check_file(path)
-    rows = 0
+    faults = _Faults(bad)
     try:
         with _open(path) as file:
             is_list = _first_byte(file) == b"["
         with _open(path) as file:
-            for place, row in (_items if is_list else _lines)(file, path):
-                if not isinstance(row, dict):
-                    raise ValueError(f"{place} is a JSON {type(row).__name__}, expected an object: mend or delete it")
-                rows += 1
-                yield place, row
+            for place, row in _items(file, path) if is_list else _lines(file, path, faults):
+                if isinstance(row, dict):
+                    faults.rows += 1
+                    yield place, row
+                else:
+                    faults.add(f"{place} is a JSON {type(row).__name__}, expected an object: mend or delete it")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked ({error}), expected a whole .gz file: get it again") from None
-    if not rows:
+    if not faults.rows and not bad:
         raise ValueError(f"{path} holds no row, expected at least one object: check the file")
+
+
+class _Faults:
+    """Faults of single rows, collected or raised at once, and how many rows are good."""
+
+    def __init__(self, bad: list[str] | None):
+        self.bad, self.rows = bad, 0
+
+    def add(self, fault: str) -> None:
+        if self.bad is None:
+            raise ValueError(fault)
+        self.bad.append(fault)
 
 
 def check_file(path: Path) -> None:
@@ -96,7 +110,7 @@ def _first_byte(file: io.BufferedIOBase) -> bytes:
     return byte
 
 
-def _lines(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, object]]:
+def _lines(file: io.BufferedIOBase, path: Path, faults: _Faults) -> Iterator[tuple[str, object]]:
     number = 0
     while line := file.readline(LONGEST + 1):
         number += 1
@@ -106,11 +120,13 @@ def _lines(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, object]]:
         if not line.strip():
             continue
         try:
-            yield place, json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{place} is not UTF-8 (its byte {error.start}): save the file as UTF-8") from None
+            faults.add(f"{place} is not UTF-8 (its byte {error.start}): save the file as UTF-8")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON ({error}), expected one object a line: mend or delete it") from None
+            faults.add(f"{place} is not JSON ({error}), expected one object a line: mend or delete it")
+        else:
+            yield place, row
 
 
 def _items(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[str, object]]:

@@ -1,6 +1,6 @@
 """Rows of data files: any size in little memory, in either form, what is no row by its place; reports of what was made.
 
-Run: python -m pytest tests/test_rows.py
+Run: python -m pytest tests/test_stream.py
 """
 
 import gzip
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import rows
+from data import stream
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 VALUES = st.recursive(
@@ -40,8 +40,8 @@ def test_every_form_gives_the_rows_back(tmp_path, wanted, chunk, form, is_gzippe
         text = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in wanted)
     content = (b"\xef\xbb\xbf" if has_bom else b"") + b" \n"[: not has_bom and 2] + text.encode()
     path = write(tmp_path / "x.any", gzip.compress(content) if is_gzipped else content)
-    with mock.patch.object(rows, "CHUNK", chunk):
-        found = list(rows.read_rows(path))
+    with mock.patch.object(stream, "CHUNK", chunk):
+        found = list(stream.read_rows(path))
     assert [row for _, row in found] == wanted
     assert len({place for place, _ in found}) == len(wanted)
 
@@ -51,8 +51,8 @@ def test_every_form_gives_the_rows_back(tmp_path, wanted, chunk, form, is_gzippe
 def test_a_list_that_was_cut_anywhere_is_an_error(tmp_path, wanted, chunk, data):
     content = json.dumps(wanted, ensure_ascii=False).encode()
     path = write(tmp_path / "x.json", content[: data.draw(st.integers(1, len(content) - 1))])
-    with mock.patch.object(rows, "CHUNK", chunk), pytest.raises(ValueError, match="x.json"):
-        list(rows.read_rows(path))
+    with mock.patch.object(stream, "CHUNK", chunk), pytest.raises(ValueError, match="x.json"):
+        list(stream.read_rows(path))
 
 
 def test_memory_stays_flat_and_a_row_of_ten_megabytes_passes(tmp_path):
@@ -61,14 +61,14 @@ def test_memory_stays_flat_and_a_row_of_ten_megabytes_passes(tmp_path):
     for name, content in (("x.json", json.dumps([*small, long], ensure_ascii=False)),
                           ("x.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*small, long]))):
         path = write(tmp_path / name, content)
-        assert [len(row["text"]) for _, row in rows.read_rows(path)] == [1000] * 6_000 + [5_000_000]
+        assert [len(row["text"]) for _, row in stream.read_rows(path)] == [1000] * 6_000 + [5_000_000]
         tracemalloc.start()
-        reader = rows.read_rows(path)
+        reader = stream.read_rows(path)
         for _ in range(6_000):
             next(reader)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 6 * rows.CHUNK < path.stat().st_size / 2
+        assert peak < 6 * stream.CHUNK < path.stat().st_size / 2
 
 
 @pytest.mark.parametrize("content, says", [
@@ -99,23 +99,23 @@ def test_memory_stays_flat_and_a_row_of_ten_megabytes_passes(tmp_path):
 def test_what_is_no_row_is_named(tmp_path, content, says):
     path = write(tmp_path / "x.json", content)
     with pytest.raises(ValueError, match=says) as error:
-        list(rows.read_rows(path))
+        list(stream.read_rows(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("begin", ["", "["])
 def test_a_row_without_end_is_refused_before_it_fills_the_memory(tmp_path, begin):
     path = write(tmp_path / "x.json", begin + '{"a": "' + "x" * 200_000)
-    with mock.patch.object(rows, "LONGEST", 50_000), mock.patch.object(rows, "CHUNK", 1000):
+    with mock.patch.object(stream, "LONGEST", 50_000), mock.patch.object(stream, "CHUNK", 1000):
         with pytest.raises(ValueError, match="longer than"):
-            list(rows.read_rows(path))
+            list(stream.read_rows(path))
 
 
 def test_a_folder_and_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
-        next(rows.read_rows(tmp_path))
+        next(stream.read_rows(tmp_path))
     with pytest.raises(FileNotFoundError, match="was not found"):
-        next(rows.read_rows(tmp_path / "x.json"))
+        next(stream.read_rows(tmp_path / "x.json"))
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -123,27 +123,27 @@ def test_a_folder_and_a_missing_file(tmp_path):
 
 def test_built_means_same_inputs_and_an_untouched_output(tmp_path):
     output, made_from = tmp_path / "new" / "x.jsonl", {"inputs": [1]}
-    assert not rows.is_built(output, made_from)
-    report = rows.build(output, made_from, lambda path: {"rows": path.write_bytes(b"{}\n")})
-    assert report["rows"] == 3 and rows.is_built(output, made_from) and not rows.is_built(output, {"inputs": [2]})
+    assert not stream.is_built(output, made_from)
+    report = stream.build(output, made_from, lambda path: {"rows": path.write_bytes(b"{}\n")})
+    assert report["rows"] == 3 and stream.is_built(output, made_from) and not stream.is_built(output, {"inputs": [2]})
     assert sorted(path.name for path in output.parent.iterdir()) == ["x.jsonl", "x.report.json"]
     output.write_bytes(b"{}")
-    assert not rows.is_built(output, made_from)
-    rows.build(output, made_from, lambda path: {"rows": path.write_bytes(b"{}\n")})
-    rows.report_of(output).write_text("{")
-    assert not rows.is_built(output, made_from)
+    assert not stream.is_built(output, made_from)
+    stream.build(output, made_from, lambda path: {"rows": path.write_bytes(b"{}\n")})
+    stream.report_of(output).write_text("{")
+    assert not stream.is_built(output, made_from)
 
 
 def test_a_failed_build_leaves_the_old_file_and_no_report(tmp_path):
     output = tmp_path / "x.jsonl"
-    rows.build(output, {}, lambda path: {"rows": path.write_bytes(b"old\n")})
+    stream.build(output, {}, lambda path: {"rows": path.write_bytes(b"old\n")})
 
     def fails(path):
         path.write_bytes(b"ne")
         raise ValueError("a bad row")
 
     with pytest.raises(ValueError, match="a bad row"):
-        rows.build(output, {}, fails)
+        stream.build(output, {}, fails)
     assert output.read_bytes() == b"old\n" and [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
@@ -153,5 +153,5 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError) as error:
-        rows.build(tmp_path / "x.jsonl", {}, fails)
+        stream.build(tmp_path / "x.jsonl", {}, fails)
     assert error.value.filename == str(tmp_path / "x.jsonl") and not list(tmp_path.iterdir())
