@@ -564,7 +564,7 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in REQUIREMENTS:
         return f"{error.name} cannot be imported ({error}): pip install -r requirements.txt"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         place = f"{error.filename} was not written, " if error.filename else ""
         return f"{place}disk full ({error.strerror}): free space and run the same command again"
     if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
