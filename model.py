@@ -307,7 +307,7 @@ class LayerCache:
             self.position = grown
 
     def select(self, batch_rows: list[int]) -> None:
-        """Reorder, skip or repeat batch rows."""
+        """Reorder, repeat or leave out batch rows."""
         places = None if self.rows is None else {row: index for index, row in enumerate(self.rows)}
         index = batch_rows if places is None else [places[row] for row in batch_rows if row in places]
         for router, held in self.kept.items():
@@ -495,6 +495,8 @@ class Selection:
 
     def bounds(self, a: int, b: int) -> tuple[int, int]:
         """Least and greatest position of packed columns a..b-1, on the host."""
+        if self.starts is None:  # routes off and mask without a cache: a token's column is its position
+            return a, b - 1
         if self.table is None:
             return min(self.starts) + a, max(self.starts) + b - 1
         part = self.table[:, a:b]
@@ -621,15 +623,8 @@ class Attention(nn.Module):
                 return sdpa(q, k, v)  # the latest token sees all that is held
         slots = torch.arange(k.shape[2], device=q.device)[None]  # a key's position is its slot, unless there are gaps
         if gaps is None:
-            return attend(q, k, v, Sight(who.position, slots, self.window, self.bounds_of(who)))
+            return attend(q, k, v, Sight(who.position, slots, self.window, who.bounds))
         return attend(q, k, v, Sight(who.position, gaps, self.window))
-
-    @staticmethod
-    def bounds_of(who: Selection) -> Callable | None:
-        """Bounds of its positions where they are known on the host."""
-        if who.starts is not None:
-            return who.bounds
-        return lambda a, b: (a, b - 1)  # routes off and mask without a cache: a token's column is its position
 
 
 class FeedForward(nn.Module):
@@ -818,12 +813,12 @@ class Transformer(nn.Module):
         """
         x = self.enter(tokens, x, cache, route)
         call = self.prepare(x, lengths, prompt_lengths, cache, route)
-        made, skipped = [], self.routing.rows_of(first_layer).start if self.routing else 0
+        made, before = [], self.routing.rows_of(first_layer).start if self.routing else 0
         for layer in range(first_layer, self.config.n_layers):
             block, forced = self.layers[layer], None
             if gates is not None and (block.router is not None or block.mlp_router is not None):
                 rows = self.routing.rows_of(layer)
-                forced = gates[rows.start - skipped:rows.stop - skipped]
+                forced = gates[rows.start - before:rows.stop - before]
             if cache is None and route != "gather":
                 x, decided = block(x, call, None, forced)  # one graph, if compiled
             else:

@@ -152,6 +152,13 @@ def test_places_stand_in_the_order_in_which_they_are_asked():
     assert plain.names == ("2", "5") and plain.places == (Place(2, "mlp"), Place(5, "mlp"))
 
 
+def test_some_places_of_a_routing_keep_what_they_can_of_its_settings():
+    """auto:N picks places: MLPs alone have no keys and values to keep, which was an error."""
+    whole = RouterConfig.of("both_token", (1, 2), kv="all", pool="all")
+    assert whole.at([1, 3]) == RouterConfig.of("mlp_token", (1, 2), pool="all")
+    assert whole.at([0, 3]) == RouterConfig(((1, "attn"), (2, "mlp")), "token", "all", "all")
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 99))
 def test_a_weighted_cut_lets_the_share_through_to_half_a_logit(weights, budget, seed):
     weights = torch.tensor(weights, dtype=torch.float64)
