@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -210,36 +211,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-@dataclass
-class Sight:
-    """Where queries and keys stand. `bounds` (a, b) -> least and greatest position among query columns a..b-1, on the
-    host; None: keys stand in slots that are not their positions, so none can be left out unseen."""
-
-    query: Tensor  # (1|N,M)
-    key: Tensor  # (1|N,S)
-    window: int | None
-    bounds: Callable[[int, int], tuple[int, int]] | None = None
-
-    def span(self, a: int, b: int) -> tuple[int, int]:
-        """First key that some query of columns a..b-1 sees, and the one after the last."""
-        slots = self.key.shape[1]
-        if self.bounds is None:
-            return 0, slots
-        least, greatest = self.bounds(a, b)
-        return 0 if self.window is None else max(0, least - self.window + 1), min(slots, greatest + 1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-    """Attention under a mask. q (N,H,M,h), k and v (N,K,S,h) -> (N,H,M,h). No key is touched that no query sees."""
-    out = []
-    for a in range(0, q.shape[2], QUERY_BLOCK):
-        b = min(a + QUERY_BLOCK, q.shape[2])
-        low, high = sight.span(a, b)
-        mask = visible(sight.query[:, a:b], sight.key[:, low:high], sight.window)
-        out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], mask))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
-
-
 # -----------------------------------------------------------------------------
 # The cache: keys and values of the tokens that ran
 
@@ -259,52 +230,40 @@ class LayerCache:
         """Batch rows whose keys and values are held here, in order; None: every row."""
         return self.kept.get("router")
 
-    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None = None) -> None:
-        """Append counts[row] tokens of k, v (N,K,M,h), pads behind them. position (N,M): where slots have gaps."""
-        self.used = self.used or [0] * len(counts)
-        least, width = min(self.used), k.shape[2]
-        self._reserve(k, max(self.used) + width, position)
-        if least == max(self.used):
-            slots = slice(least, least + width)
-            self.k[:, :, slots], self.v[:, :, slots] = k, v
-            if position is not None:
-                self.position[:, slots] = position
-        else:
-            slot = torch.tensor(self.used, device=k.device)[:, None] + torch.arange(width, device=k.device)
-            row = torch.arange(len(counts), device=k.device)[:, None]
-            self.k[row, :, slot] = k.transpose(1, 2)  # advanced indices come first: (N,M,K,h)
-            self.v[row, :, slot] = v.transpose(1, 2)
-            if position is not None:
-                self.position[row, slot] = position
-        # a pad's slot is its row's next one, and later tokens overwrite it
-        self.used = [used + count for used, count in zip(self.used, counts)]
+    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append counts[row] tokens of k, v (N,K,M,h), pads behind them; returns all that is held (N,K,S,h).
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (N,K,S,h) of the slots in use."""
+        position (N,M) of the tokens, where slots have gaps.
+        """
+        used, width = self.used or [0] * len(counts), k.shape[2]
+        least, end = min(used), max(used) + width
+        if self.k is None:
+            self.k = self.v = k[:, :, :0]
+            self.position = None if position is None else position[:, :0]
+        if end > self.k.shape[2]:
+            self._grow(end)
+        where = slice(None), slice(least, end)
+        if least + width < end:  # rows of unequal length: each token has a slot of its own
+            row = torch.arange(len(counts), device=k.device)[:, None]
+            where = row, torch.tensor(used, device=k.device)[:, None] + torch.arange(width, device=k.device)
+        self.k.transpose(1, 2)[where] = k.transpose(1, 2)  # (N,M,K,h)
+        self.v.transpose(1, 2)[where] = v.transpose(1, 2)
+        if position is not None:
+            self.position[where] = position
+        # a pad's slot is its row's next one, and later tokens overwrite it
+        self.used = [slots + count for slots, count in zip(used, counts)]
         end = max(self.used)
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def even(self) -> bool:
-        """Every row uses as many slots: no pads among them."""
-        return min(self.used) == max(self.used)
-
-    def _reserve(self, k: Tensor, slots: int, position: Tensor | None) -> None:
-        have = 0 if self.k is None else self.k.shape[2]
-        if slots <= have:
-            return
+    def _grow(self, slots: int) -> None:
+        have = self.k.shape[2]
         room = slots if have == 0 else max(slots, have + have // 2 + 16)  # by half, not one by one
         if self.max_len is not None and slots <= self.max_len:
             room = self.max_len
         # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
-        fresh = [k.new_zeros(*k.shape[:2], room, k.shape[3]) for _ in range(2)]
-        if have:
-            fresh[0][:, :, :have], fresh[1][:, :, :have] = self.k, self.v
-        self.k, self.v = fresh
-        if position is not None:
-            grown = position.new_full((k.shape[0], room), NOWHERE)
-            if have:
-                grown[:, :have] = self.position
-            self.position = grown
+        self.k, self.v = (F.pad(held, (0, 0, 0, room - have)) for held in (self.k, self.v))
+        if self.position is not None:
+            self.position = F.pad(self.position, (0, room - have), value=NOWHERE)
 
     def select(self, batch_rows: list[int]) -> None:
         """Reorder, repeat or leave out batch rows."""
@@ -396,53 +355,57 @@ class Call(NamedTuple):
 
     route: str
     position: Tensor  # (1|B,T) of each token in its sequence; 1: every row began at the same one
-    cos: Tensor  # (B*T,1,h)
-    sin: Tensor
+    turn: tuple[Tensor, Tensor]  # cos and sin (B*T,1,h)
     real: Tensor | None  # (B,T) False on pads; None: there are none
     pool_lengths: Tensor | None  # (B,): tokens that a sequence router averages over
     fresh: bool  # nothing is cached yet
-    starts: list[int] | None = None  # tokens cached before and real tokens now, per row, on the host; None where
-    counts: list[int] | None = None  # nobody asks: route mask, and off without a cache
+    starts: list[int] | None  # tokens cached before and real tokens now, per row, on the host; None where nobody asks:
+    counts: list[int] | None  # route mask, and off without a cache
+    chosen: dict  # batch rows -> their Selection
 
 
 class Selection:
     """The tokens of a call that run one sublayer: everybody, whole batch rows, or single tokens.
 
-    take picks them from (B,T,...) into (n,...); pack puts (n,...) into rows without gaps (N,M,...) for attention;
+    take picks them from (B,T,...) into (n,...); pack puts (n,H,h) into rows without gaps (N,H,M,h) for attention;
     add joins a sublayer's output (n,D) to x (B,T,D). Under route mask all tokens run and `gate` multiplies.
     """
 
     def __init__(self, call: Call, gate: Tensor | None = None, hidden: Tensor | None = None):
-        self.call, self.gate = call, gate  # gate (B,1|T,1)
+        self.call = call
+        self.gate = gate  # (B,1|T,1)
         self.hidden = hidden  # (B,T): True where a token leaves no key and value (route mask)
+        self.some = True  # somebody runs
         self.index: Tensor | None = None  # (n,) into B*T; None: everybody
         self.slot: Tensor | None = None  # (n,) into N*M; None: rows are packed as they stand
+        self.n: int | None = None  # tokens that run; `index` and `slot` may repeat the last one
+        self.turn = call.turn  # cos and sin (n,1,h)
         self.position = call.position  # (1|N,M) of packed tokens
         self.starts, self.counts = call.starts, call.counts  # of packed rows
-        self.some = True
         self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens run
         self.everything: Tensor | None = None  # (B*T,D) everybody's input, where all leave keys and values (kv=all)
 
     @classmethod
     def rows(cls, call: Call, rows: list[int] | None) -> "Selection":
         """Whole batch rows, by their numbers; None: all of them."""
-        who = cls(call)
+        known = None if rows is None else tuple(rows)
+        if known in call.chosen:
+            return call.chosen[known]
+        who = call.chosen[known] = cls(call)
         if rows is None:
             return who
         width, device = call.position.shape[1], call.position.device
         number = torch.tensor(rows, device=device, dtype=torch.long)
         who.index = (number[:, None] * width + torch.arange(width, device=device)).flatten()
-        who.starts, who.counts = [call.starts[row] for row in rows], [call.counts[row] for row in rows]
+        who.n, who.some = len(rows) * width, bool(rows)
+        who.turn = call.turn[0][who.index], call.turn[1][who.index]
         who.position = call.position if len(call.position) == 1 else call.position[number]
-        who.some = bool(rows)
+        who.starts, who.counts = [call.starts[row] for row in rows], [call.counts[row] for row in rows]
         return who
 
     @classmethod
-    def tokens(cls, call: Call, gate: Tensor, multiple: int) -> "Selection":
-        """Single tokens, by gate (B,T). One host sync.
-
-        The last token repeats until their number is a multiple of `multiple`; pack and add leave the repeats out.
-        """
+    def tokens(cls, call: Call, gate: Tensor, dtype: torch.dtype) -> "Selection":
+        """Single tokens, by gate (B,T). One host sync. dtype: in which they will be computed (see ROWS_MULTIPLE)."""
         who, opened = cls(call), gate.detach().bool().cpu()  # the host sync
         row, column = opened.nonzero(as_tuple=True)
         counts, n = opened.sum(1).tolist(), len(row)
@@ -451,22 +414,19 @@ class Selection:
         table = torch.full((len(counts) * widest,), NOWHERE)
         table[slot] = column + torch.tensor(call.starts)[row]
         who.table = table.view(len(counts), widest)
-        who.position, who.counts, who.some = who.table.to(gate.device), counts, n > 0
-        pads = -n % multiple if n >= multiple else 0  # few rows have few numbers
-        index = row * opened.shape[1] + column
-        who.index = torch.cat([index, index[-1:].expand(pads)]).to(gate.device)
-        if pads or min(counts) < widest:
-            who.slot = torch.cat([slot, slot[-1:].expand(pads)]).to(gate.device)
+        who.position, who.counts, who.n, who.some = who.table.to(gate.device), counts, n, n > 0
+        index, repeats = row * opened.shape[1] + column, 0
+        if dtype == torch.bfloat16 and gate.device.type == "cpu" and n >= ROWS_MULTIPLE:
+            repeats = -n % ROWS_MULTIPLE
+        who.index = torch.cat([index, index[-1:].expand(repeats)]).to(gate.device)
+        who.turn = call.turn[0][who.index], call.turn[1][who.index]
+        if repeats or min(counts) < widest:
+            who.slot = torch.cat([slot, slot[-1:].expand(repeats)]).to(gate.device)
         return who
 
     def take(self, x: Tensor) -> Tensor:
         """(B,T,...) -> (n,...)"""
         return x.flatten(0, 1) if self.index is None else x.flatten(0, 1)[self.index]
-
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and sin (n,1,h)"""
-        call = self.call
-        return (call.cos, call.sin) if self.index is None else (call.cos[self.index], call.sin[self.index])
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x (B,T,D) plus out (n,D) where it ran; out, and without gradient x, may be overwritten."""
@@ -476,31 +436,30 @@ class Selection:
                 return x + self.gate * out
             # compiled code is fused anyway, and would be compiled anew for a view
             return x + out if torch.compiler.is_compiling() else out.add_(x)
-        flat, n = x.flatten(0, 1), len(self.index) if self.table is None else sum(self.counts)
-        index, part = self.index[:n], out.add_(self.take(x))[:n]
+        flat, index, part = x.flatten(0, 1), self.index[:self.n], out.add_(self.take(x))[:self.n]
         # in place: at half of 512 tokens a copy of x costs more than the index
         return (flat.index_copy if torch.is_grad_enabled() else flat.index_copy_)(0, index, part).view_as(x)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(n,...) -> (N,M,...)"""
+        """(n,H,h) -> (N,H,M,h)"""
         if self.slot is not None:
-            n, size = sum(self.counts), self.table.numel()
-            x = x.new_zeros(size, *x.shape[1:]).index_copy(0, self.slot[:n], x[:n])
-        return x.unflatten(0, (-1, self.position.shape[1]))
+            x = x.new_zeros(self.table.numel(), *x.shape[1:]).index_copy(0, self.slot[:self.n], x[:self.n])
+        return x.unflatten(0, (-1, self.position.shape[1])).transpose(1, 2)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N,M,...) -> (n,...)"""
-        x = x.flatten(0, 1)
-        return x if self.slot is None else x[self.slot]
+        """(N,H,M,h) -> (n,H*h)"""
+        x = x.transpose(1, 2).flatten(0, 1)  # (N*M,H,h)
+        return (x if self.slot is None else x[self.slot]).flatten(1)
 
-    def bounds(self, a: int, b: int) -> tuple[int, int]:
-        """Least and greatest position of packed columns a..b-1, on the host."""
-        if self.starts is None:  # routes off and mask without a cache: a token's column is its position
-            return a, b - 1
-        if self.table is None:
-            return min(self.starts) + a, max(self.starts) + b - 1
-        part = self.table[:, a:b]
-        return int(part.min()), int(part.masked_fill(part == NOWHERE, -1).max())
+    def span(self, a: int, b: int, window: int | None) -> tuple[int, int]:
+        """First position that some query of packed columns a..b-1 sees, and the one after the last, on the host."""
+        if self.table is not None:
+            part = self.table[:, a:b]
+            least, last = int(part.min()), int(part.masked_fill(part == NOWHERE, -1).max())
+        else:
+            starts = self.starts or [0]  # routes off and mask without a cache: a token's column is its position
+            least, last = min(starts) + a, max(starts) + b - 1
+        return 0 if window is None else max(0, least - window + 1), last + 1
 
 
 # -----------------------------------------------------------------------------
@@ -524,20 +483,17 @@ class RMSNorm(nn.Module):
         return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but for a lone token on the CPU one pass over the weights at the memory's speed."""
-    lone = x.device.type == "cpu" and x.numel() == x.shape[-1]
-    if not lone or not (torch.compiler.is_compiling() or x.dtype == torch.float32):
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for compiled code: a lone token on the CPU is one pass over the weights, fused with its neighbours."""
+    if x.device.type != "cpu" or x.numel() != x.shape[-1]:
         return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():
-        y = (weight * x.view(-1)).sum(dim=-1)  # (O,I) -> (O,)
-    else:
-        y = torch.mv(weight, x.view(-1))
+    y = (weight * x.view(-1)).sum(dim=-1)  # (O,I) -> (O,)
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
+        linear = fused_linear if torch.compiler.is_compiling() else F.linear
         return linear(x, self.weight, self.bias)
 
 
@@ -571,60 +527,52 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))  # (n,D) -> (n,H,h)
-        return apply_rope(self.q_norm(q), cos, sin)
-
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))  # (n,D) -> (n,K,h)
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        return apply_rope(self.k_norm(k), cos, sin), v
-
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (n,H,h), rotated keys and values (n,K,h) of normalised tokens x (n,D)."""
-        return self.queries(x, cos, sin), *self.keys_values(x, cos, sin)
+    def project(self, x: Tensor, source: Tensor, turn: tuple, source_turn: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (n,H,h) of normalised tokens x (n,D); rotated keys, and values (m,K,h), of source (m,D)."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return apply_rope(self.q_norm(q), *turn), apply_rope(self.k_norm(k), *source_turn), v
 
     def forward(self, x: Tensor, who: Selection, cache: LayerCache | None = None) -> Tensor:
         """Attention of the normalised tokens x (n,D) that run, over what is cached and over themselves -> (n,D)."""
-        if who.everything is None:
-            owner = who  # of keys and values
-            q, k, v = self.project(x, *who.rotation())
-        else:  # kv=all: a skipped token is spared its query, its scores and its output projection
-            owner = Selection(who.call)
-            q = self.queries(x, *who.rotation()) if who.some else None
-            k, v = self.keys_values(who.everything, *owner.rotation())
-        k, v = owner.pack(k).transpose(1, 2), owner.pack(v).transpose(1, 2)  # (n,K,h) -> (N,M,K,h) -> (N,K,M,h)
+        owner, source = who, x  # of keys and values
+        if who.everything is not None:  # kv=all: a skipped token is spared its query, scores and output projection
+            owner, source = Selection(who.call), who.everything
+        q, k, v = self.project(x, source, who.turn, owner.turn)
+        k, v = owner.pack(k), owner.pack(v)  # (N,K,M,h)
         if cache is not None:
-            cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
-            if not who.call.fresh:
-                k, v = cache.held()
+            held = cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
+            k, v = (k, v) if who.call.fresh else held  # (N,K,S,h)
         if not who.some:
             return x
-        q = who.pack(q).transpose(1, 2)  # (n,H,h) -> (N,M,H,h) -> (N,H,M,h)
-        out = self.look(q, k, v, who, None if who.call.fresh else cache)
-        return self.wo(who.unpack(out.transpose(1, 2)).flatten(1))  # (N,H,M,h) -> (n,H*h) -> (n,D)
+        out = self.look(who.pack(q), k, v, who, None if who.call.fresh else cache)  # (N,H,M,h)
+        return self.wo(who.unpack(out))
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, who: Selection, cache: LayerCache | None) -> Tensor:
-        """What the queries of `who` see of keys and values (N,K,S,h), theirs or the cache's -> (N,H,M,h)."""
-        longest = who.call.position.shape[1]
+        """What the queries (N,H,M,h) of `who` see of keys and values (N,K,S,h), theirs or the cache's -> (N,H,M,h)."""
+        call, window, slots = who.call, self.window, k.shape[2]
+        longest, key = call.position.shape[1], None  # (1|N,S) positions of keys; None: the numbers of their slots
         if who.hidden is not None:  # route mask: a skipped token is no key but to itself, so that no query sees nothing
-            at = who.call.position
-            seen = visible(at, at, self.window) & ~who.hidden[:, None, None]
-            own = torch.eye(longest, dtype=torch.bool, device=q.device)
-            return sdpa(q, k, v, seen | own)
-        if cache is None:
-            gaps = who.position if who.table is not None and who.everything is None else None
-            if who.everything is None and (self.window is None or longest <= self.window):
-                return sdpa(q, k, v, causal=True)
-        else:
-            gaps = None if cache.position is None else cache.position[:, :k.shape[2]]
-            near = self.window is None or max(who.call.starts) < self.window
-            if longest == 1 and near and cache.even():
+            seen = visible(call.position, call.position, window) & ~who.hidden[:, None, None]
+            return sdpa(q, k, v, seen | torch.eye(longest, dtype=torch.bool, device=q.device))
+        if cache is not None:
+            key = None if cache.position is None else cache.position[:, :slots]
+            near = window is None or max(call.starts) < window
+            if longest == 1 and near and min(cache.used) == slots:
                 return sdpa(q, k, v)  # the latest token sees all that is held
-        slots = torch.arange(k.shape[2], device=q.device)[None]  # a key's position is its slot, unless there are gaps
-        if gaps is None:
-            return attend(q, k, v, Sight(who.position, slots, self.window, who.bounds))
-        return attend(q, k, v, Sight(who.position, gaps, self.window))
+        elif who.everything is None:
+            key = None if who.table is None else who.position
+            if window is None or longest <= window:
+                return sdpa(q, k, v, causal=True)
+        numbers = torch.arange(slots, device=q.device)[None]
+        out = []
+        for a in range(0, q.shape[2], QUERY_BLOCK):
+            b = min(a + QUERY_BLOCK, q.shape[2])
+            low, high = who.span(a, b, window) if key is None else (0, slots)  # no key is touched that no query sees
+            mask = visible(who.position[:, a:b], (numbers if key is None else key)[:, low:high], window)
+            out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], mask))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 class FeedForward(nn.Module):
@@ -635,9 +583,8 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.hidden_dim, config.dim, bias=False)  # down
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
-        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
+        a, b = self.w1(x), self.w3(x)
+        return self.w2(SwiGLU.apply(a, b) if a.requires_grad or b.requires_grad else F.silu(a, inplace=True).mul_(b))
 
 
 class Block(nn.Module):
@@ -661,17 +608,18 @@ class Block(nn.Module):
         self.register_module("mlp_router", None)
         self.routing: RouterConfig | None = None
         self.whole = False  # `router` gates the block
+        self.n_routers = 0
 
-    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, gates: Tensor | None = None):
+    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, forced: list[Tensor] | tuple = ()):
         """x (B,T,D) -> y, and (gate, logit) of the routers here that decided now.
 
-        gates: forced, a row per router. Routes off and mask: no host sync, no data-dependent shape. Route gather: one
-        host sync per decision; without gradient x may be overwritten.
+        forced: gates in place of these routers' own. Routes off and mask: no host sync, no data-dependent shape. Route
+        gather: one host sync per decision; without gradient x may be overwritten.
         """
-        begin, gate = x, None
-        who, h, made = self.ask("router", x, call, cache, None if gates is None else gates[0])
+        begin, blend = x, None
+        who, h, made = self.ask("router", x, call, cache, forced[0] if forced else None)
         if self.whole and who.gate is not None:  # route mask: all is computed, and blended at the end
-            gate, who = who.gate, Selection(call, hidden=who.hidden)
+            blend, who = who.gate, Selection(call, hidden=who.hidden)
         if who.some:
             x = who.add(x, self.attention(h, who, cache))
         elif who.everything is not None:
@@ -680,11 +628,11 @@ class Block(nn.Module):
         if self.whole:
             h = self.ffn_norm(who.take(x))
         else:
-            who, h, more = self.ask("mlp_router", x, call, cache, None if gates is None else gates[-1])
+            who, h, more = self.ask("mlp_router", x, call, cache, forced[-1] if forced else None)
             made = made + more
         if who.some:
             x = who.add(x, self.feed_forward(h))
-        return x if gate is None else begin + gate * (x - begin), made
+        return x if blend is None else begin + blend * (x - begin), made
 
     def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: Tensor | None):
         """Who runs behind the router of this name, their normalised input (n,D), and [(gate, logit)] if it decided now.
@@ -697,17 +645,21 @@ class Block(nn.Module):
         if not call.fresh and name in cache.kept:
             who = Selection.rows(call, cache.kept[name])
             return who, norm(who.take(x)), []
+
         h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
-        z, gate = self.decide(router, h, call, forced)
+        z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)  # (B,) sequences, (B,T) tokens
+        gate = ste_gate(z, router.cut) if forced is None else forced.to(z.dtype)
+        single, keeps = gate.dim() == 2, name == "mlp_router" or self.routing.kv == "all"
+        if single:  # the first token of a sequence always runs (attention sink), pads never do
+            gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
+            gate = gate if call.real is None else gate * call.real
+
         if call.route == "mask":
-            leaves = gate.dim() == 1 or self.routing.kv == "all" or name == "mlp_router"
-            who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), None if leaves else ~gate.detach().bool())
-        elif gate.dim() == 2:
-            # oneDNN builds a bfloat16 kernel for each number of rows it meets, which takes longer than their product
-            rounds = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-            who = Selection.tokens(call, gate, ROWS_MULTIPLE if rounds else 1)
-            if name == "router" and self.routing.kv == "all":
-                who.everything = h.flatten(0, 1)
+            hidden = ~gate.detach().bool() if single and not keeps else None
+            who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), hidden)
+        elif single:
+            who = Selection.tokens(call, gate, x.dtype)
+            who.everything = h.flatten(0, 1) if keeps and name == "router" else None
         else:
             opened = gate.tolist()  # the host sync
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
@@ -715,18 +667,6 @@ class Block(nn.Module):
                 cache.kept[name] = rows
             who = Selection.rows(call, rows)
         return who, who.take(h), [(gate, z)]
-
-    def decide(self, router: Router, h: Tensor, call: Call, forced: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits and gate of normalised inputs h (B,T,D), or the forced gate: (B,) sequences, (B,T) tokens.
-
-        A token's gate: the first one of a sequence always runs (attention sink), pads never do.
-        """
-        z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)
-        gate = ste_gate(z, router.cut) if forced is None else forced.to(z.dtype)
-        if gate.dim() == 2:
-            gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
-            gate = gate if call.real is None else gate * call.real
-        return z, gate
 
 
 # -----------------------------------------------------------------------------
@@ -758,12 +698,13 @@ class Transformer(nn.Module):
                              f"{self.config.n_layers - 1}")
         self.routing = routing
         for block in self.layers:
-            block.routing, block.whole = routing, False
+            block.routing, block.whole, block.n_routers = routing, False, 0
             block.router = block.mlp_router = None
         for place in places:
             block, router = self.layers[place.layer], Router(self.config.dim, device=self.tok_embeddings.weight.device)
             setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
             block.whole = place.target == "block"
+            block.n_routers += 1
 
     def routers(self) -> list[Router]:
         """Routers in the order of `routing.places`."""
@@ -785,6 +726,7 @@ class Transformer(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
+        linear = fused_linear if torch.compiler.is_compiling() else F.linear
         return linear(h, self.tok_embeddings.weight if self.output is None else self.output.weight).float()
 
     def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
@@ -808,78 +750,61 @@ class Transformer(nn.Module):
 
         Gates are 0.0/1.0, (R,B) for sequences or (R,B,T) for tokens, pads 0; None for route off. Scores are the logits.
         R counts routers from first_layer on, in the order of `routing.places`. Host syncs: none for off and mask;
-        for gather one per router and prompt (unit token: and call). Raises ValueError for an unknown route, a route
-        without routers, mask with a cache, or a cache filled under another route.
+        for gather one per router and prompt (unit token: and call). Raises ValueError for what does not fit together.
         """
-        x = self.enter(tokens, x, cache, route)
-        call = self.prepare(x, lengths, prompt_lengths, cache, route)
-        made, before = [], self.routing.rows_of(first_layer).start if self.routing else 0
+        x, call = self.begin(tokens, x, lengths, prompt_lengths, cache, route)
+        made, forced = [], iter(() if gates is None else gates)
+        whole = cache is None and route != "gather"  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
-            block, forced = self.layers[layer], None
-            if gates is not None and (block.router is not None or block.mlp_router is not None):
-                rows = self.routing.rows_of(layer)
-                forced = gates[rows.start - before:rows.stop - before]
-            if cache is None and route != "gather":
-                x, decided = block(x, call, None, forced)  # one graph, if compiled
-            else:
-                x, decided = block.forward(x, call, None if cache is None else cache.layers[layer], forced)
+            block, held = self.layers[layer], None if cache is None else cache.layers[layer]
+            x, decided = (block if whole else block.forward)(x, call, held, list(islice(forced, block.n_routers)))
             made += decided
-        gates, scores = self.leave(made, call, cache)
+        gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
+        if cache is not None:
+            if gates is None and route != "off":
+                gates, scores = cache.gates, cache.scores
+            elif gates is not None and gates.dim() == 2:
+                cache.gates, cache.scores = gates, scores
+            cache.route = route
+            cache.lengths = [start + count for start, count in zip(call.starts, call.counts)]
         x = self.norm(x)
         return (x, gates, scores) if return_scores else (x, gates)
 
-    def enter(self, tokens: Tensor | None, x: Tensor | None, cache: KVCache | None, route: str) -> Tensor:
-        """Check a call's route and cache; returns activations that gather may overwrite."""
-        batch = len(tokens if x is None else x)
+    def begin(self, tokens: Tensor | None, x: Tensor | None = None, lengths=None, prompt_lengths=None,
+              cache: KVCache | None = None, route: str = "off") -> tuple[Tensor, Call]:
+        """Check a call; returns activations (B,T,D) that gather may overwrite, and what all layers share."""
+        batch, width = (tokens if x is None else x).shape[:2]
         if route not in ROUTES:
             raise ValueError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
         if route != "off" and self.routing is None:
             raise ValueError(f"route {route!r} needs routers and this model has none: load it with routers=FILE, call "
                              "add_routers, or use route='off'")
-        if cache is not None:
-            if route == "mask" or cache.route not in (None, route) or len(cache.lengths) != batch:
-                raise ValueError(f"a cache filled under route {cache.route!r} for {len(cache.lengths)} rows cannot "
-                                 f"continue under {route!r} with {batch} rows; route mask takes no cache, and the "
-                                 "others continue what they began")
-        if x is None:
-            return self.tok_embeddings(tokens)
-        return x.clone() if route == "gather" and not torch.is_grad_enabled() else x
-
-    def prepare(self, x: Tensor, lengths, prompt_lengths, cache: KVCache | None, route: str) -> Call:
-        """Positions, rotations and lengths of one call, for all layers."""
-        batch, width, device = *x.shape[:2], x.device
         starts = [0] * batch if cache is None else cache.lengths
-        fresh, column = max(starts) == 0, torch.arange(width, device=device)[None]
-        even = min(starts) == max(starts)
-        position = column + starts[0] if even else column + torch.tensor(starts, device=device)[:, None]
-        turn = self.rope(position, x.dtype)  # (1|B,T,1,h)
-        cos, sin = (part.expand(batch, -1, -1, -1).flatten(0, 1) for part in turn)
-        real = pool_lengths = host = None
+        if cache is not None and (route == "mask" or cache.route not in (None, route) or len(starts) != batch):
+            raise ValueError(f"a cache filled under route {cache.route!r} for {len(starts)} rows cannot continue under "
+                             f"{route!r} with {batch} rows; route mask takes no cache, and the others continue what "
+                             "they began")
+        if x is None:
+            x = self.tok_embeddings(tokens)
+        elif route == "gather" and not torch.is_grad_enabled():
+            x = x.clone()
+        device, fresh = x.device, max(starts) == 0
+        column, even = torch.arange(width, device=device)[None], min(starts) == max(starts)
+        position = column + (starts[0] if even else torch.tensor(starts, device=device)[:, None])  # (1|B,T)
+        turn = tuple(part.expand(batch, -1, -1, -1).flatten(0, 1) for part in self.rope(position, x.dtype))
+        real = pool_lengths = counts = None
         if route != "off":
             real = None if lengths is None else column < torch.as_tensor(lengths, device=device)[:, None]
             wanted = lengths if prompt_lengths is None or self.routing.pool == "all" else prompt_lengths
             pool_lengths = None if wanted is None or not fresh else torch.as_tensor(wanted, device=device)
         if route == "gather" or cache is not None:
-            host = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
-        return Call(route, position, cos, sin, real, pool_lengths, fresh, None if host is None else starts, host)
-
-    def leave(self, made: list, call: Call, cache: KVCache | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gates and scores of a call, those that the cache holds included; the cache learns what it must."""
-        gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
-        if cache is not None:
-            if gates is not None and gates.dim() == 2:
-                cache.gates, cache.scores = gates, scores
-            if call.route != "off" and gates is None:
-                gates, scores = cache.gates, cache.scores
-            cache.route = call.route
-            cache.lengths = [start + count for start, count in zip(call.starts, call.counts)]
-        return gates, scores
+            counts = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
+        return x, Call(route, position, turn, real, pool_lengths, fresh, counts and starts, counts, {})
 
     @torch.no_grad()
     def trunk(self, tokens: Tensor) -> Tensor:
         """Activations (B,T,D) that enter the first routed layer: they depend on no router, so they may be kept."""
-        x = self.tok_embeddings(tokens)
-        call = self.prepare(x, None, None, None, "off")
+        x, call = self.begin(tokens)
         for layer in range(self.routing.places[0].layer):
             x = self.layers[layer](x, call)[0]
         return x
