@@ -46,6 +46,7 @@ from router import (
 
 ROUTES = ("off", "mask", "gather")
 ROPE_TYPES = ("linear", "llama3", "yarn")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # as in safetensors
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
@@ -96,7 +97,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
-        """Build from a JSON object; an unknown or missing key is refused by name."""
+        """Build from the JSON object of a config.json; an unknown or missing key is refused by name.
+
+        `parent`, the fingerprint of the base that this one was made from, stands beside the sizes: it is none of them.
+        """
+        values = {name: value for name, value in values.items() if name != "parent"}
         known = {field.name for field in fields(cls)}
         required = {name for name in known if name not in cls.__dict__}  # fields without a default
         remedy = "this is not a config written by convert_hf.py: convert the folder first"
@@ -678,7 +683,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, routing: RouterConfig | None = None):
         super().__init__()
-        self.config, self.routing, self.fingerprint = config, None, None
+        self.config, self.routing = config, None
+        self.fingerprint = self.exact_fingerprint = self.parent = None  # where it came from a checkpoint
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
             nn.init.normal_(weight)
@@ -971,9 +977,67 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
+def read_config(folder: str | Path) -> dict:
+    """The JSON object of a checkpoint's config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); convert the model again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object: convert the model again")
+    if not isinstance(values.get("parent", ""), str | None):
+        raise ValueError(f"{path}: parent is {values['parent']!r:.60}; expected a base's fingerprint, or null")
+    return values
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Read and check a checkpoint's config.json."""
+    try:
+        return ModelConfig.from_dict(read_config(folder))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from None
+
+
 def fingerprint(folder: str | Path) -> str:
-    """Identity of a base model: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    """Identity of a base model, whatever dtype it is stored in and however long its context may be.
+
+    SHA-256 over the config, without max_seq_len, the family's name and what is at its default, and of each tensor its
+    name, shape and a sample rounded to bfloat16: of a matrix 1,024 columns of the first, middle and last row, of a
+    vector everything. What float16 holds with fewer bits than bfloat16 (below 2^-14) counts as 0. Values in float16
+    that were rounded from float32 differ: such a base names its `parent` in config.json.
+    """
+    config = load_config(folder)
+    sizes = {field.name: getattr(config, field.name) for field in fields(config)
+             if field.name not in ("family", "max_seq_len") and getattr(config, field.name) != field.default}
+    if config.rope_scaling and config.rope_scaling["type"] != "linear":  # its frequencies follow the original context
+        original = config.rope_scaling.get("original_max_position_embeddings") or config.max_seq_len
+        sizes["rope_scaling"] = {**config.rope_scaling, "original_max_position_embeddings": original}
+    samples = {}
+    for path in checkpoint_files(folder):
+        safetensors_header(path)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                sample = part[:] if len(shape) == 1 else torch.cat(
+                    [part[row:row + 1, :1024] for row in (0, shape[0] // 2, shape[0] - 1)])
+                sample = sample.to(torch.bfloat16)
+                sample[sample.abs() < 2**-14] = 0
+                samples[name] = shape, sample.view(torch.int16).numpy().tobytes()
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for name, (shape, sample) in sorted(samples.items()):
+        digest.update(json.dumps([name, shape]).encode() + sample)
+    return digest.hexdigest()[:32]
+
+
+def exact_fingerprint(folder: str | Path) -> str:
+    """Identity of a checkpoint's files: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB.
+
+    Router files from before `fingerprint` survived another dtype or context name this one.
+    """
+    config = read_config(folder)
+    config.pop("parent", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     entries = []
     for path in checkpoint_files(folder):
@@ -989,17 +1053,16 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """Read and check a checkpoint's config.json."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); convert the model again") from None
-    try:
-        return ModelConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype in which most values of a checkpoint are stored."""
+    counts = dict.fromkeys(DTYPES, 0)
+    for path in checkpoint_files(folder):
+        for name, entry in safetensors_header(path)[0].items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(DTYPES)}: "
+                                 "convert the unquantised model")
+            counts[entry["dtype"]] += math.prod(entry["shape"])
+    return DTYPES[max(counts, key=counts.get)]
 
 
 def read_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], device, dtype) -> dict[str, Tensor]:
@@ -1017,7 +1080,7 @@ def read_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], devic
                 if tuple(tensor.shape) != expected[name]:
                     raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config needs "
                                      f"{expected[name]}; convert the model again")
-                tensors[name] = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
+                tensors[name] = tensor.to(device=device or "cpu", dtype=dtype)
     if missing := sorted(set(expected) - set(tensors)):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
                          "incomplete: convert the model again")
@@ -1028,18 +1091,20 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
                dtype: torch.dtype | None = None) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
-    Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: as
-    stored. budget sets the routers' cuts by their calibration table (0 skips every routed unit, 1 none); None keeps
-    the thresholds of the file. Raises FileNotFoundError or ValueError for a missing, truncated or mismatched file, or
-    routers of another base.
+    Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
+    in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
+    every routed unit, 1 none); None keeps the thresholds of the file. Raises FileNotFoundError or ValueError for a
+    missing, truncated or mismatched file, or routers of another base.
     """
     checkpoint_files(folder)
     with torch.device("meta"):
         model = Transformer(load_config(folder))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(read_weights(folder, expected, device, dtype), assign=True)
+    weights = read_weights(folder, expected, device, dtype or stored_dtype(folder))
+    model.load_state_dict(weights, assign=True)
     model = model.to(device or "cpu").eval().requires_grad_(False)
-    model.fingerprint = fingerprint(folder)
+    model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
+    model.parent = read_config(folder).get("parent")
     if routers is not None:
         load_routers(model, routers, budget)
     elif budget is not None:
@@ -1050,9 +1115,12 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
 def load_routers(model: Transformer, path: str | Path, budget: float | None = None) -> RouterMeta:
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
-    check_fingerprint(path, meta.base_fingerprint, model.fingerprint)
+    check_fingerprint(path, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
     cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
-    model.add_routers(meta.routing)
+    try:
+        model.add_routers(meta.routing)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the file is damaged: tune again or copy it again") from None
     load_router_weights(path, model, tensors, meta.routing)
     set_cuts(model, cuts)
     for router in model.routers():
