@@ -441,9 +441,9 @@ class Selection:
                 return x + self.gate * out
             # compiled code is fused anyway, and would be compiled anew for a view
             return x + out if torch.compiler.is_compiling() else out.add_(x)
-        flat, index, part = x.flatten(0, 1), self.index[:self.n], out.add_(self.take(x))[:self.n]
-        # in place: at half of 512 tokens a copy of x costs more than the index
-        return (flat.index_copy if torch.is_grad_enabled() else flat.index_copy_)(0, index, part).view_as(x)
+        flat = x.flatten(0, 1)
+        add = flat.index_add if torch.is_grad_enabled() else flat.index_add_
+        return add(0, self.index[:self.n], out[:self.n]).view_as(x)
 
     def pack(self, x: Tensor) -> Tensor:
         """(n,H,h) -> (N,H,M,h)"""
@@ -481,9 +481,10 @@ class RMSNorm(nn.Module):
         if x.dtype != torch.float32:
             wide = x.float()  # the mean of squares needs fp32
             return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        few = len(x) < 64
+        if few or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # torch's own CPU norm is ten calls, and holds x three times more, each a page fault per 4 KiB
+        # torch's own holds x three times more, each a page fault per 4 KiB
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
 
