@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from router import (
@@ -45,7 +46,11 @@ from router import (
 )
 
 ROUTES = ("off", "mask", "gather")
-ROPE_TYPES = ("linear", "llama3", "yarn")
+ROPE_TYPES = {  # kinds of scaling, and the keys that each cannot do without
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # as in safetensors
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
@@ -89,11 +94,18 @@ class ModelConfig:
             raise ValueError(f"config: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one")
-        if self.rope_scaling is not None and self.rope_scaling.get("type") not in ROPE_TYPES:
-            raise ValueError(f"config: rope_scaling type is {self.rope_scaling.get('type')!r}; supported: "
-                             f"{', '.join(ROPE_TYPES)}, or null")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"config: sliding_window is {self.sliding_window}; expected a positive integer or null")
+        scaling, window = self.rope_scaling, self.sliding_window
+        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+        if scaling is not None:
+            kind = scaling.get("type") if isinstance(scaling, dict) else None
+            if kind not in ROPE_TYPES:
+                raise ValueError(f"config: rope_scaling type is {kind!r}; supported: {', '.join(ROPE_TYPES)}, or null")
+            numbers |= {f"rope_scaling {key}": scaling.get(key) for key in ROPE_TYPES[kind]}
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"config: {name} is {value!r}; expected a positive number")
+        if window is not None and (type(window) is not int or window < 1):
+            raise ValueError(f"config: sliding_window is {window!r}; expected a positive integer or null")
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
@@ -132,32 +144,33 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     factor = float(scaling["factor"])
     if scaling["type"] == "linear":
         return inverse / factor, 1.0
-    if scaling["type"] == "yarn":
-        return yarn_frequencies(config, inverse)
-    # long wavelengths are stretched by `factor`, short ones kept, a ramp in between
     original = scaling.get("original_max_position_embeddings") or config.max_seq_len
+    if scaling["type"] == "yarn":
+        return yarn_frequencies(inverse, scaling, original, config.rope_theta)
+    # long wavelengths are stretched by `factor`, short ones kept, a ramp in between
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    ramp = ((original * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    turns = original * inverse / (2 * math.pi)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - ramp) * inverse / factor + ramp * inverse, 1.0
 
 
-def yarn_frequencies(config: ModelConfig, inverse: Tensor) -> tuple[Tensor, float]:
+def yarn_frequencies(inverse: Tensor, scaling: dict, original: int, theta: float) -> tuple[Tensor, float]:
     """The same for YaRN (arXiv 2309.00071): the ramp runs over dimensions, and attention is tempered."""
-    h, scaling = config.head_dim, config.rope_scaling
-    factor = float(scaling["factor"])
-    original = scaling.get("original_max_position_embeddings") or config.max_seq_len
+    h, factor = 2 * len(inverse), float(scaling["factor"])
 
     def dimension(rotations: float) -> float:  # the (fractional) pair that turns so often within the original context
-        return h * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return h * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     def temperature(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    low = dimension(scaling.get("beta_fast") or 32)
+    high = dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, h - 1)
-    ramp = ((torch.arange(h // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = torch.arange(len(inverse), dtype=torch.float32, device="cpu") - low
+    ramp = (ramp / max(high - low, 0.001)).clamp(0, 1)
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -180,15 +193,17 @@ class Rope(nn.Module):
         self.inverse = exact.to(self.inverse.device)
         return self
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (...,) -> cos, sin (..., 1, h), to multiply (..., H, h); the first half of sin is negative."""
-        angles = positions[..., None, None].float() * self.inverse  # (..., 1, h/2)
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """positions (...,) -> cos and sin (2,...,1,h), to multiply (...,H,h); the first half of sin is negative."""
+        angles = positions[..., None, None].float() * self.inverse  # (...,1,h/2)
+        cos, sin = angles.cos(), angles.sin()
+        halves = torch.stack((cos, -sin)), torch.stack((cos, sin))
+        return (torch.cat(halves, dim=-1) * self.attention_factor).to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., H, h) by cos, sin (..., 1, h): (a, b) becomes (a cos - b sin, b cos + a sin)."""
+def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate x (...,H,h) by turn (2,...,1,h), cos and sin: (a, b) becomes (a cos - b sin, b cos + a sin)."""
+    cos, sin = turn
     first, second = x.chunk(2, dim=-1)
     return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)  # one temporary
 
@@ -245,12 +260,19 @@ class LayerCache:
         if self.k is None:
             self.k = self.v = k[:, :, :0]
             self.position = None if position is None else position[:, :0]
-        if end > self.k.shape[2]:
-            self._grow(end)
+        have = self.k.shape[2]
+        if end > have:
+            room = end if have == 0 else max(end, have + have // 2 + 16)  # by half, not one by one
+            more = (self.max_len if self.max_len is not None and end <= self.max_len else room) - have
+            # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+            if position is not None:
+                self.position = F.pad(self.position, (0, more), value=NOWHERE)
         where = slice(None), slice(least, end)
         if least + width < end:  # rows of unequal length: each token has a slot of its own
             row = torch.arange(len(counts), device=k.device)[:, None]
-            where = row, torch.tensor(used, device=k.device)[:, None] + torch.arange(width, device=k.device)
+            column = torch.arange(width, device=k.device)
+            where = row, torch.tensor(used, device=k.device)[:, None] + column
         self.k.transpose(1, 2)[where] = k.transpose(1, 2)  # (N,M,K,h)
         self.v.transpose(1, 2)[where] = v.transpose(1, 2)
         if position is not None:
@@ -259,16 +281,6 @@ class LayerCache:
         self.used = [slots + count for slots, count in zip(used, counts)]
         end = max(self.used)
         return self.k[:, :, :end], self.v[:, :, :end]
-
-    def _grow(self, slots: int) -> None:
-        have = self.k.shape[2]
-        room = slots if have == 0 else max(slots, have + have // 2 + 16)  # by half, not one by one
-        if self.max_len is not None and slots <= self.max_len:
-            room = self.max_len
-        # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
-        self.k, self.v = (F.pad(held, (0, 0, 0, room - have)) for held in (self.k, self.v))
-        if self.position is not None:
-            self.position = F.pad(self.position, (0, room - have), value=NOWHERE)
 
     def select(self, batch_rows: list[int]) -> None:
         """Reorder, repeat or leave out batch rows."""
@@ -309,7 +321,7 @@ class KVCache:
 
     def bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers if layer.k is not None)
+        return sum(2 * layer.k.nbytes for layer in self.layers if layer.k is not None)
 
     def row_bytes(self) -> list[int]:
         """Bytes of the slots that hold a real token, per batch row."""
@@ -317,8 +329,10 @@ class KVCache:
         for layer in self.layers:
             if layer.k is None:
                 continue
-            slot = 2 * layer.k.shape[1] * layer.k.shape[3] * layer.k.element_size()
-            for row, used in zip(range(len(total)) if layer.rows is None else layer.rows, layer.used):
+            _, heads, _, width = layer.k.shape
+            slot = 2 * heads * width * layer.k.element_size()
+            rows = range(len(total)) if layer.rows is None else layer.rows
+            for row, used in zip(rows, layer.used):
                 total[row] += used * slot
         return total
 
@@ -360,7 +374,7 @@ class Call(NamedTuple):
 
     route: str
     position: Tensor  # (1|B,T) of each token in its sequence; 1: every row began at the same one
-    turn: tuple[Tensor, Tensor]  # cos and sin (B*T,1,h)
+    turn: Tensor  # (2,B*T,1,h) cos and sin
     real: Tensor | None  # (B,T) False on pads; None: there are none
     pool_lengths: Tensor | None  # (B,): tokens that a sequence router averages over
     fresh: bool  # nothing is cached yet
@@ -384,7 +398,7 @@ class Selection:
         self.index: Tensor | None = None  # (n,) into B*T; None: everybody
         self.slot: Tensor | None = None  # (n,) into N*M; None: rows are packed as they stand
         self.n: int | None = None  # tokens that run; `index` and `slot` may repeat the last one
-        self.turn = call.turn  # cos and sin (n,1,h)
+        self.turn = call.turn  # (2,n,1,h)
         self.position = call.position  # (1|N,M) of packed tokens
         self.starts, self.counts = call.starts, call.counts  # of packed rows
         self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens run
@@ -400,12 +414,13 @@ class Selection:
         if rows is None:
             return who
         width, device = call.position.shape[1], call.position.device
-        number = torch.tensor(rows, device=device, dtype=torch.long)
-        who.index = (number[:, None] * width + torch.arange(width, device=device)).flatten()
+        number, column = torch.tensor(rows, device=device, dtype=torch.long), torch.arange(width, device=device)
+        who.index = (number[:, None] * width + column).flatten()
         who.n, who.some = len(rows) * width, bool(rows)
-        who.turn = call.turn[0][who.index], call.turn[1][who.index]
+        who.turn = call.turn[:, who.index]
         who.position = call.position if len(call.position) == 1 else call.position[number]
-        who.starts, who.counts = [call.starts[row] for row in rows], [call.counts[row] for row in rows]
+        who.starts = [call.starts[row] for row in rows]
+        who.counts = [call.counts[row] for row in rows]
         return who
 
     @classmethod
@@ -413,25 +428,28 @@ class Selection:
         """Single tokens, by gate (B,T). One host sync. dtype: in which they will be computed (see ROWS_MULTIPLE)."""
         who, opened = cls(call), gate.detach().bool().cpu()  # the host sync
         row, column = opened.nonzero(as_tuple=True)
-        counts, n = opened.sum(1).tolist(), len(row)
-        widest = max(counts)
+        who.counts, who.n = opened.sum(1).tolist(), len(row)
+        who.some = who.n > 0
+        rows, widest = len(opened), max(who.counts)
         slot = row * widest + (opened.cumsum(1) - 1)[row, column]  # tokens of a row keep their order
-        table = torch.full((len(counts) * widest,), NOWHERE)
+        table = torch.full((rows * widest,), NOWHERE)
         table[slot] = column + torch.tensor(call.starts)[row]
-        who.table = table.view(len(counts), widest)
-        who.position, who.counts, who.n, who.some = who.table.to(gate.device), counts, n, n > 0
+        who.table = table.view(rows, widest)
+        who.position = who.table.to(gate.device)
         index, repeats = row * opened.shape[1] + column, 0
-        if dtype == torch.bfloat16 and gate.device.type == "cpu" and n >= ROWS_MULTIPLE:
-            repeats = -n % ROWS_MULTIPLE
-        who.index = torch.cat([index, index[-1:].expand(repeats)]).to(gate.device)
-        who.turn = call.turn[0][who.index], call.turn[1][who.index]
-        if repeats or min(counts) < widest:
-            who.slot = torch.cat([slot, slot[-1:].expand(repeats)]).to(gate.device)
+        if dtype == torch.bfloat16 and gate.device.type == "cpu" and who.n >= ROWS_MULTIPLE:
+            repeats = -who.n % ROWS_MULTIPLE
+            index, slot = (torch.cat([part, part[-1:].expand(repeats)]) for part in (index, slot))
+        who.index = index.to(gate.device)
+        who.turn = call.turn[:, who.index]
+        if repeats or min(who.counts) < widest:
+            who.slot = slot.to(gate.device)
         return who
 
     def take(self, x: Tensor) -> Tensor:
         """(B,T,...) -> (n,...)"""
-        return x.flatten(0, 1) if self.index is None else x.flatten(0, 1)[self.index]
+        x = x.flatten(0, 1)
+        return x if self.index is None else x[self.index]
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x (B,T,D) plus out (n,D) where it ran; out, and without gradient x, may be overwritten."""
@@ -448,7 +466,8 @@ class Selection:
     def pack(self, x: Tensor) -> Tensor:
         """(n,H,h) -> (N,H,M,h)"""
         if self.slot is not None:
-            x = x.new_zeros(self.table.numel(), *x.shape[1:]).index_copy(0, self.slot[:self.n], x[:self.n])
+            packed = x.new_zeros(self.table.numel(), *x.shape[1:])
+            x = packed.index_copy(0, self.slot[:self.n], x[:self.n])
         return x.unflatten(0, (-1, self.position.shape[1])).transpose(1, 2)
 
     def unpack(self, x: Tensor) -> Tensor:
@@ -460,7 +479,8 @@ class Selection:
         """First position that some query of packed columns a..b-1 sees, and the one after the last, on the host."""
         if self.table is not None:
             part = self.table[:, a:b]
-            least, last = int(part.min()), int(part.masked_fill(part == NOWHERE, -1).max())
+            last = part.masked_fill(part == NOWHERE, -1).max().item()
+            least = part.min().item()
         else:
             starts = self.starts or [0]  # routes off and mask without a cache: a token's column is its position
             least, last = min(starts) + a, max(starts) + b - 1
@@ -469,6 +489,17 @@ class Selection:
 
 # -----------------------------------------------------------------------------
 # Kernels: what replaces a plain operator on the CPU because it pays there
+#
+# Plain time / time here, on one thread of an AMD EPYC (Zen 3, AVX2) with torch 2.13 and float32, sizes of SmolLM2-135M,
+# medians of 21 alternated pairs:
+#   RMSNorm               6.9 at 512 tokens, 6.4 at 2,048; but 0.7 at 8, hence torch's own for few
+#   SwiGLU, in place      1.08 at 512 tokens
+#   fused_linear          1.27 for a compiled decode step of 30 layers, batch 1; torch.mv in eager code 0.97: left out
+#   sdpa, lone query      1.04 at batch 8 over 256 slots, 1.08 over 1,024
+#   apply_rope            1.8 at 512 tokens
+#   Selection.add         1.6 at 512 tokens; index_add_ for half of them 4.0 beside index_copy_ of sums
+#   Selection.rows        rows met before in a call: 1 us in place of 57
+# One mask for all layers of a call (16 us a layer, 0.4 % of a decode step of batch 8) does not pay and is left out.
 
 
 class RMSNorm(nn.Module):
@@ -533,26 +564,26 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def project(self, x: Tensor, source: Tensor, turn: tuple, source_turn: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, turn: Tensor, source: Tensor, source_turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (n,H,h) of normalised tokens x (n,D); rotated keys, and values (m,K,h), of source (m,D)."""
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k = self.wk(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
         v = self.wv(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        return apply_rope(self.q_norm(q), *turn), apply_rope(self.k_norm(k), *source_turn), v
+        return apply_rope(self.q_norm(q), turn), apply_rope(self.k_norm(k), source_turn), v
 
     def forward(self, x: Tensor, who: Selection, cache: LayerCache | None = None) -> Tensor:
         """Attention of the normalised tokens x (n,D) that run, over what is cached and over themselves -> (n,D)."""
         owner, source = who, x  # of keys and values
         if who.everything is not None:  # kv=all: a skipped token is spared its query, scores and output projection
             owner, source = Selection(who.call), who.everything
-        q, k, v = self.project(x, source, who.turn, owner.turn)
+        q, k, v = self.project(x, who.turn, source, owner.turn)
         k, v = owner.pack(k), owner.pack(v)  # (N,K,M,h)
         if cache is not None:
             held = cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
             k, v = (k, v) if who.call.fresh else held  # (N,K,S,h)
         if not who.some:
             return x
-        out = self.look(who.pack(q), k, v, who, None if who.call.fresh else cache)  # (N,H,M,h)
+        out = self.look(who.pack(q), k, v, who, cache)  # (N,H,M,h)
         return self.wo(who.unpack(out))
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, who: Selection, cache: LayerCache | None) -> Tensor:
@@ -560,9 +591,10 @@ class Attention(nn.Module):
         call, window, slots = who.call, self.window, k.shape[2]
         longest, key = call.position.shape[1], None  # (1|N,S) positions of keys; None: the numbers of their slots
         if who.hidden is not None:  # route mask: a skipped token is no key but to itself, so that no query sees nothing
+            own = torch.eye(longest, dtype=torch.bool, device=q.device)
             seen = visible(call.position, call.position, window) & ~who.hidden[:, None, None]
-            return sdpa(q, k, v, seen | torch.eye(longest, dtype=torch.bool, device=q.device))
-        if cache is not None:
+            return sdpa(q, k, v, seen | own)
+        if not call.fresh:
             key = None if cache.position is None else cache.position[:, :slots]
             near = window is None or max(call.starts) < window
             if longest == 1 and near and min(cache.used) == slots:
@@ -571,13 +603,14 @@ class Attention(nn.Module):
             key = None if who.table is None else who.position
             if window is None or longest <= window:
                 return sdpa(q, k, v, causal=True)
-        numbers = torch.arange(slots, device=q.device)[None]
-        out = []
+        numbered = key is None
+        key, out = torch.arange(slots, device=q.device)[None] if numbered else key, []
         for a in range(0, q.shape[2], QUERY_BLOCK):
             b = min(a + QUERY_BLOCK, q.shape[2])
-            low, high = who.span(a, b, window) if key is None else (0, slots)  # no key is touched that no query sees
-            mask = visible(who.position[:, a:b], (numbers if key is None else key)[:, low:high], window)
-            out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], mask))
+            low, high = who.span(a, b, window) if numbered else (0, slots)  # no key is touched that no query sees
+            near = slice(low, high)
+            mask = visible(who.position[:, a:b], key[:, near], window)
+            out.append(sdpa(q[:, :, a:b], k[:, :, near], v[:, :, near], mask))
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
@@ -589,8 +622,10 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.hidden_dim, config.dim, bias=False)  # down
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.w1(x), self.w3(x)
-        return self.w2(SwiGLU.apply(a, b) if a.requires_grad or b.requires_grad else F.silu(a, inplace=True).mul_(b))
+        gate, up = self.w1(x), self.w3(x)
+        if gate.requires_grad or up.requires_grad:
+            return self.w2(SwiGLU.apply(gate, up))
+        return self.w2(F.silu(gate, inplace=True).mul_(up))
 
 
 class Block(nn.Module):
@@ -616,14 +651,14 @@ class Block(nn.Module):
         self.whole = False  # `router` gates the block
         self.n_routers = 0
 
-    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, forced: list[Tensor] | tuple = ()):
+    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, forced=()):
         """x (B,T,D) -> y, and (gate, logit) of the routers here that decided now.
 
-        forced: gates in place of these routers' own. Routes off and mask: no host sync, no data-dependent shape. Route
-        gather: one host sync per decision; without gradient x may be overwritten.
+        forced: a list of gates in place of these routers' own. Routes off and mask: no host sync, no data-dependent
+        shape. Route gather: one host sync per decision; without gradient x may be overwritten.
         """
         begin, blend = x, None
-        who, h, made = self.ask("router", x, call, cache, forced[0] if forced else None)
+        who, h, made = self.ask("router", x, call, cache, forced[:1])
         if self.whole and who.gate is not None:  # route mask: all is computed, and blended at the end
             blend, who = who.gate, Selection(call, hidden=who.hidden)
         if who.some:
@@ -634,13 +669,13 @@ class Block(nn.Module):
         if self.whole:
             h = self.ffn_norm(who.take(x))
         else:
-            who, h, more = self.ask("mlp_router", x, call, cache, forced[-1] if forced else None)
+            who, h, more = self.ask("mlp_router", x, call, cache, forced[-1:])
             made = made + more
         if who.some:
             x = who.add(x, self.feed_forward(h))
         return x if blend is None else begin + blend * (x - begin), made
 
-    def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: Tensor | None):
+    def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: list):
         """Who runs behind the router of this name, their normalised input (n,D), and [(gate, logit)] if it decided now.
 
         Everybody runs where there is no such router. A decision for whole sequences is made with the prompt and held.
@@ -654,7 +689,7 @@ class Block(nn.Module):
 
         h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
         z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)  # (B,) sequences, (B,T) tokens
-        gate = ste_gate(z, router.cut) if forced is None else forced.to(z.dtype)
+        gate = forced[0].to(z.dtype) if forced else ste_gate(z, router.cut)
         single, keeps = gate.dim() == 2, name == "mlp_router" or self.routing.kv == "all"
         if single:  # the first token of a sequence always runs (attention sink), pads never do
             gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
@@ -708,7 +743,8 @@ class Transformer(nn.Module):
             block.routing, block.whole, block.n_routers = routing, False, 0
             block.router = block.mlp_router = None
         for place in places:
-            block, router = self.layers[place.layer], Router(self.config.dim, device=self.tok_embeddings.weight.device)
+            block = self.layers[place.layer]
+            router = Router(self.config.dim, device=self.tok_embeddings.weight.device)
             setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
             block.whole = place.target == "block"
             block.n_routers += 1
@@ -734,7 +770,8 @@ class Transformer(nn.Module):
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
         linear = fused_linear if torch.compiler.is_compiling() else F.linear
-        return linear(h, self.tok_embeddings.weight if self.output is None else self.output.weight).float()
+        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
+        return linear(h, weight).float()
 
     def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
         """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); all else as in `hidden`."""
@@ -760,6 +797,9 @@ class Transformer(nn.Module):
         for gather one per router and prompt (unit token: and call). Raises ValueError for what does not fit together.
         """
         x, call = self.begin(tokens, x, lengths, prompt_lengths, cache, route)
+        routers = sum(block.n_routers for block in islice(self.layers, first_layer, None))
+        if gates is not None and len(gates) != routers:
+            raise ValueError(f"gates has {len(gates)} rows; expected {routers}, one for each router that is asked")
         made, forced = [], iter(() if gates is None else gates)
         whole = cache is None and route != "gather"  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
@@ -798,7 +838,7 @@ class Transformer(nn.Module):
         device, fresh = x.device, max(starts) == 0
         column, even = torch.arange(width, device=device)[None], min(starts) == max(starts)
         position = column + (starts[0] if even else torch.tensor(starts, device=device)[:, None])  # (1|B,T)
-        turn = tuple(part.expand(batch, -1, -1, -1).flatten(0, 1) for part in self.rope(position, x.dtype))
+        turn = self.rope(position, x.dtype).expand(-1, batch, -1, -1, -1).flatten(1, 2)  # (2,B*T,1,h)
         real = pool_lengths = counts = None
         if route != "off":
             real = None if lengths is None else column < torch.as_tensor(lengths, device=device)[:, None]
@@ -951,7 +991,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{index} is no index of a checkpoint; convert or copy it again") from None
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the checkpoint is incomplete: convert or copy it again")
@@ -965,13 +1008,11 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or copy "
-                         "it again")
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or "
+                             "copy it again") from None
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or "
                          "damaged: convert or copy it again")
@@ -1021,9 +1062,10 @@ def fingerprint(folder: str | Path) -> str:
             for name in file.keys():
                 part = file.get_slice(name)
                 shape = part.get_shape()
-                sample = part[:] if len(shape) == 1 else torch.cat(
-                    [part[row:row + 1, :1024] for row in (0, shape[0] // 2, shape[0] - 1)])
-                sample = sample.to(torch.bfloat16)
+                rows = [part[:]]
+                if len(shape) > 1:
+                    rows = [part[row:row + 1, :1024] for row in (0, shape[0] // 2, shape[0] - 1)]
+                sample = torch.cat(rows).to(torch.bfloat16)
                 sample[sample.abs() < 2**-14] = 0
                 samples[name] = shape, sample.view(torch.int16).numpy().tobytes()
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
@@ -1054,37 +1096,33 @@ def exact_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype in which most values of a checkpoint are stored."""
-    counts = dict.fromkeys(DTYPES, 0)
-    for path in checkpoint_files(folder):
+def read_weights(folder: str | Path, expected: dict[str, tuple], device, dtype) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, which must be exactly those expected, by name and shape.
+
+    dtype None: the one in which most values are stored, for all of them.
+    """
+    files, found, counts = checkpoint_files(folder), set(), dict.fromkeys(DTYPES, 0)
+    for path in files:
         for name, entry in safetensors_header(path)[0].items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(DTYPES)}: "
-                                 "convert the unquantised model")
-            counts[entry["dtype"]] += math.prod(entry["shape"])
-    return DTYPES[max(counts, key=counts.get)]
-
-
-def read_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], device, dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, which must be exactly those expected, by name and shape."""
-    tensors: dict[str, Tensor] = {}
-    for path in checkpoint_files(folder):
-        safetensors_header(path)  # a clear word about a truncated file, before the library's own
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name not in expected or name in tensors:
-                    what = "twice" if name in tensors else "though the config has no place for it"
-                    raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model "
-                                     "again")
-                tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != expected[name]:
-                    raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config needs "
-                                     f"{expected[name]}; convert the model again")
-                tensors[name] = tensor.to(device=device or "cpu", dtype=dtype)
-    if missing := sorted(set(expected) - set(tensors)):
+            shape, kind = tuple(entry["shape"]), entry["dtype"]
+            if name not in expected or name in found:
+                what = "twice" if name in found else "though the config has no place for it"
+                raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model again")
+            if shape != expected[name]:
+                raise ValueError(f"{path}: {name} has shape {shape}, the config needs {expected[name]}; convert the "
+                                 "model again")
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {kind}; expected one of {', '.join(DTYPES)}: convert the "
+                                 "unquantised model")
+            found.add(name)
+            counts[kind] += math.prod(shape)
+    if missing := sorted(set(expected) - found):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
                          "incomplete: convert the model again")
+    dtype = dtype or DTYPES[max(counts, key=counts.get)]
+    tensors = {}
+    for path in files:
+        tensors |= {name: tensor.to(device or "cpu", dtype) for name, tensor in load_file(path).items()}
     return tensors
 
 
@@ -1101,8 +1139,7 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     with torch.device("meta"):
         model = Transformer(load_config(folder))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = read_weights(folder, expected, device, dtype or stored_dtype(folder))
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(read_weights(folder, expected, device, dtype), assign=True)
     model = model.to(device or "cpu").eval().requires_grad_(False)
     model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
     model.parent = read_config(folder).get("parent")

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -248,7 +249,7 @@ def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None
     wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
     ends = [math.inf, *ordered.tolist(), -math.inf]
     through = torch.searchsorted(middles, wanted, right=True).tolist()
-    return [ends[-1] if k == len(ordered) else ends[0] if k == 0 else (ends[k] + ends[k + 1]) / 2 for k in through]
+    return [(ends[k] + ends[k + 1]) / 2 for k in through]
 
 
 def quantile_cut(z: Tensor, budget: float, weights: Tensor | None = None) -> float:
@@ -270,10 +271,11 @@ def cuts_for(budget: float, calibration: dict) -> list[float]:
     if not points:
         raise ValueError("this router file carries no calibration table, so a budget cannot be set; leave --budget "
                          "away or tune with train.py")
-    low = max((p for p in points if p[0] <= budget), key=lambda p: p[0], default=points[0])
-    high = min((p for p in points if p[0] >= budget), key=lambda p: p[0], default=points[-1])
-    share = 0.0 if high[0] == low[0] else (budget - low[0]) / (high[0] - low[0])
-    return [between(cut_of(a), cut_of(b), share) for a, b in zip(low[1], high[1])]
+    budgets = [point[0] for point in points]
+    low, low_row = points[max(bisect_right(budgets, budget) - 1, 0)]
+    high, high_row = points[min(bisect_left(budgets, budget), len(points) - 1)]
+    share = 0.0 if high == low else (budget - low) / (high - low)
+    return [between(cut_of(a), cut_of(b), share) for a, b in zip(low_row, high_row)]
 
 
 def between(a: float, b: float, share: float) -> float:

@@ -319,6 +319,9 @@ def test_misuse_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="layers 0 to 3"):
         model.add_routers(RouterConfig.of("attn_sequence", (4,)))
     model = build("llama", "attn_sequence")
+    for count in (2, 4):
+        with pytest.raises(ValueError, match=f"gates has {count} rows; expected 3"):
+            model(tokens_of(1, 3), route="mask", gates=torch.ones(count, 1))
     cache = KVCache(model, 1)
     model(tokens_of(1, 3), cache=cache, route="gather")
     with pytest.raises(ValueError, match="cannot continue"):
@@ -529,6 +532,30 @@ def test_a_config_that_is_none_is_refused(tmp_path, text, reason):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_model(tmp_path)
+
+
+def test_a_config_with_any_one_number_wrong_is_refused_by_name(tmp_path):
+    net = build()
+    numbers = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta".split()
+    for name, value in [(name, value) for name in numbers for value in (None, "x", [], {}, -1, 0, float("nan"))] + [
+            ("sliding_window", value) for value in ("x", 0, -1, 1.5, [])] + [("rope_scaling", value) for value in (
+                "yarn", [], {"factor": 2}, {"type": "x"}, {"type": ["yarn"]}, {"type": "yarn"}, {"type": "linear", "factor": "x"}, {"type": "llama3", "factor": 2.0})]:
+        with pytest.raises(ValueError, match="config.json: ") as error:
+            load_model(stored(tmp_path, net, **{name: value}))
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_safetensors_header_or_index_is_refused(tmp_path):
+    stored(tmp_path, build())
+    weights = tmp_path / "model.safetensors"
+    for header in (b"", b"[]", b"3", b"{}x", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"data_offsets": []}}', b"[" * 100_000, b"\xff\xfe"):
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            load_model(tmp_path)
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="no index of a checkpoint"):
+            load_model(tmp_path)
 
 
 def test_yarn_is_right_up_to_factor_times_the_original_context():
