@@ -51,7 +51,12 @@ ROPE_TYPES = {  # kinds of scaling, and the keys that each cannot do without
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}  # as in safetensors
+DTYPES = {  # by safetensors' names
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
@@ -169,8 +174,8 @@ def yarn_frequencies(inverse: Tensor, scaling: dict, original: int, theta: float
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, h - 1)
-    ramp = torch.arange(len(inverse), dtype=torch.float32, device="cpu") - low
-    ramp = (ramp / max(high - low, 0.001)).clamp(0, 1)
+    pairs = torch.arange(len(inverse), dtype=torch.float32, device="cpu")
+    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -263,9 +268,12 @@ class LayerCache:
         have = self.k.shape[2]
         if end > have:
             room = end if have == 0 else max(end, have + have // 2 + 16)  # by half, not one by one
-            more = (self.max_len if self.max_len is not None and end <= self.max_len else room) - have
+            if self.max_len is not None and end <= self.max_len:
+                room = self.max_len
+            more = room - have
             # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
-            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+            self.k = F.pad(self.k, (0, 0, 0, more))
+            self.v = F.pad(self.v, (0, 0, 0, more))
             if position is not None:
                 self.position = F.pad(self.position, (0, more), value=NOWHERE)
         where = slice(None), slice(least, end)
@@ -414,7 +422,8 @@ class Selection:
         if rows is None:
             return who
         width, device = call.position.shape[1], call.position.device
-        number, column = torch.tensor(rows, device=device, dtype=torch.long), torch.arange(width, device=device)
+        number = torch.tensor(rows, device=device, dtype=torch.long)
+        column = torch.arange(width, device=device)
         who.index = (number[:, None] * width + column).flatten()
         who.n, who.some = len(rows) * width, bool(rows)
         who.turn = call.turn[:, who.index]
@@ -439,7 +448,8 @@ class Selection:
         index, repeats = row * opened.shape[1] + column, 0
         if dtype == torch.bfloat16 and gate.device.type == "cpu" and who.n >= ROWS_MULTIPLE:
             repeats = -who.n % ROWS_MULTIPLE
-            index, slot = (torch.cat([part, part[-1:].expand(repeats)]) for part in (index, slot))
+            index = torch.cat([index, index[-1:].expand(repeats)])
+            slot = torch.cat([slot, slot[-1:].expand(repeats)])
         who.index = index.to(gate.device)
         who.turn = call.turn[:, who.index]
         if repeats or min(who.counts) < widest:
@@ -511,13 +521,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             wide = x.float()  # the mean of squares needs fp32
-            return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+            scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+            return self.weight * (wide * scale).to(x.dtype)
         few = len(x) < 64
         if few or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # torch's own holds x three times more, each a page fault per 4 KiB
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+        scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).mul_(self.weight)
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -555,12 +567,14 @@ class SwiGLU(torch.autograd.Function):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
         self.window = config.window(layer)
-        self.wq = Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
-        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.wo = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, width, bias=config.qkv_bias)
+        self.wk = Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.wv = Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.wo = Linear(width, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -760,7 +774,8 @@ class Transformer(nn.Module):
         share of the routed weight matrices, so that it is a share of compute.
         """
         c, places = self.config, self.routing.places
-        attn, mlp = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads), 3 * c.dim * c.hidden_dim
+        attn = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads)
+        mlp = 3 * c.dim * c.hidden_dim
         size = {"attn": attn, "mlp": mlp, "block": attn + mlp}
         alike = len({place.target for place in places}) == 1
         counts = [1.0 if alike else float(size[place.target]) for place in places]
@@ -880,7 +895,8 @@ def compile_model(model: Transformer, **options) -> Transformer:
 def pad(rows, device=None, width: int | None = None) -> Tensor:
     """Rows of tokens -> (B,T), padded with 0 on the right, to the longest or to `width`."""
     width = width or max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    padded = [list(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, device=device)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
@@ -895,7 +911,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:  # the fewest best tokens whose mass reaches top_p; the first always stays
         probs = probs.masked_fill(mass - probs >= top_p, 0.0)
         mass = probs.cumsum(dim=-1)
-    place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)
+    drawn = uniform[:, None] * mass[:, -1:]
+    place = torch.searchsorted(mass, drawn, right=True).clamp(max=mass.shape[1] - 1)
     return index.gather(1, place).squeeze(1)
 
 
@@ -915,7 +932,8 @@ def decode(model: Transformer, cache: KVCache, last: Tensor, choose: Callable, *
             return
         if len(going) < len(rows):
             cache.select(going)
-            rows, tokens = [rows[i] for i in going], tokens[torch.tensor(going, device=tokens.device)]
+            rows = [rows[i] for i in going]
+            tokens = tokens[torch.tensor(going, device=tokens.device)]
         forced = None if gates is None else gates(rows, cache.lengths)
         h, made = model.hidden(tokens[:, None], cache=cache, route=route, gates=forced)
         last = h[:, -1]
@@ -928,7 +946,8 @@ def prefill(model: Transformer, prompts: list[list[int]], new: int, route: str, 
     lengths, device = [len(prompt) for prompt in prompts], model.tok_embeddings.weight.device
     cache = KVCache(model, len(prompts), max_len=max(lengths) + new)
     h, _ = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=gates)
-    return cache, h[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
+    last = torch.tensor(lengths, device=device) - 1
+    return cache, h[torch.arange(len(prompts), device=device), last]
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
@@ -957,7 +976,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     def choose(last: Tensor, rows: list[int]) -> tuple[Tensor, list[int]]:
         uniform = None
         if temperature:
-            uniform = torch.tensor([torch.rand((), generator=dice[row]).item() for row in rows], device=last.device)
+            drawn = [torch.rand((), generator=dice[row]).item() for row in rows]
+            uniform = torch.tensor(drawn, device=last.device)
         tokens, going = sample(model.head(last), temperature, top_k, top_p, uniform), []
         for index, (row, token) in enumerate(zip(rows, tokens.tolist())):  # the one host sync of a step
             output[row].append(token)
@@ -1090,7 +1110,8 @@ def exact_fingerprint(folder: str | Path) -> str:
         low, high = entry["data_offsets"]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
         with open(path, "rb") as file:
-            for at in (low, max(low, (low + high) // 2 - 2048), max(low, high - 4096)):
+            middle, end = (low + high) // 2 - 2048, high - 4096
+            for at in (low, max(low, middle), max(low, end)):
                 file.seek(start + at)
                 digest.update(file.read(min(4096, high - at)))
     return digest.hexdigest()[:32]

@@ -27,7 +27,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 UNITS = ("sequence", "token")
-TARGETS = {"attn": ("attn",), "mlp": ("mlp",), "block": ("block",), "both": ("attn", "mlp")}  # by granularity
+TARGETS = {  # what the name of a granularity gates
+    "attn": ("attn",),
+    "mlp": ("mlp",),
+    "block": ("block",),
+    "both": ("attn", "mlp"),
+}
 GRANULARITIES = tuple(f"{target}_{unit}" for target in TARGETS for unit in UNITS)
 FILE_FORMAT = "router-tuning/2"
 OLD_FORMAT = "router-tuning/1"  # named a granularity and layers instead of places
@@ -244,7 +249,9 @@ def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None
     weights (R,): what a logit of each place counts; None: all the same.
     """
     ordered, index = z.flatten().double().sort(descending=True)
-    weight = torch.ones_like(ordered) if weights is None else weights.double().repeat_interleave(z[0].numel())[index]
+    weight = torch.ones_like(ordered)
+    if weights is not None:
+        weight = weights.double().repeat_interleave(z[0].numel())[index]
     middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
     wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
     ends = [math.inf, *ordered.tolist(), -math.inf]
@@ -364,7 +371,8 @@ class RouterMeta:
         if not all(isinstance(order, list) for order in self.orders.values()):
             raise ValueError(f"orders is {self.orders!r:.60}; expected a list of places for each name")
         _check_shares("thresholds", self.thresholds, len(self.routing.places))
-        budgets, rows = self.calibration.get("budgets", []), self.calibration.get("thresholds", [])
+        budgets = self.calibration.get("budgets", [])
+        rows = self.calibration.get("thresholds", [])
         if not isinstance(rows, list) or not isinstance(budgets, list) or len(budgets) != len(rows):
             raise ValueError(f"calibration is {self.calibration!r:.60}; expected thresholds for each of its budgets")
         for row in [budgets, *rows]:
@@ -417,7 +425,10 @@ def _check_shares(name: str, values, n: int | None = None) -> None:
 
 
 def _is_place(place) -> bool:
-    return isinstance(place, list) and len(place) == 3 and type(place[0]) is int and isinstance(place[1], str)
+    if not isinstance(place, list) or len(place) != 3:
+        return False
+    layer, target, expert = place
+    return type(layer) is int and isinstance(target, str) and (expert is None or type(expert) is int)
 
 
 def _old_places(meta: dict) -> list:
@@ -428,7 +439,8 @@ def _old_places(meta: dict) -> list:
     if not isinstance(layers, list) or not isinstance(mlps, list):
         raise ValueError(f"layers is {layers!r:.60} and mlp_layers {mlps!r:.60}; expected lists of numbers")
     target = TARGETS[granularity.split("_")[0]][0]
-    return [[layer, target, None] for layer in layers] + [[layer, "mlp", None] for layer in mlps]
+    places = [[layer, target, None] for layer in layers]
+    return places + [[layer, "mlp", None] for layer in mlps]
 
 
 def _key(place: Place, routing: RouterConfig) -> str:
@@ -506,7 +518,8 @@ def load_router_weights(path: str | Path, model: nn.Module, tensors: dict[str, T
     """Copy a file's tensors into a model's routers; a missing or extra place or a wrong shape is refused by name."""
     keys = [_key(place, routing) for place in routing.places]
     if set(tensors) != set(keys):
-        missing, extra = sorted(set(keys) - set(tensors)), sorted(set(tensors) - set(keys))
+        missing = sorted(set(keys) - set(tensors))
+        extra = sorted(set(tensors) - set(keys))
         raise ValueError(f"{path} does not match its own list of routed layers (missing {missing}, extra {extra}); the "
                          "file is damaged: tune again")
     for key, router in zip(keys, routers_of(model)):

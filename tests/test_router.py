@@ -294,6 +294,7 @@ def test_metadata_that_is_short_is_refused_by_what_it_lacks(tmp_path, text, reas
 
 WRONG = [None, True, 3, -1, 1.5, "x", "", [], {}, [1], ["x"], {"a": 1}, math.nan, [math.nan, 0.5], [2, 0.5], [0.5, "x"], [True, 0.5], [0.5] * 3,
          10**400, [[3, "attn"]], [[3, "attn", None]] * 2, [[3.5, "attn", None]], [["3", "attn", None]], [[-1, "attn", None]], [[3, "x", None]], [[3, "attn", 1]],
+         [[3, "attn", [1]], [5, "attn", None]], [[3, 4, None], [3, "attn", None]], [[3, [1], None]], [[3, None, None]], [[True, "attn", None]], [3, [4]],
          {"budgets": [0.5]}, {"budgets": [0.5], "thresholds": [[0.5]]}, {"budgets": [math.nan], "thresholds": [[0.5, 0.5]]},
          {"budgets": [0.5, 1.5], "thresholds": [[0.5, 0.5]] * 2}, {"greedy": 3}, {"greedy": ["3"]}, {"greedy": ["3", "9"]}, "foo_bar", "attn_word", "router-tuning/9"]
 GOOD = dict(recipe=lambda v: isinstance(v, str), base_fingerprint=lambda v: isinstance(v, str), config=lambda v: isinstance(v, dict), step=lambda v: type(v) is int,
