@@ -523,7 +523,7 @@ class RMSNorm(nn.Module):
             wide = x.float()  # the mean of squares needs fp32
             scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
             return self.weight * (wide * scale).to(x.dtype)
-        few = len(x) < 64
+        few = x.numel() < 64 * x.shape[-1]
         if few or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # torch's own holds x three times more, each a page fault per 4 KiB
