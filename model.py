@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from router import (
@@ -44,7 +46,17 @@ from router import (
 )
 
 ROUTES = ("off", "mask", "gather")
-ROPE_TYPES = ("linear", "llama3", "yarn")
+ROPE_TYPES = {  # kinds of scaling, and the keys that each cannot do without
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+DTYPES = {  # by safetensors' names
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
@@ -87,15 +99,26 @@ class ModelConfig:
             raise ValueError(f"config: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one")
-        if self.rope_scaling is not None and self.rope_scaling.get("type") not in ROPE_TYPES:
-            raise ValueError(f"config: rope_scaling type is {self.rope_scaling.get('type')!r}; supported: "
-                             f"{', '.join(ROPE_TYPES)}, or null")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"config: sliding_window is {self.sliding_window}; expected a positive integer or null")
+        scaling, window = self.rope_scaling, self.sliding_window
+        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+        if scaling is not None:
+            kind = scaling.get("type") if isinstance(scaling, dict) else None
+            if kind not in ROPE_TYPES:
+                raise ValueError(f"config: rope_scaling type is {kind!r}; supported: {', '.join(ROPE_TYPES)}, or null")
+            numbers |= {f"rope_scaling {key}": scaling.get(key) for key in ROPE_TYPES[kind]}
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"config: {name} is {value!r}; expected a positive number")
+        if window is not None and (type(window) is not int or window < 1):
+            raise ValueError(f"config: sliding_window is {window!r}; expected a positive integer or null")
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
-        """Build from a JSON object; an unknown or missing key is refused by name."""
+        """Build from the JSON object of a config.json; an unknown or missing key is refused by name.
+
+        `parent`, the fingerprint of the base that this one was made from, stands beside the sizes: it is none of them.
+        """
+        values = {name: value for name, value in values.items() if name != "parent"}
         known = {field.name for field in fields(cls)}
         required = {name for name in known if name not in cls.__dict__}  # fields without a default
         remedy = "this is not a config written by convert_hf.py: convert the folder first"
@@ -126,32 +149,33 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     factor = float(scaling["factor"])
     if scaling["type"] == "linear":
         return inverse / factor, 1.0
-    if scaling["type"] == "yarn":
-        return yarn_frequencies(config, inverse)
-    # long wavelengths are stretched by `factor`, short ones kept, a ramp in between
     original = scaling.get("original_max_position_embeddings") or config.max_seq_len
+    if scaling["type"] == "yarn":
+        return yarn_frequencies(inverse, scaling, original, config.rope_theta)
+    # long wavelengths are stretched by `factor`, short ones kept, a ramp in between
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    ramp = ((original * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    turns = original * inverse / (2 * math.pi)
+    ramp = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - ramp) * inverse / factor + ramp * inverse, 1.0
 
 
-def yarn_frequencies(config: ModelConfig, inverse: Tensor) -> tuple[Tensor, float]:
+def yarn_frequencies(inverse: Tensor, scaling: dict, original: int, theta: float) -> tuple[Tensor, float]:
     """The same for YaRN (arXiv 2309.00071): the ramp runs over dimensions, and attention is tempered."""
-    h, scaling = config.head_dim, config.rope_scaling
-    factor = float(scaling["factor"])
-    original = scaling.get("original_max_position_embeddings") or config.max_seq_len
+    h, factor = 2 * len(inverse), float(scaling["factor"])
 
     def dimension(rotations: float) -> float:  # the (fractional) pair that turns so often within the original context
-        return h * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return h * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     def temperature(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    low, high = dimension(scaling.get("beta_fast") or 32), dimension(scaling.get("beta_slow") or 1)
+    low = dimension(scaling.get("beta_fast") or 32)
+    high = dimension(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, h - 1)
-    ramp = ((torch.arange(h // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    pairs = torch.arange(len(inverse), dtype=torch.float32, device="cpu")
+    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -174,15 +198,17 @@ class Rope(nn.Module):
         self.inverse = exact.to(self.inverse.device)
         return self
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions (...,) -> cos, sin (..., 1, h), to multiply (..., H, h); the first half of sin is negative."""
-        angles = positions[..., None, None].float() * self.inverse  # (..., 1, h/2)
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """positions (...,) -> cos and sin (2,...,1,h), to multiply (...,H,h); the first half of sin is negative."""
+        angles = positions[..., None, None].float() * self.inverse  # (...,1,h/2)
+        cos, sin = angles.cos(), angles.sin()
+        halves = torch.stack((cos, -sin)), torch.stack((cos, sin))
+        return (torch.cat(halves, dim=-1) * self.attention_factor).to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (..., H, h) by cos, sin (..., 1, h): (a, b) becomes (a cos - b sin, b cos + a sin)."""
+def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate x (...,H,h) by turn (2,...,1,h), cos and sin: (a, b) becomes (a cos - b sin, b cos + a sin)."""
+    cos, sin = turn
     first, second = x.chunk(2, dim=-1)
     return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)  # one temporary
 
@@ -210,36 +236,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
-@dataclass
-class Sight:
-    """Where queries and keys stand. `bounds` (a, b) -> least and greatest position among query columns a..b-1, on the
-    host; None: keys stand in slots that are not their positions, so none can be left out unseen."""
-
-    query: Tensor  # (1|N,M)
-    key: Tensor  # (1|N,S)
-    window: int | None
-    bounds: Callable[[int, int], tuple[int, int]] | None = None
-
-    def span(self, a: int, b: int) -> tuple[int, int]:
-        """First key that some query of columns a..b-1 sees, and the one after the last."""
-        slots = self.key.shape[1]
-        if self.bounds is None:
-            return 0, slots
-        least, greatest = self.bounds(a, b)
-        return 0 if self.window is None else max(0, least - self.window + 1), min(slots, greatest + 1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
-    """Attention under a mask. q (N,H,M,h), k and v (N,K,S,h) -> (N,H,M,h). No key is touched that no query sees."""
-    out = []
-    for a in range(0, q.shape[2], QUERY_BLOCK):
-        b = min(a + QUERY_BLOCK, q.shape[2])
-        low, high = sight.span(a, b)
-        mask = visible(sight.query[:, a:b], sight.key[:, low:high], sight.window)
-        out.append(sdpa(q[:, :, a:b], k[:, :, low:high], v[:, :, low:high], mask))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
-
-
 # -----------------------------------------------------------------------------
 # The cache: keys and values of the tokens that ran
 
@@ -259,55 +255,43 @@ class LayerCache:
         """Batch rows whose keys and values are held here, in order; None: every row."""
         return self.kept.get("router")
 
-    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None = None) -> None:
-        """Append counts[row] tokens of k, v (N,K,M,h), pads behind them. position (N,M): where slots have gaps."""
-        self.used = self.used or [0] * len(counts)
-        least, width = min(self.used), k.shape[2]
-        self._reserve(k, max(self.used) + width, position)
-        if least == max(self.used):
-            slots = slice(least, least + width)
-            self.k[:, :, slots], self.v[:, :, slots] = k, v
-            if position is not None:
-                self.position[:, slots] = position
-        else:
-            slot = torch.tensor(self.used, device=k.device)[:, None] + torch.arange(width, device=k.device)
-            row = torch.arange(len(counts), device=k.device)[:, None]
-            self.k[row, :, slot] = k.transpose(1, 2)  # advanced indices come first: (N,M,K,h)
-            self.v[row, :, slot] = v.transpose(1, 2)
-            if position is not None:
-                self.position[row, slot] = position
-        # a pad's slot is its row's next one, and later tokens overwrite it
-        self.used = [used + count for used, count in zip(self.used, counts)]
+    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Append counts[row] tokens of k, v (N,K,M,h), pads behind them; returns all that is held (N,K,S,h).
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (N,K,S,h) of the slots in use."""
+        position (N,M) of the tokens, where slots have gaps.
+        """
+        used, width = self.used or [0] * len(counts), k.shape[2]
+        least, end = min(used), max(used) + width
+        if self.k is None:
+            self.k = self.v = k[:, :, :0]
+            self.position = None if position is None else position[:, :0]
+        have = self.k.shape[2]
+        if end > have:
+            room = end if have == 0 else max(end, have + have // 2 + 16)  # by half, not one by one
+            if self.max_len is not None and end <= self.max_len:
+                room = self.max_len
+            more = room - have
+            # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
+            self.k = F.pad(self.k, (0, 0, 0, more))
+            self.v = F.pad(self.v, (0, 0, 0, more))
+            if position is not None:
+                self.position = F.pad(self.position, (0, more), value=NOWHERE)
+        where = slice(None), slice(least, end)
+        if least + width < end:  # rows of unequal length: each token has a slot of its own
+            row = torch.arange(len(counts), device=k.device)[:, None]
+            column = torch.arange(width, device=k.device)
+            where = row, torch.tensor(used, device=k.device)[:, None] + column
+        self.k.transpose(1, 2)[where] = k.transpose(1, 2)  # (N,M,K,h)
+        self.v.transpose(1, 2)[where] = v.transpose(1, 2)
+        if position is not None:
+            self.position[where] = position
+        # a pad's slot is its row's next one, and later tokens overwrite it
+        self.used = [slots + count for slots, count in zip(used, counts)]
         end = max(self.used)
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def even(self) -> bool:
-        """Every row uses as many slots: no pads among them."""
-        return min(self.used) == max(self.used)
-
-    def _reserve(self, k: Tensor, slots: int, position: Tensor | None) -> None:
-        have = 0 if self.k is None else self.k.shape[2]
-        if slots <= have:
-            return
-        room = slots if have == 0 else max(slots, have + have // 2 + 16)  # by half, not one by one
-        if self.max_len is not None and slots <= self.max_len:
-            room = self.max_len
-        # zeros, not empty: a masked slot still enters as 0 * value, and NaN would survive that
-        fresh = [k.new_zeros(*k.shape[:2], room, k.shape[3]) for _ in range(2)]
-        if have:
-            fresh[0][:, :, :have], fresh[1][:, :, :have] = self.k, self.v
-        self.k, self.v = fresh
-        if position is not None:
-            grown = position.new_full((k.shape[0], room), NOWHERE)
-            if have:
-                grown[:, :have] = self.position
-            self.position = grown
-
     def select(self, batch_rows: list[int]) -> None:
-        """Reorder, skip or repeat batch rows."""
+        """Reorder, repeat or leave out batch rows."""
         places = None if self.rows is None else {row: index for index, row in enumerate(self.rows)}
         index = batch_rows if places is None else [places[row] for row in batch_rows if row in places]
         for router, held in self.kept.items():
@@ -345,7 +329,7 @@ class KVCache:
 
     def bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(2 * layer.k.numel() * layer.k.element_size() for layer in self.layers if layer.k is not None)
+        return sum(2 * layer.k.nbytes for layer in self.layers if layer.k is not None)
 
     def row_bytes(self) -> list[int]:
         """Bytes of the slots that hold a real token, per batch row."""
@@ -353,8 +337,10 @@ class KVCache:
         for layer in self.layers:
             if layer.k is None:
                 continue
-            slot = 2 * layer.k.shape[1] * layer.k.shape[3] * layer.k.element_size()
-            for row, used in zip(range(len(total)) if layer.rows is None else layer.rows, layer.used):
+            _, heads, _, width = layer.k.shape
+            slot = 2 * heads * width * layer.k.element_size()
+            rows = range(len(total)) if layer.rows is None else layer.rows
+            for row, used in zip(rows, layer.used):
                 total[row] += used * slot
         return total
 
@@ -396,77 +382,84 @@ class Call(NamedTuple):
 
     route: str
     position: Tensor  # (1|B,T) of each token in its sequence; 1: every row began at the same one
-    cos: Tensor  # (B*T,1,h)
-    sin: Tensor
+    turn: Tensor  # (2,B*T,1,h) cos and sin
     real: Tensor | None  # (B,T) False on pads; None: there are none
     pool_lengths: Tensor | None  # (B,): tokens that a sequence router averages over
     fresh: bool  # nothing is cached yet
-    starts: list[int] | None = None  # tokens cached before and real tokens now, per row, on the host; None where
-    counts: list[int] | None = None  # nobody asks: route mask, and off without a cache
+    starts: list[int] | None  # tokens cached before and real tokens now, per row, on the host; None where nobody asks:
+    counts: list[int] | None  # route mask, and off without a cache
+    chosen: dict  # batch rows -> their Selection
 
 
 class Selection:
     """The tokens of a call that run one sublayer: everybody, whole batch rows, or single tokens.
 
-    take picks them from (B,T,...) into (n,...); pack puts (n,...) into rows without gaps (N,M,...) for attention;
+    take picks them from (B,T,...) into (n,...); pack puts (n,H,h) into rows without gaps (N,H,M,h) for attention;
     add joins a sublayer's output (n,D) to x (B,T,D). Under route mask all tokens run and `gate` multiplies.
     """
 
     def __init__(self, call: Call, gate: Tensor | None = None, hidden: Tensor | None = None):
-        self.call, self.gate = call, gate  # gate (B,1|T,1)
+        self.call = call
+        self.gate = gate  # (B,1|T,1)
         self.hidden = hidden  # (B,T): True where a token leaves no key and value (route mask)
+        self.some = True  # somebody runs
         self.index: Tensor | None = None  # (n,) into B*T; None: everybody
         self.slot: Tensor | None = None  # (n,) into N*M; None: rows are packed as they stand
+        self.n: int | None = None  # tokens that run; `index` and `slot` may repeat the last one
+        self.turn = call.turn  # (2,n,1,h)
         self.position = call.position  # (1|N,M) of packed tokens
         self.starts, self.counts = call.starts, call.counts  # of packed rows
-        self.some = True
         self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens run
         self.everything: Tensor | None = None  # (B*T,D) everybody's input, where all leave keys and values (kv=all)
 
     @classmethod
     def rows(cls, call: Call, rows: list[int] | None) -> "Selection":
         """Whole batch rows, by their numbers; None: all of them."""
-        who = cls(call)
+        known = None if rows is None else tuple(rows)
+        if known in call.chosen:
+            return call.chosen[known]
+        who = call.chosen[known] = cls(call)
         if rows is None:
             return who
         width, device = call.position.shape[1], call.position.device
         number = torch.tensor(rows, device=device, dtype=torch.long)
-        who.index = (number[:, None] * width + torch.arange(width, device=device)).flatten()
-        who.starts, who.counts = [call.starts[row] for row in rows], [call.counts[row] for row in rows]
+        column = torch.arange(width, device=device)
+        who.index = (number[:, None] * width + column).flatten()
+        who.n, who.some = len(rows) * width, bool(rows)
+        who.turn = call.turn[:, who.index]
         who.position = call.position if len(call.position) == 1 else call.position[number]
-        who.some = bool(rows)
+        who.starts = [call.starts[row] for row in rows]
+        who.counts = [call.counts[row] for row in rows]
         return who
 
     @classmethod
-    def tokens(cls, call: Call, gate: Tensor, multiple: int) -> "Selection":
-        """Single tokens, by gate (B,T). One host sync.
-
-        The last token repeats until their number is a multiple of `multiple`; pack and add leave the repeats out.
-        """
+    def tokens(cls, call: Call, gate: Tensor, dtype: torch.dtype) -> "Selection":
+        """Single tokens, by gate (B,T). One host sync. dtype: in which they will be computed (see ROWS_MULTIPLE)."""
         who, opened = cls(call), gate.detach().bool().cpu()  # the host sync
         row, column = opened.nonzero(as_tuple=True)
-        counts, n = opened.sum(1).tolist(), len(row)
-        widest = max(counts)
+        who.counts, who.n = opened.sum(1).tolist(), len(row)
+        who.some = who.n > 0
+        rows, widest = len(opened), max(who.counts)
         slot = row * widest + (opened.cumsum(1) - 1)[row, column]  # tokens of a row keep their order
-        table = torch.full((len(counts) * widest,), NOWHERE)
+        table = torch.full((rows * widest,), NOWHERE)
         table[slot] = column + torch.tensor(call.starts)[row]
-        who.table = table.view(len(counts), widest)
-        who.position, who.counts, who.some = who.table.to(gate.device), counts, n > 0
-        pads = -n % multiple if n >= multiple else 0  # few rows have few numbers
-        index = row * opened.shape[1] + column
-        who.index = torch.cat([index, index[-1:].expand(pads)]).to(gate.device)
-        if pads or min(counts) < widest:
-            who.slot = torch.cat([slot, slot[-1:].expand(pads)]).to(gate.device)
+        who.table = table.view(rows, widest)
+        who.position = who.table.to(gate.device)
+        index, repeats = row * opened.shape[1] + column, 0
+        if dtype == torch.bfloat16 and gate.device.type == "cpu" and who.n >= ROWS_MULTIPLE:
+            repeats = -who.n % ROWS_MULTIPLE
+            index = torch.cat([index, index[-1:].expand(repeats)])
+            slot = torch.cat([slot, slot[-1:].expand(repeats)])
+        who.index = index.to(gate.device)
+        who.turn = call.turn[:, who.index]
+        if repeats or min(who.counts) < widest:
+            who.slot = slot.to(gate.device)
         return who
 
     def take(self, x: Tensor) -> Tensor:
         """(B,T,...) -> (n,...)"""
-        return x.flatten(0, 1) if self.index is None else x.flatten(0, 1)[self.index]
-
-    def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and sin (n,1,h)"""
-        call = self.call
-        return (call.cos, call.sin) if self.index is None else (call.cos[self.index], call.sin[self.index])
+        x = x.flatten(0, 1)
+        return x if self.index is None else x[self.index]
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x (B,T,D) plus out (n,D) where it ran; out, and without gradient x, may be overwritten."""
@@ -476,33 +469,47 @@ class Selection:
                 return x + self.gate * out
             # compiled code is fused anyway, and would be compiled anew for a view
             return x + out if torch.compiler.is_compiling() else out.add_(x)
-        flat, n = x.flatten(0, 1), len(self.index) if self.table is None else sum(self.counts)
-        index, part = self.index[:n], out.add_(self.take(x))[:n]
-        # in place: at half of 512 tokens a copy of x costs more than the index
-        return (flat.index_copy if torch.is_grad_enabled() else flat.index_copy_)(0, index, part).view_as(x)
+        flat = x.flatten(0, 1)
+        add = flat.index_add if torch.is_grad_enabled() else flat.index_add_
+        return add(0, self.index[:self.n], out[:self.n]).view_as(x)
 
     def pack(self, x: Tensor) -> Tensor:
-        """(n,...) -> (N,M,...)"""
+        """(n,H,h) -> (N,H,M,h)"""
         if self.slot is not None:
-            n, size = sum(self.counts), self.table.numel()
-            x = x.new_zeros(size, *x.shape[1:]).index_copy(0, self.slot[:n], x[:n])
-        return x.unflatten(0, (-1, self.position.shape[1]))
+            packed = x.new_zeros(self.table.numel(), *x.shape[1:])
+            x = packed.index_copy(0, self.slot[:self.n], x[:self.n])
+        return x.unflatten(0, (-1, self.position.shape[1])).transpose(1, 2)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """(N,M,...) -> (n,...)"""
-        x = x.flatten(0, 1)
-        return x if self.slot is None else x[self.slot]
+        """(N,H,M,h) -> (n,H*h)"""
+        x = x.transpose(1, 2).flatten(0, 1)  # (N*M,H,h)
+        return (x if self.slot is None else x[self.slot]).flatten(1)
 
-    def bounds(self, a: int, b: int) -> tuple[int, int]:
-        """Least and greatest position of packed columns a..b-1, on the host."""
-        if self.table is None:
-            return min(self.starts) + a, max(self.starts) + b - 1
-        part = self.table[:, a:b]
-        return int(part.min()), int(part.masked_fill(part == NOWHERE, -1).max())
+    def span(self, a: int, b: int, window: int | None) -> tuple[int, int]:
+        """First position that some query of packed columns a..b-1 sees, and the one after the last, on the host."""
+        if self.table is not None:
+            part = self.table[:, a:b]
+            last = part.masked_fill(part == NOWHERE, -1).max().item()
+            least = part.min().item()
+        else:
+            starts = self.starts or [0]  # routes off and mask without a cache: a token's column is its position
+            least, last = min(starts) + a, max(starts) + b - 1
+        return 0 if window is None else max(0, least - window + 1), last + 1
 
 
 # -----------------------------------------------------------------------------
 # Kernels: what replaces a plain operator on the CPU because it pays there
+#
+# Plain time / time here, on one thread of an AMD EPYC (Zen 3, AVX2) with torch 2.13 and float32, sizes of SmolLM2-135M,
+# medians of 21 alternated pairs:
+#   RMSNorm               6.9 at 512 tokens, 6.4 at 2,048; but 0.7 at 8, hence torch's own for few
+#   SwiGLU, in place      1.08 at 512 tokens
+#   fused_linear          1.27 for a compiled decode step of 30 layers, batch 1; torch.mv in eager code 0.97: left out
+#   sdpa, lone query      1.04 at batch 8 over 256 slots, 1.08 over 1,024
+#   apply_rope            1.8 at 512 tokens
+#   Selection.add         1.6 at 512 tokens; index_add_ for half of them 4.0 beside index_copy_ of sums
+#   Selection.rows        rows met before in a call: 1 us in place of 57
+# One mask for all layers of a call (16 us a layer, 0.4 % of a decode step of batch 8) does not pay and is left out.
 
 
 class RMSNorm(nn.Module):
@@ -514,28 +521,28 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32:
             wide = x.float()  # the mean of squares needs fp32
-            return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+            return self.weight * (wide * scale).to(x.dtype)
+        few = x.numel() < 64 * x.shape[-1]
+        if few or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # torch's own CPU norm is ten calls, and holds x three times more, each a page fault per 4 KiB
+        # torch's own holds x three times more, each a page fault per 4 KiB
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return (x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+        scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).mul_(self.weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, but for a lone token on the CPU one pass over the weights at the memory's speed."""
-    lone = x.device.type == "cpu" and x.numel() == x.shape[-1]
-    if not lone or not (torch.compiler.is_compiling() or x.dtype == torch.float32):
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear for compiled code: a lone token on the CPU is one pass over the weights, fused with its neighbours."""
+    if x.device.type != "cpu" or x.numel() != x.shape[-1]:
         return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():
-        y = (weight * x.view(-1)).sum(dim=-1)  # (O,I) -> (O,)
-    else:
-        y = torch.mv(weight, x.view(-1))
+    y = (weight * x.view(-1)).sum(dim=-1)  # (O,I) -> (O,)
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
+        linear = fused_linear if torch.compiler.is_compiling() else F.linear
         return linear(x, self.weight, self.bias)
 
 
@@ -560,76 +567,65 @@ class SwiGLU(torch.autograd.Function):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
         self.window = config.window(layer)
-        self.wq = Linear(config.dim, config.n_heads * config.head_dim, bias=config.qkv_bias)
-        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.wo = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = Linear(config.dim, width, bias=config.qkv_bias)
+        self.wk = Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.wv = Linear(config.dim, kv_width, bias=config.qkv_bias)
+        self.wo = Linear(width, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))  # (n,D) -> (n,H,h)
-        return apply_rope(self.q_norm(q), cos, sin)
-
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))  # (n,D) -> (n,K,h)
-        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        return apply_rope(self.k_norm(k), cos, sin), v
-
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (n,H,h), rotated keys and values (n,K,h) of normalised tokens x (n,D)."""
-        return self.queries(x, cos, sin), *self.keys_values(x, cos, sin)
+    def project(self, x: Tensor, turn: Tensor, source: Tensor, source_turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (n,H,h) of normalised tokens x (n,D); rotated keys, and values (m,K,h), of source (m,D)."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return apply_rope(self.q_norm(q), turn), apply_rope(self.k_norm(k), source_turn), v
 
     def forward(self, x: Tensor, who: Selection, cache: LayerCache | None = None) -> Tensor:
         """Attention of the normalised tokens x (n,D) that run, over what is cached and over themselves -> (n,D)."""
-        if who.everything is None:
-            owner = who  # of keys and values
-            q, k, v = self.project(x, *who.rotation())
-        else:  # kv=all: a skipped token is spared its query, its scores and its output projection
-            owner = Selection(who.call)
-            q = self.queries(x, *who.rotation()) if who.some else None
-            k, v = self.keys_values(who.everything, *owner.rotation())
-        k, v = owner.pack(k).transpose(1, 2), owner.pack(v).transpose(1, 2)  # (n,K,h) -> (N,M,K,h) -> (N,K,M,h)
+        owner, source = who, x  # of keys and values
+        if who.everything is not None:  # kv=all: a skipped token is spared its query, scores and output projection
+            owner, source = Selection(who.call), who.everything
+        q, k, v = self.project(x, who.turn, source, owner.turn)
+        k, v = owner.pack(k), owner.pack(v)  # (N,K,M,h)
         if cache is not None:
-            cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
-            if not who.call.fresh:
-                k, v = cache.held()
+            held = cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
+            k, v = (k, v) if who.call.fresh else held  # (N,K,S,h)
         if not who.some:
             return x
-        q = who.pack(q).transpose(1, 2)  # (n,H,h) -> (N,M,H,h) -> (N,H,M,h)
-        out = self.look(q, k, v, who, None if who.call.fresh else cache)
-        return self.wo(who.unpack(out.transpose(1, 2)).flatten(1))  # (N,H,M,h) -> (n,H*h) -> (n,D)
+        out = self.look(who.pack(q), k, v, who, cache)  # (N,H,M,h)
+        return self.wo(who.unpack(out))
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, who: Selection, cache: LayerCache | None) -> Tensor:
-        """What the queries of `who` see of keys and values (N,K,S,h), theirs or the cache's -> (N,H,M,h)."""
-        longest = who.call.position.shape[1]
+        """What the queries (N,H,M,h) of `who` see of keys and values (N,K,S,h), theirs or the cache's -> (N,H,M,h)."""
+        call, window, slots = who.call, self.window, k.shape[2]
+        longest, key = call.position.shape[1], None  # (1|N,S) positions of keys; None: the numbers of their slots
         if who.hidden is not None:  # route mask: a skipped token is no key but to itself, so that no query sees nothing
-            at = who.call.position
-            seen = visible(at, at, self.window) & ~who.hidden[:, None, None]
             own = torch.eye(longest, dtype=torch.bool, device=q.device)
+            seen = visible(call.position, call.position, window) & ~who.hidden[:, None, None]
             return sdpa(q, k, v, seen | own)
-        if cache is None:
-            gaps = who.position if who.table is not None and who.everything is None else None
-            if who.everything is None and (self.window is None or longest <= self.window):
-                return sdpa(q, k, v, causal=True)
-        else:
-            gaps = None if cache.position is None else cache.position[:, :k.shape[2]]
-            near = self.window is None or max(who.call.starts) < self.window
-            if longest == 1 and near and cache.even():
+        if not call.fresh:
+            key = None if cache.position is None else cache.position[:, :slots]
+            near = window is None or max(call.starts) < window
+            if longest == 1 and near and min(cache.used) == slots:
                 return sdpa(q, k, v)  # the latest token sees all that is held
-        slots = torch.arange(k.shape[2], device=q.device)[None]  # a key's position is its slot, unless there are gaps
-        if gaps is None:
-            return attend(q, k, v, Sight(who.position, slots, self.window, self.bounds_of(who)))
-        return attend(q, k, v, Sight(who.position, gaps, self.window))
-
-    @staticmethod
-    def bounds_of(who: Selection) -> Callable | None:
-        """Bounds of its positions where they are known on the host."""
-        if who.starts is not None:
-            return who.bounds
-        return lambda a, b: (a, b - 1)  # routes off and mask without a cache: a token's column is its position
+        elif who.everything is None:
+            key = None if who.table is None else who.position
+            if window is None or longest <= window:
+                return sdpa(q, k, v, causal=True)
+        numbered = key is None
+        key, out = torch.arange(slots, device=q.device)[None] if numbered else key, []
+        for a in range(0, q.shape[2], QUERY_BLOCK):
+            b = min(a + QUERY_BLOCK, q.shape[2])
+            low, high = who.span(a, b, window) if numbered else (0, slots)  # no key is touched that no query sees
+            near = slice(low, high)
+            mask = visible(who.position[:, a:b], key[:, near], window)
+            out.append(sdpa(q[:, :, a:b], k[:, :, near], v[:, :, near], mask))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
 class FeedForward(nn.Module):
@@ -640,9 +636,10 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.hidden_dim, config.dim, bias=False)  # down
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))
-        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
+        gate, up = self.w1(x), self.w3(x)
+        if gate.requires_grad or up.requires_grad:
+            return self.w2(SwiGLU.apply(gate, up))
+        return self.w2(F.silu(gate, inplace=True).mul_(up))
 
 
 class Block(nn.Module):
@@ -666,17 +663,18 @@ class Block(nn.Module):
         self.register_module("mlp_router", None)
         self.routing: RouterConfig | None = None
         self.whole = False  # `router` gates the block
+        self.n_routers = 0
 
-    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, gates: Tensor | None = None):
+    def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, forced=()):
         """x (B,T,D) -> y, and (gate, logit) of the routers here that decided now.
 
-        gates: forced, a row per router. Routes off and mask: no host sync, no data-dependent shape. Route gather: one
-        host sync per decision; without gradient x may be overwritten.
+        forced: a list of gates in place of these routers' own. Routes off and mask: no host sync, no data-dependent
+        shape. Route gather: one host sync per decision; without gradient x may be overwritten.
         """
-        begin, gate = x, None
-        who, h, made = self.ask("router", x, call, cache, None if gates is None else gates[0])
+        begin, blend = x, None
+        who, h, made = self.ask("router", x, call, cache, forced[:1])
         if self.whole and who.gate is not None:  # route mask: all is computed, and blended at the end
-            gate, who = who.gate, Selection(call, hidden=who.hidden)
+            blend, who = who.gate, Selection(call, hidden=who.hidden)
         if who.some:
             x = who.add(x, self.attention(h, who, cache))
         elif who.everything is not None:
@@ -685,13 +683,13 @@ class Block(nn.Module):
         if self.whole:
             h = self.ffn_norm(who.take(x))
         else:
-            who, h, more = self.ask("mlp_router", x, call, cache, None if gates is None else gates[-1])
+            who, h, more = self.ask("mlp_router", x, call, cache, forced[-1:])
             made = made + more
         if who.some:
             x = who.add(x, self.feed_forward(h))
-        return x if gate is None else begin + gate * (x - begin), made
+        return x if blend is None else begin + blend * (x - begin), made
 
-    def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: Tensor | None):
+    def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: list):
         """Who runs behind the router of this name, their normalised input (n,D), and [(gate, logit)] if it decided now.
 
         Everybody runs where there is no such router. A decision for whole sequences is made with the prompt and held.
@@ -702,17 +700,21 @@ class Block(nn.Module):
         if not call.fresh and name in cache.kept:
             who = Selection.rows(call, cache.kept[name])
             return who, norm(who.take(x)), []
+
         h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
-        z, gate = self.decide(router, h, call, forced)
+        z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)  # (B,) sequences, (B,T) tokens
+        gate = forced[0].to(z.dtype) if forced else ste_gate(z, router.cut)
+        single, keeps = gate.dim() == 2, name == "mlp_router" or self.routing.kv == "all"
+        if single:  # the first token of a sequence always runs (attention sink), pads never do
+            gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
+            gate = gate if call.real is None else gate * call.real
+
         if call.route == "mask":
-            leaves = gate.dim() == 1 or self.routing.kv == "all" or name == "mlp_router"
-            who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), None if leaves else ~gate.detach().bool())
-        elif gate.dim() == 2:
-            # oneDNN builds a bfloat16 kernel for each number of rows it meets, which takes longer than their product
-            rounds = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-            who = Selection.tokens(call, gate, ROWS_MULTIPLE if rounds else 1)
-            if name == "router" and self.routing.kv == "all":
-                who.everything = h.flatten(0, 1)
+            hidden = ~gate.detach().bool() if single and not keeps else None
+            who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), hidden)
+        elif single:
+            who = Selection.tokens(call, gate, x.dtype)
+            who.everything = h.flatten(0, 1) if keeps and name == "router" else None
         else:
             opened = gate.tolist()  # the host sync
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
@@ -720,18 +722,6 @@ class Block(nn.Module):
                 cache.kept[name] = rows
             who = Selection.rows(call, rows)
         return who, who.take(h), [(gate, z)]
-
-    def decide(self, router: Router, h: Tensor, call: Call, forced: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits and gate of normalised inputs h (B,T,D), or the forced gate: (B,) sequences, (B,T) tokens.
-
-        A token's gate: the first one of a sequence always runs (attention sink), pads never do.
-        """
-        z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)
-        gate = ste_gate(z, router.cut) if forced is None else forced.to(z.dtype)
-        if gate.dim() == 2:
-            gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
-            gate = gate if call.real is None else gate * call.real
-        return z, gate
 
 
 # -----------------------------------------------------------------------------
@@ -743,7 +733,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, routing: RouterConfig | None = None):
         super().__init__()
-        self.config, self.routing, self.fingerprint = config, None, None
+        self.config, self.routing = config, None
+        self.fingerprint = self.exact_fingerprint = self.parent = None  # where it came from a checkpoint
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
             nn.init.normal_(weight)
@@ -763,12 +754,14 @@ class Transformer(nn.Module):
                              f"{self.config.n_layers - 1}")
         self.routing = routing
         for block in self.layers:
-            block.routing, block.whole = routing, False
+            block.routing, block.whole, block.n_routers = routing, False, 0
             block.router = block.mlp_router = None
         for place in places:
-            block, router = self.layers[place.layer], Router(self.config.dim, device=self.tok_embeddings.weight.device)
+            block = self.layers[place.layer]
+            router = Router(self.config.dim, device=self.tok_embeddings.weight.device)
             setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
             block.whole = place.target == "block"
+            block.n_routers += 1
 
     def routers(self) -> list[Router]:
         """Routers in the order of `routing.places`."""
@@ -781,7 +774,8 @@ class Transformer(nn.Module):
         share of the routed weight matrices, so that it is a share of compute.
         """
         c, places = self.config, self.routing.places
-        attn, mlp = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads), 3 * c.dim * c.hidden_dim
+        attn = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads)
+        mlp = 3 * c.dim * c.hidden_dim
         size = {"attn": attn, "mlp": mlp, "block": attn + mlp}
         alike = len({place.target for place in places}) == 1
         counts = [1.0 if alike else float(size[place.target]) for place in places]
@@ -790,7 +784,9 @@ class Transformer(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
-        return linear(h, self.tok_embeddings.weight if self.output is None else self.output.weight).float()
+        linear = fused_linear if torch.compiler.is_compiling() else F.linear
+        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
+        return linear(h, weight).float()
 
     def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
         """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); all else as in `hidden`."""
@@ -813,78 +809,64 @@ class Transformer(nn.Module):
 
         Gates are 0.0/1.0, (R,B) for sequences or (R,B,T) for tokens, pads 0; None for route off. Scores are the logits.
         R counts routers from first_layer on, in the order of `routing.places`. Host syncs: none for off and mask;
-        for gather one per router and prompt (unit token: and call). Raises ValueError for an unknown route, a route
-        without routers, mask with a cache, or a cache filled under another route.
+        for gather one per router and prompt (unit token: and call). Raises ValueError for what does not fit together.
         """
-        x = self.enter(tokens, x, cache, route)
-        call = self.prepare(x, lengths, prompt_lengths, cache, route)
-        made, skipped = [], self.routing.rows_of(first_layer).start if self.routing else 0
+        x, call = self.begin(tokens, x, lengths, prompt_lengths, cache, route)
+        routers = sum(block.n_routers for block in islice(self.layers, first_layer, None))
+        if gates is not None and len(gates) != routers:
+            raise ValueError(f"gates has {len(gates)} rows; expected {routers}, one for each router that is asked")
+        made, forced = [], iter(() if gates is None else gates)
+        whole = cache is None and route != "gather"  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
-            block, forced = self.layers[layer], None
-            if gates is not None and (block.router is not None or block.mlp_router is not None):
-                rows = self.routing.rows_of(layer)
-                forced = gates[rows.start - skipped:rows.stop - skipped]
-            if cache is None and route != "gather":
-                x, decided = block(x, call, None, forced)  # one graph, if compiled
-            else:
-                x, decided = block.forward(x, call, None if cache is None else cache.layers[layer], forced)
+            block, held = self.layers[layer], None if cache is None else cache.layers[layer]
+            x, decided = (block if whole else block.forward)(x, call, held, list(islice(forced, block.n_routers)))
             made += decided
-        gates, scores = self.leave(made, call, cache)
+        gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
+        if cache is not None:
+            if gates is None and route != "off":
+                gates, scores = cache.gates, cache.scores
+            elif gates is not None and gates.dim() == 2:
+                cache.gates, cache.scores = gates, scores
+            cache.route = route
+            cache.lengths = [start + count for start, count in zip(call.starts, call.counts)]
         x = self.norm(x)
         return (x, gates, scores) if return_scores else (x, gates)
 
-    def enter(self, tokens: Tensor | None, x: Tensor | None, cache: KVCache | None, route: str) -> Tensor:
-        """Check a call's route and cache; returns activations that gather may overwrite."""
-        batch = len(tokens if x is None else x)
+    def begin(self, tokens: Tensor | None, x: Tensor | None = None, lengths=None, prompt_lengths=None,
+              cache: KVCache | None = None, route: str = "off") -> tuple[Tensor, Call]:
+        """Check a call; returns activations (B,T,D) that gather may overwrite, and what all layers share."""
+        batch, width = (tokens if x is None else x).shape[:2]
         if route not in ROUTES:
             raise ValueError(f"route is {route!r}; expected one of {', '.join(ROUTES)}")
         if route != "off" and self.routing is None:
             raise ValueError(f"route {route!r} needs routers and this model has none: load it with routers=FILE, call "
                              "add_routers, or use route='off'")
-        if cache is not None:
-            if route == "mask" or cache.route not in (None, route) or len(cache.lengths) != batch:
-                raise ValueError(f"a cache filled under route {cache.route!r} for {len(cache.lengths)} rows cannot "
-                                 f"continue under {route!r} with {batch} rows; route mask takes no cache, and the "
-                                 "others continue what they began")
-        if x is None:
-            return self.tok_embeddings(tokens)
-        return x.clone() if route == "gather" and not torch.is_grad_enabled() else x
-
-    def prepare(self, x: Tensor, lengths, prompt_lengths, cache: KVCache | None, route: str) -> Call:
-        """Positions, rotations and lengths of one call, for all layers."""
-        batch, width, device = *x.shape[:2], x.device
         starts = [0] * batch if cache is None else cache.lengths
-        fresh, column = max(starts) == 0, torch.arange(width, device=device)[None]
-        even = min(starts) == max(starts)
-        position = column + starts[0] if even else column + torch.tensor(starts, device=device)[:, None]
-        turn = self.rope(position, x.dtype)  # (1|B,T,1,h)
-        cos, sin = (part.expand(batch, -1, -1, -1).flatten(0, 1) for part in turn)
-        real = pool_lengths = host = None
+        if cache is not None and (route == "mask" or cache.route not in (None, route) or len(starts) != batch):
+            raise ValueError(f"a cache filled under route {cache.route!r} for {len(starts)} rows cannot continue under "
+                             f"{route!r} with {batch} rows; route mask takes no cache, and the others continue what "
+                             "they began")
+        if x is None:
+            x = self.tok_embeddings(tokens)
+        elif route == "gather" and not torch.is_grad_enabled():
+            x = x.clone()
+        device, fresh = x.device, max(starts) == 0
+        column, even = torch.arange(width, device=device)[None], min(starts) == max(starts)
+        position = column + (starts[0] if even else torch.tensor(starts, device=device)[:, None])  # (1|B,T)
+        turn = self.rope(position, x.dtype).expand(-1, batch, -1, -1, -1).flatten(1, 2)  # (2,B*T,1,h)
+        real = pool_lengths = counts = None
         if route != "off":
             real = None if lengths is None else column < torch.as_tensor(lengths, device=device)[:, None]
             wanted = lengths if prompt_lengths is None or self.routing.pool == "all" else prompt_lengths
             pool_lengths = None if wanted is None or not fresh else torch.as_tensor(wanted, device=device)
         if route == "gather" or cache is not None:
-            host = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
-        return Call(route, position, cos, sin, real, pool_lengths, fresh, None if host is None else starts, host)
-
-    def leave(self, made: list, call: Call, cache: KVCache | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gates and scores of a call, those that the cache holds included; the cache learns what it must."""
-        gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
-        if cache is not None:
-            if gates is not None and gates.dim() == 2:
-                cache.gates, cache.scores = gates, scores
-            if call.route != "off" and gates is None:
-                gates, scores = cache.gates, cache.scores
-            cache.route = call.route
-            cache.lengths = [start + count for start, count in zip(call.starts, call.counts)]
-        return gates, scores
+            counts = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
+        return x, Call(route, position, turn, real, pool_lengths, fresh, counts and starts, counts, {})
 
     @torch.no_grad()
     def trunk(self, tokens: Tensor) -> Tensor:
         """Activations (B,T,D) that enter the first routed layer: they depend on no router, so they may be kept."""
-        x = self.tok_embeddings(tokens)
-        call = self.prepare(x, None, None, None, "off")
+        x, call = self.begin(tokens)
         for layer in range(self.routing.places[0].layer):
             x = self.layers[layer](x, call)[0]
         return x
@@ -913,7 +895,8 @@ def compile_model(model: Transformer, **options) -> Transformer:
 def pad(rows, device=None, width: int | None = None) -> Tensor:
     """Rows of tokens -> (B,T), padded with 0 on the right, to the longest or to `width`."""
     width = width or max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    padded = [list(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, device=device)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
@@ -928,7 +911,8 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if top_p is not None:  # the fewest best tokens whose mass reaches top_p; the first always stays
         probs = probs.masked_fill(mass - probs >= top_p, 0.0)
         mass = probs.cumsum(dim=-1)
-    place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=mass.shape[1] - 1)
+    drawn = uniform[:, None] * mass[:, -1:]
+    place = torch.searchsorted(mass, drawn, right=True).clamp(max=mass.shape[1] - 1)
     return index.gather(1, place).squeeze(1)
 
 
@@ -948,7 +932,8 @@ def decode(model: Transformer, cache: KVCache, last: Tensor, choose: Callable, *
             return
         if len(going) < len(rows):
             cache.select(going)
-            rows, tokens = [rows[i] for i in going], tokens[torch.tensor(going, device=tokens.device)]
+            rows = [rows[i] for i in going]
+            tokens = tokens[torch.tensor(going, device=tokens.device)]
         forced = None if gates is None else gates(rows, cache.lengths)
         h, made = model.hidden(tokens[:, None], cache=cache, route=route, gates=forced)
         last = h[:, -1]
@@ -961,7 +946,8 @@ def prefill(model: Transformer, prompts: list[list[int]], new: int, route: str, 
     lengths, device = [len(prompt) for prompt in prompts], model.tok_embeddings.weight.device
     cache = KVCache(model, len(prompts), max_len=max(lengths) + new)
     h, _ = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=gates)
-    return cache, h[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
+    last = torch.tensor(lengths, device=device) - 1
+    return cache, h[torch.arange(len(prompts), device=device), last]
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
@@ -990,7 +976,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     def choose(last: Tensor, rows: list[int]) -> tuple[Tensor, list[int]]:
         uniform = None
         if temperature:
-            uniform = torch.tensor([torch.rand((), generator=dice[row]).item() for row in rows], device=last.device)
+            drawn = [torch.rand((), generator=dice[row]).item() for row in rows]
+            uniform = torch.tensor(drawn, device=last.device)
         tokens, going = sample(model.head(last), temperature, top_k, top_p, uniform), []
         for index, (row, token) in enumerate(zip(rows, tokens.tolist())):  # the one host sync of a step
             output[row].append(token)
@@ -1024,7 +1011,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{index} is no index of a checkpoint; convert or copy it again") from None
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}; the checkpoint is incomplete: convert or copy it again")
@@ -1038,22 +1028,79 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or copy "
-                         "it again")
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or "
+                             "copy it again") from None
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or "
                          "damaged: convert or copy it again")
     return header, 8 + length
 
 
+def read_config(folder: str | Path) -> dict:
+    """The JSON object of a checkpoint's config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); convert the model again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected an object: convert the model again")
+    if not isinstance(values.get("parent", ""), str | None):
+        raise ValueError(f"{path}: parent is {values['parent']!r:.60}; expected a base's fingerprint, or null")
+    return values
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Read and check a checkpoint's config.json."""
+    try:
+        return ModelConfig.from_dict(read_config(folder))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from None
+
+
 def fingerprint(folder: str | Path) -> str:
-    """Identity of a base model: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB."""
-    config = json.loads((Path(folder) / "config.json").read_text())
+    """Identity of a base model, whatever dtype it is stored in and however long its context may be.
+
+    SHA-256 over the config, without max_seq_len, the family's name and what is at its default, and of each tensor its
+    name, shape and a sample rounded to bfloat16: of a matrix 1,024 columns of the first, middle and last row, of a
+    vector everything. What float16 holds with fewer bits than bfloat16 (below 2^-14) counts as 0. Values in float16
+    that were rounded from float32 differ: such a base names its `parent` in config.json.
+    """
+    config = load_config(folder)
+    sizes = {field.name: getattr(config, field.name) for field in fields(config)
+             if field.name not in ("family", "max_seq_len") and getattr(config, field.name) != field.default}
+    if config.rope_scaling and config.rope_scaling["type"] != "linear":  # its frequencies follow the original context
+        original = config.rope_scaling.get("original_max_position_embeddings") or config.max_seq_len
+        sizes["rope_scaling"] = {**config.rope_scaling, "original_max_position_embeddings": original}
+    samples = {}
+    for path in checkpoint_files(folder):
+        safetensors_header(path)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                rows = [part[:]]
+                if len(shape) > 1:
+                    rows = [part[row:row + 1, :1024] for row in (0, shape[0] // 2, shape[0] - 1)]
+                sample = torch.cat(rows).to(torch.bfloat16)
+                sample[sample.abs() < 2**-14] = 0
+                samples[name] = shape, sample.view(torch.int16).numpy().tobytes()
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for name, (shape, sample) in sorted(samples.items()):
+        digest.update(json.dumps([name, shape]).encode() + sample)
+    return digest.hexdigest()[:32]
+
+
+def exact_fingerprint(folder: str | Path) -> str:
+    """Identity of a checkpoint's files: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB.
+
+    Router files from before `fingerprint` survived another dtype or context name this one.
+    """
+    config = read_config(folder)
+    config.pop("parent", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     entries = []
     for path in checkpoint_files(folder):
@@ -1063,44 +1110,40 @@ def fingerprint(folder: str | Path) -> str:
         low, high = entry["data_offsets"]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
         with open(path, "rb") as file:
-            for at in (low, max(low, (low + high) // 2 - 2048), max(low, high - 4096)):
+            middle, end = (low + high) // 2 - 2048, high - 4096
+            for at in (low, max(low, middle), max(low, end)):
                 file.seek(start + at)
                 digest.update(file.read(min(4096, high - at)))
     return digest.hexdigest()[:32]
 
 
-def load_config(folder: str | Path) -> ModelConfig:
-    """Read and check a checkpoint's config.json."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); convert the model again") from None
-    try:
-        return ModelConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+def read_weights(folder: str | Path, expected: dict[str, tuple], device, dtype) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, which must be exactly those expected, by name and shape.
 
-
-def read_weights(folder: str | Path, expected: dict[str, tuple[int, ...]], device, dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, which must be exactly those expected, by name and shape."""
-    tensors: dict[str, Tensor] = {}
-    for path in checkpoint_files(folder):
-        safetensors_header(path)  # a clear word about a truncated file, before the library's own
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name not in expected or name in tensors:
-                    what = "twice" if name in tensors else "though the config has no place for it"
-                    raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model "
-                                     "again")
-                tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != expected[name]:
-                    raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config needs "
-                                     f"{expected[name]}; convert the model again")
-                tensors[name] = tensor.to(device=device or "cpu", dtype=dtype or tensor.dtype)
-    if missing := sorted(set(expected) - set(tensors)):
+    dtype None: the one in which most values are stored, for all of them.
+    """
+    files, found, counts = checkpoint_files(folder), set(), dict.fromkeys(DTYPES, 0)
+    for path in files:
+        for name, entry in safetensors_header(path)[0].items():
+            shape, kind = tuple(entry["shape"]), entry["dtype"]
+            if name not in expected or name in found:
+                what = "twice" if name in found else "though the config has no place for it"
+                raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model again")
+            if shape != expected[name]:
+                raise ValueError(f"{path}: {name} has shape {shape}, the config needs {expected[name]}; convert the "
+                                 "model again")
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: {name} has dtype {kind}; expected one of {', '.join(DTYPES)}: convert the "
+                                 "unquantised model")
+            found.add(name)
+            counts[kind] += math.prod(shape)
+    if missing := sorted(set(expected) - found):
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
                          "incomplete: convert the model again")
+    dtype = dtype or DTYPES[max(counts, key=counts.get)]
+    tensors = {}
+    for path in files:
+        tensors |= {name: tensor.to(device or "cpu", dtype) for name, tensor in load_file(path).items()}
     return tensors
 
 
@@ -1108,10 +1151,10 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
                dtype: torch.dtype | None = None) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
-    Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: as
-    stored. budget sets the routers' cuts by their calibration table (0 skips every routed unit, 1 none); None keeps
-    the thresholds of the file. Raises FileNotFoundError or ValueError for a missing, truncated or mismatched file, or
-    routers of another base.
+    Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
+    in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
+    every routed unit, 1 none); None keeps the thresholds of the file. Raises FileNotFoundError or ValueError for a
+    missing, truncated or mismatched file, or routers of another base.
     """
     checkpoint_files(folder)
     with torch.device("meta"):
@@ -1119,7 +1162,8 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(read_weights(folder, expected, device, dtype), assign=True)
     model = model.to(device or "cpu").eval().requires_grad_(False)
-    model.fingerprint = fingerprint(folder)
+    model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
+    model.parent = read_config(folder).get("parent")
     if routers is not None:
         load_routers(model, routers, budget)
     elif budget is not None:
@@ -1130,9 +1174,12 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
 def load_routers(model: Transformer, path: str | Path, budget: float | None = None) -> RouterMeta:
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
-    check_fingerprint(path, meta.base_fingerprint, model.fingerprint)
+    check_fingerprint(path, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
     cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
-    model.add_routers(meta.routing)
+    try:
+        model.add_routers(meta.routing)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the file is damaged: tune again or copy it again") from None
     load_router_weights(path, model, tensors, meta.routing)
     set_cuts(model, cuts)
     for router in model.routers():

@@ -13,6 +13,8 @@ have one row for each. An order lists the R numbers of places, the one to skip f
 import json
 import math
 import os
+import re
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +27,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 UNITS = ("sequence", "token")
-TARGETS = {"attn": ("attn",), "mlp": ("mlp",), "block": ("block",), "both": ("attn", "mlp")}  # by granularity
+TARGETS = {  # what the name of a granularity gates
+    "attn": ("attn",),
+    "mlp": ("mlp",),
+    "block": ("block",),
+    "both": ("attn", "mlp"),
+}
 GRANULARITIES = tuple(f"{target}_{unit}" for target in TARGETS for unit in UNITS)
 FILE_FORMAT = "router-tuning/2"
 OLD_FORMAT = "router-tuning/1"  # named a granularity and layers instead of places
@@ -54,7 +61,8 @@ class RouterConfig:
     reads: str = "own"  # whose normalised input a router reads
 
     def __post_init__(self):
-        object.__setattr__(self, "places", tuple(sorted(Place(*place) for place in self.places)))
+        places = sorted((Place(*place) for place in self.places), key=lambda place: place[:2])
+        object.__setattr__(self, "places", tuple(places))
         layers = [place.layer for place in self.places]
         if not layers or min(layers) < 0 or len(set(self.places)) < len(layers):
             raise ValueError(f"routers stand at {list(map(tuple, self.places))}; expected one or more 0-based layers, "
@@ -70,11 +78,11 @@ class RouterConfig:
             raise ValueError("a place names an expert; expected none: routers of experts are not supported")
         for name, allowed in (("unit", UNITS), ("pool", ("prompt", "all")), ("reads", ("own",))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected one of {', '.join(allowed)}")
         keeps = self.unit == "token" and "attn" in kinds and "block" not in kinds
         if self.kv not in ("routed", "all") or (self.kv == "all" and not keeps):
-            raise ValueError(f"kv is {self.kv!r} with granularity {self.granularity!r}; expected 'routed', or 'all' "
-                             "with 'attn_token' and 'both_token' alone")
+            raise ValueError(f"kv is {self.kv!r:.60} with granularity {self.granularity!r}; expected 'routed', or "
+                             "'all' with 'attn_token' and 'both_token' alone")
 
     @classmethod
     def of(cls, granularity: str, layers, **more) -> "RouterConfig":
@@ -111,8 +119,10 @@ class RouterConfig:
         return slice(before, before + sum(place.layer == layer for place in self.places))
 
     def at(self, numbers) -> "RouterConfig":
-        """The same with routers at these of its places alone."""
-        return replace(self, places=tuple(self.places[number] for number in numbers))
+        """The same with routers at these of its places alone; kv is "routed" where they gate no attention."""
+        places = tuple(self.places[number] for number in numbers)
+        kv = self.kv if any(place.target == "attn" for place in places) else "routed"
+        return replace(self, places=places, kv=kv)
 
 
 def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
@@ -239,12 +249,14 @@ def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None
     weights (R,): what a logit of each place counts; None: all the same.
     """
     ordered, index = z.flatten().double().sort(descending=True)
-    weight = torch.ones_like(ordered) if weights is None else weights.double().repeat_interleave(z[0].numel())[index]
+    weight = torch.ones_like(ordered)
+    if weights is not None:
+        weight = weights.double().repeat_interleave(z[0].numel())[index]
     middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
     wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
     ends = [math.inf, *ordered.tolist(), -math.inf]
     through = torch.searchsorted(middles, wanted, right=True).tolist()
-    return [ends[-1] if k == len(ordered) else ends[0] if k == 0 else (ends[k] + ends[k + 1]) / 2 for k in through]
+    return [(ends[k] + ends[k + 1]) / 2 for k in through]
 
 
 def quantile_cut(z: Tensor, budget: float, weights: Tensor | None = None) -> float:
@@ -266,10 +278,11 @@ def cuts_for(budget: float, calibration: dict) -> list[float]:
     if not points:
         raise ValueError("this router file carries no calibration table, so a budget cannot be set; leave --budget "
                          "away or tune with train.py")
-    low = max((p for p in points if p[0] <= budget), key=lambda p: p[0], default=points[0])
-    high = min((p for p in points if p[0] >= budget), key=lambda p: p[0], default=points[-1])
-    share = 0.0 if high[0] == low[0] else (budget - low[0]) / (high[0] - low[0])
-    return [between(cut_of(a), cut_of(b), share) for a, b in zip(low[1], high[1])]
+    budgets = [point[0] for point in points]
+    low, low_row = points[max(bisect_right(budgets, budget) - 1, 0)]
+    high, high_row = points[min(bisect_left(budgets, budget), len(points) - 1)]
+    share = 0.0 if high == low else (budget - low) / (high - low)
+    return [between(cut_of(a), cut_of(b), share) for a, b in zip(low_row, high_row)]
 
 
 def between(a: float, b: float, share: float) -> float:
@@ -281,7 +294,8 @@ def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
     """One cut for all routers, or one for each in order of their places."""
     routers = routers_of(model)
     cuts = cuts if isinstance(cuts, list) else [cuts] * len(routers)
-    assert len(routers) == len(cuts)
+    if len(routers) != len(cuts):
+        raise ValueError(f"found {len(cuts)} cuts for {len(routers)} routers; expected one for each")
     for router, cut in zip(routers, cuts):
         router.cut.fill_(cut)
 
@@ -349,6 +363,21 @@ class RouterMeta:
     config: dict = field(default_factory=dict)
     orders: dict[str, list[str]] = field(default_factory=dict)  # static lists: names of places, first to skip in front
 
+    def __post_init__(self):
+        kinds = dict(base_fingerprint=str, calibration=dict, recipe=str, step=int, config=dict, orders=dict)
+        for name, kind in kinds.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected a {kind.__name__}")
+        if not all(isinstance(order, list) for order in self.orders.values()):
+            raise ValueError(f"orders is {self.orders!r:.60}; expected a list of places for each name")
+        _check_shares("thresholds", self.thresholds, len(self.routing.places))
+        budgets = self.calibration.get("budgets", [])
+        rows = self.calibration.get("thresholds", [])
+        if not isinstance(rows, list) or not isinstance(budgets, list) or len(budgets) != len(rows):
+            raise ValueError(f"calibration is {self.calibration!r:.60}; expected thresholds for each of its budgets")
+        for row in [budgets, *rows]:
+            _check_shares("a row of the calibration", row)
+
     def to_json(self) -> str:
         routing, rest = asdict(self.routing), {**vars(self)}
         del rest["routing"]
@@ -356,26 +385,62 @@ class RouterMeta:
 
     @classmethod
     def from_json(cls, text: str) -> "RouterMeta":
-        """Read format 2, or 1. Raises ValueError for another format, KeyError or TypeError for what lacks a field."""
-        meta = json.loads(text)
-        if meta.get("format") == OLD_FORMAT:
-            routing = _old_routing(meta)
-        elif meta.get("format") == FILE_FORMAT:
-            names = ("unit", "pool", "kv", "reads")
-            routing = RouterConfig(tuple(map(tuple, meta["places"])), **{name: meta[name] for name in names})
-        else:
-            raise ValueError(f"format {meta.get('format')!r}; this code reads {FILE_FORMAT!r} and {OLD_FORMAT!r}")
-        orders = {name: list(map(str, order)) for name, order in meta.get("orders", {}).items()}
-        own = {name: meta[name] for name in ("calibration", "recipe", "step", "config") if name in meta}
-        return cls(routing, meta["thresholds"], meta["base_fingerprint"], orders=orders, **own)
+        """Read format 2, or 1. Raises ValueError with the reason."""
+        try:
+            meta = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON ({error})") from None
+        if not isinstance(meta, dict) or meta.get("format") not in (FILE_FORMAT, OLD_FORMAT):
+            found = meta.get("format") if isinstance(meta, dict) else meta
+            raise ValueError(f"has format {found!r:.60}; this code reads {FILE_FORMAT!r} and {OLD_FORMAT!r}")
+        old = meta["format"] == OLD_FORMAT
+        settings = ("pool", "kv") if old else ("unit", "pool", "kv", "reads")
+        needed = [*(("granularity", "layers") if old else ("places",)), *settings, "thresholds", "base_fingerprint"]
+        if missing := [repr(name) for name in needed if name not in meta]:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        places = _old_places(meta) if old else meta["places"]
+        if not isinstance(places, list) or not all(map(_is_place, places)):
+            raise ValueError(f"places is {places!r:.60}; expected a list of [layer, target, null]")
+        unit = {"unit": meta["granularity"].split("_")[1]} if old else {}
+        routing = RouterConfig(tuple(map(tuple, places)), **unit, **{name: meta[name] for name in settings})
+        own = ("thresholds", "base_fingerprint", "calibration", "recipe", "step", "config", "orders")
+        read = cls(routing, **{name: meta[name] for name in own if name in meta})
+        read.orders = {name: list(map(str, order)) for name, order in read.orders.items()}
+        if old:
+            return read
+        if meta.get("granularity", routing.granularity) != routing.granularity:
+            raise ValueError(f"granularity is {meta['granularity']!r:.60}; its places make {routing.granularity!r}")
+        for row in read.calibration.get("thresholds", ()):
+            _check_shares("a row of the calibration", row, len(places))
+        for name, order in read.orders.items():
+            if sorted(order) != sorted(routing.names):
+                raise ValueError(f"order {name!r} is {order!r:.60}; expected each of its places once")
+        return read
 
 
-def _old_routing(meta: dict) -> RouterConfig:
+def _check_shares(name: str, values, n: int | None = None) -> None:
+    good = isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+    if not good or len(values) != (len(values) if n is None else n):
+        raise ValueError(f"{name} is {values!r:.60}; expected {n or 'only'} numbers from 0 to 1")
+
+
+def _is_place(place) -> bool:
+    if not isinstance(place, list) or len(place) != 3:
+        return False
+    layer, target, expert = place
+    return type(layer) is int and isinstance(target, str) and (expert is None or type(expert) is int)
+
+
+def _old_places(meta: dict) -> list:
     """Places of a file of format 1: a granularity, the layers of its target, of `both` the MLPs' layers beside them."""
-    target, unit = meta["granularity"].split("_")
-    places = [Place(layer, TARGETS[target][0]) for layer in meta["layers"]]
-    places += [Place(layer, "mlp") for layer in meta.get("mlp_layers", ())]
-    return RouterConfig(tuple(places), unit, meta["pool"], meta["kv"])
+    granularity, layers, mlps = meta["granularity"], meta["layers"], meta.get("mlp_layers", [])
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity is {granularity!r:.60}; expected one of {', '.join(GRANULARITIES)}")
+    if not isinstance(layers, list) or not isinstance(mlps, list):
+        raise ValueError(f"layers is {layers!r:.60} and mlp_layers {mlps!r:.60}; expected lists of numbers")
+    target = TARGETS[granularity.split("_")[0]][0]
+    places = [[layer, target, None] for layer in layers]
+    return places + [[layer, "mlp", None] for layer in mlps]
 
 
 def _key(place: Place, routing: RouterConfig) -> str:
@@ -423,29 +488,25 @@ def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[
     if text is None and not official:
         raise ValueError(f"{path} carries no router_tuning metadata, so its granularity and base are unknown; for a "
                          "file of the official code use `train.py --import_official=FILE --granularity=...`")
-    for key in tensors:
-        parts = key.split(".")
-        if key.count(".") != 4 or not parts[2].isdigit() or parts[3] not in ("router", "mlp_router"):
+    for key, tensor in tensors.items():
+        if not re.fullmatch(r"model\.layers\.(0|[1-9][0-9]*)\.(mlp_)?router\.weight", key):
             raise ValueError(f"{path} holds a tensor {key!r}; expected only names like "
                              "'model.layers.14.router.weight': this is not a router file")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {tensor.dtype} numbers; expected floating point ones: the file is "
+                             "damaged, tune again or copy it again")
     if not tensors:
         raise ValueError(f"{path} holds no router; expected tensors named like 'model.layers.14.router.weight'")
-    meta = None if text is None else _read_meta(path, text)
-    if meta is not None and meta.routing.target == "mlp":  # format 1 named them so where `both` had chosen MLPs alone
+    if text is None:
+        return tensors, None
+    try:
+        meta = RouterMeta.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata cannot be used: {error}; expected what train.py writes: tune again or "
+                         "copy it again") from None
+    if meta.routing.target == "mlp":  # format 1 named them so where `both` had chosen MLPs alone
         tensors = {key.replace(".mlp_router.", ".router."): tensor for key, tensor in tensors.items()}
     return tensors, meta
-
-
-def _read_meta(path: Path, text: str) -> RouterMeta:
-    try:
-        return RouterMeta.from_json(text)
-    except json.JSONDecodeError as error:
-        reason = f"is not JSON ({error})"
-    except KeyError as error:
-        reason = f"lacks {error}"
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = f"cannot be used: {error}"
-    raise ValueError(f"{path}: its metadata {reason}; expected what train.py writes: tune again or copy it again")
 
 
 def official_layers(tensors: dict[str, Tensor]) -> list[int]:
@@ -457,7 +518,8 @@ def load_router_weights(path: str | Path, model: nn.Module, tensors: dict[str, T
     """Copy a file's tensors into a model's routers; a missing or extra place or a wrong shape is refused by name."""
     keys = [_key(place, routing) for place in routing.places]
     if set(tensors) != set(keys):
-        missing, extra = sorted(set(keys) - set(tensors)), sorted(set(tensors) - set(keys))
+        missing = sorted(set(keys) - set(tensors))
+        extra = sorted(set(tensors) - set(keys))
         raise ValueError(f"{path} does not match its own list of routed layers (missing {missing}, extra {extra}); the "
                          "file is damaged: tune again")
     for key, router in zip(keys, routers_of(model)):
@@ -472,8 +534,9 @@ def load_router_weights(path: str | Path, model: nn.Module, tensors: dict[str, T
             router.weight.copy_(tensor)
 
 
-def check_fingerprint(path: str | Path, found: str, expected: str) -> None:
-    """Refuse a router file that was tuned beside another base model."""
-    if found != expected:
-        raise ValueError(f"{path} was tuned on a base with fingerprint {found}, this base has {expected}; load the "
-                         "base it was tuned on, or tune again with train.py --model=THIS_BASE")
+def check_fingerprint(path: str | Path, found: str, *known: str) -> None:
+    """Refuse a router file that was tuned beside another base model. known: this base's fingerprint, others it has."""
+    if found not in known:
+        raise ValueError(f"{path} was tuned on a base with fingerprint {found}, this base has {known[0]}; load the "
+                         "base it was tuned on, or tune again with train.py --model=THIS_BASE (or write "
+                         f'"parent": "{found}" into the config.json of a base that was made from that one)')

@@ -4,15 +4,18 @@ Run: python -m pytest tests/test_model.py
 """
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import KVCache, ModelConfig, Transformer, generate
-from router import GRANULARITIES, Place, RouterConfig
+from model import KVCache, ModelConfig, Transformer, exact_fingerprint, fingerprint, generate, load_model
+from router import GRANULARITIES, Place, RouterConfig, RouterMeta, save_routers
 
 BASE = dict(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
             rope_theta=10000.0, tie_embeddings=True)
@@ -316,6 +319,9 @@ def test_misuse_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="layers 0 to 3"):
         model.add_routers(RouterConfig.of("attn_sequence", (4,)))
     model = build("llama", "attn_sequence")
+    for count in (2, 4):
+        with pytest.raises(ValueError, match=f"gates has {count} rows; expected 3"):
+            model(tokens_of(1, 3), route="mask", gates=torch.ones(count, 1))
     cache = KVCache(model, 1)
     model(tokens_of(1, 3), cache=cache, route="gather")
     with pytest.raises(ValueError, match="cannot continue"):
@@ -407,3 +413,177 @@ def test_a_rewound_cache_goes_on_as_if_nothing_had_come_after(case):
     assert cache.used_bytes() == held and cache.lengths == lengths
     for i in range(4):
         torch.testing.assert_close(model(step[:, i:i + 1], cache=cache, route="gather")[0], first[i], atol=1e-10, rtol=1e-10)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def stored(folder: Path, net: Transformer, dtype: torch.dtype | dict = torch.float32, **changes) -> Path:
+    """A checkpoint folder of a model. dtype: of all tensors, or by a part of their names ("": of the others); changes: of config.json."""
+    folder.mkdir(exist_ok=True)
+    by_part = dtype if isinstance(dtype, dict) else {"": dtype}
+    tensors = {name: tensor.to(next(kind for part, kind in by_part.items() if part in name)) for name, tensor in net.state_dict().items() if "router" not in name}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(net.config), **changes}))
+    return folder
+
+
+def routers_for(path: Path, net: Transformer, base: str, granularity: str = "attn_sequence") -> Path:
+    net.add_routers(RouterConfig.of(granularity, (1, 2)))
+    for router in net.routers():
+        router.weight.data.normal_()
+    save_routers(path, net, RouterMeta(net.routing, [0.5] * len(net.routing.places), base))
+    return path
+
+
+@pytest.mark.parametrize("parts, unified", [
+    ({"norm": torch.float32, "": torch.bfloat16}, torch.bfloat16), ({"wq": torch.bfloat16, "": torch.float32}, torch.float32),
+    ({"norm": torch.float16, "embeddings": torch.float32, "": torch.bfloat16}, torch.bfloat16), ({"layers.1": torch.float16, "": torch.float32}, torch.float32)])
+def test_a_checkpoint_of_mixed_dtypes_is_loaded_in_that_of_most_of_its_values(tmp_path, parts, unified):
+    """bfloat16 weights with float32 norms crashed at the first product."""
+    net = build("qwen2")
+    mixed = load_model(stored(tmp_path, net, parts))
+    assert {tensor.dtype for tensor in mixed.state_dict().values()} == {unified}
+    logits = mixed(tokens_of(2, 7))[0]
+    torch.testing.assert_close(logits, load_model(tmp_path, dtype=torch.float64)(tokens_of(2, 7))[0].float(), atol=0.3, rtol=0.05)
+    assert load_model(tmp_path, dtype=torch.float64).norm.weight.dtype == torch.float64
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(tmp_path):
+    net = build()
+    stored(tmp_path, net)
+    save_file({**load_file(tmp_path / "model.safetensors"), "norm.weight": torch.ones(32, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="norm.weight has dtype I8; expected one of F32, BF16, F16, F64"):
+        load_model(tmp_path)
+
+
+def test_a_base_is_the_same_in_another_dtype_context_or_label(tmp_path):
+    """Routers tuned on one copy load on the others; any other change of the config or of the weights is another base."""
+    net = build("qwen3")
+    net.tok_embeddings.weight.data[0, :4] = torch.tensor([1e-5, -3e-8, 6.1e-5, -7e-5])  # subnormal in float16, or nearly
+    first = stored(tmp_path / "first", net)
+    known = fingerprint(first)
+    file = routers_for(tmp_path / "r", build("qwen3"), known)
+    half = build("qwen3")
+    half.load_state_dict({name: tensor.bfloat16().float() for name, tensor in net.state_dict().items()})
+    for i, (model, dtype, changes) in enumerate([(net, torch.bfloat16, {}), (net, torch.float64, {}), (half, torch.float16, {}), (half, torch.float32, {}),
+                                                 (net, {"norm": torch.float32, "": torch.bfloat16}, {}), (net, torch.float32, dict(max_seq_len=4096)),
+                                                 (net, torch.float32, dict(family="llama")), (net, torch.float32, dict(parent="abc"))]):
+        folder = stored(tmp_path / f"same{i}", model, dtype, **changes)
+        assert fingerprint(folder) == known and load_model(folder, routers=file).routing is not None
+    for i, changes in enumerate([dict(rope_theta=2e4), dict(norm_eps=1e-6), dict(sliding_window=7), dict(qkv_bias=False, sliding_window=None, n_kv_heads=2, rope_theta=1e4 + 1),
+                                 dict(rope_scaling={"type": "linear", "factor": 2.0})]):
+        assert fingerprint(stored(tmp_path / f"other{i}", net, **changes)) != known
+    for name in ("tok_embeddings.weight", "layers.2.attention.wk.weight", "layers.3.ffn_norm.weight", "output.weight"):
+        other = build("qwen3")
+        other.load_state_dict({**net.state_dict(), name: net.state_dict()[name] * 1.02})
+        folder = stored(tmp_path / f"other {name}", other)
+        with pytest.raises(ValueError, match=f"tuned on a base with fingerprint {known}, this base has {fingerprint(folder)}"):
+            load_model(folder, routers=file)
+
+
+def test_scaled_frequencies_are_part_of_a_base_its_longest_context_is_not(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    net = build()
+    known = fingerprint(stored(tmp_path, net, rope_scaling=yarn, max_seq_len=32))
+    assert fingerprint(stored(tmp_path, net, rope_scaling=yarn, max_seq_len=128)) == known
+    bare = {"type": "yarn", "factor": 4.0}  # the original context is then the longest one: raising that changes frequencies
+    assert fingerprint(stored(tmp_path, net, rope_scaling=bare, max_seq_len=32)) == known != fingerprint(stored(tmp_path, net, rope_scaling=bare, max_seq_len=128))
+
+
+def test_routers_of_old_files_and_of_a_parent_are_accepted(tmp_path):
+    net = build()
+    base, other = stored(tmp_path / "base", net), stored(tmp_path / "other", build(seed=1))
+    for name, known in (("old", exact_fingerprint(base)), ("new", fingerprint(base))):
+        file = routers_for(tmp_path / name, build(), known)
+        assert load_model(base, routers=file).routing is not None
+        with pytest.raises(ValueError, match=f"tuned on a base with fingerprint {known}"):
+            load_model(other, routers=file)
+        child = stored(tmp_path / "child", build(seed=1), parent=known)
+        assert load_model(child, routers=file).routing is not None
+    assert exact_fingerprint(child) == exact_fingerprint(other), "what a base was made from is not what it is"
+    with pytest.raises(ValueError, match="parent is 3"):
+        load_model(stored(tmp_path / "child", net, parent=3))
+
+
+def test_a_router_file_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
+    net = build()
+    base = stored(tmp_path / "base", net)
+    known = fingerprint(base)
+    deep = Transformer(dataclasses.replace(net.config, n_layers=9), RouterConfig.of("attn_sequence", (1, 8)))
+    save_routers(tmp_path / "deep", deep, RouterMeta(deep.routing, [0.5, 0.5], known))
+    with pytest.raises(ValueError, match=r"deep: routed layer 8 does not exist: this model has layers 0 to 3; .*tune again"):
+        load_model(base, routers=tmp_path / "deep")
+    file = routers_for(tmp_path / "r", net, known)
+    good = file.read_bytes()
+    for size in range(0, len(good), 37):
+        file.write_bytes(good[:size])
+        with pytest.raises(ValueError, match="is truncated or something else"):
+            load_model(base, routers=file)
+    file.write_bytes(good)
+    with pytest.raises(ValueError, match="no calibration table"):
+        load_model(base, routers=file, budget=0.5)
+
+
+@pytest.mark.parametrize("text, reason", [("{", "is not JSON"), ("[1]", "holds a list"), ("[" * 100_000, "is not JSON"), ("{}", "config lacks"), ('{"x": 1}', "unknown keys")])
+def test_a_config_that_is_none_is_refused(tmp_path, text, reason):
+    stored(tmp_path, build())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_model(tmp_path)
+
+
+def test_a_config_with_any_one_number_wrong_is_refused_by_name(tmp_path):
+    net = build()
+    numbers = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta".split()
+    for name, value in [(name, value) for name in numbers for value in (None, "x", [], {}, -1, 0, float("nan"))] + [
+            ("sliding_window", value) for value in ("x", 0, -1, 1.5, [])] + [("rope_scaling", value) for value in (
+                "yarn", [], {"factor": 2}, {"type": "x"}, {"type": ["yarn"]}, {"type": "yarn"}, {"type": "linear", "factor": "x"}, {"type": "llama3", "factor": 2.0})]:
+        with pytest.raises(ValueError, match="config.json: ") as error:
+            load_model(stored(tmp_path, net, **{name: value}))
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_safetensors_header_or_index_is_refused(tmp_path):
+    stored(tmp_path, build())
+    weights = tmp_path / "model.safetensors"
+    for header in (b"", b"[]", b"3", b"{}x", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"data_offsets": []}}', b"[" * 100_000, b"\xff\xfe"):
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            load_model(tmp_path)
+    for text in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="no index of a checkpoint"):
+            load_model(tmp_path)
+
+
+def test_yarn_is_right_up_to_factor_times_the_original_context():
+    """There is no table of positions that could end: logits equal those of transformers as far as the scaling allows."""
+    transformers = pytest.importorskip("transformers")
+    config = ModelConfig(**{**BASE, "max_seq_len": 128, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}})
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+        tie_word_embeddings=True, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})).eval()
+    ours = Transformer(config).eval()
+    names = {"model.embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "mlp": "feed_forward",
+             "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "model.": ""}
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = torch.randn_like(tensor) / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else tensor.uniform_(0.5, 1.5)
+    theirs.load_state_dict({name: weights[new] for name, new in zip(theirs.state_dict(), weights)})
+    weights.pop("lm_head.weight")
+    weights["tok_embeddings.weight"] = theirs.get_input_embeddings().weight.data
+    ours.load_state_dict(weights)
+    tokens = tokens_of(1, 128)
+    with torch.no_grad():
+        wanted = theirs(tokens).logits
+        torch.testing.assert_close(ours(tokens)[0], wanted, atol=1e-4, rtol=1e-4)
+        cache = KVCache(ours, 1)
+        ours(tokens[:, :120], cache=cache)
+        torch.testing.assert_close(ours(tokens[:, 120:], cache=cache)[0], wanted[:, 120:], atol=1e-4, rtol=1e-4)
+    assert len(generate(ours, [tokens[0, :100].tolist()], 28)[0]) == 28

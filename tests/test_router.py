@@ -152,6 +152,13 @@ def test_places_stand_in_the_order_in_which_they_are_asked():
     assert plain.names == ("2", "5") and plain.places == (Place(2, "mlp"), Place(5, "mlp"))
 
 
+def test_some_places_of_a_routing_keep_what_they_can_of_its_settings():
+    """auto:N picks places: MLPs alone have no keys and values to keep, which was an error."""
+    whole = RouterConfig.of("both_token", (1, 2), kv="all", pool="all")
+    assert whole.at([1, 3]) == RouterConfig.of("mlp_token", (1, 2), pool="all")
+    assert whole.at([0, 3]) == RouterConfig(((1, "attn"), (2, "mlp")), "token", "all", "all")
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1), st.integers(0, 99))
 def test_a_weighted_cut_lets_the_share_through_to_half_a_logit(weights, budget, seed):
     weights = torch.tensor(weights, dtype=torch.float64)
@@ -285,6 +292,61 @@ def test_metadata_that_is_short_is_refused_by_what_it_lacks(tmp_path, text, reas
         read_router_file(tmp_path / "r")
 
 
+WRONG = [None, True, 3, -1, 1.5, "x", "", [], {}, [1], ["x"], {"a": 1}, math.nan, [math.nan, 0.5], [2, 0.5], [0.5, "x"], [True, 0.5], [0.5] * 3,
+         10**400, [[3, "attn"]], [[3, "attn", None]] * 2, [[3.5, "attn", None]], [["3", "attn", None]], [[-1, "attn", None]], [[3, "x", None]], [[3, "attn", 1]],
+         [[3, "attn", [1]], [5, "attn", None]], [[3, 4, None], [3, "attn", None]], [[3, [1], None]], [[3, None, None]], [[True, "attn", None]], [3, [4]],
+         {"budgets": [0.5]}, {"budgets": [0.5], "thresholds": [[0.5]]}, {"budgets": [math.nan], "thresholds": [[0.5, 0.5]]},
+         {"budgets": [0.5, 1.5], "thresholds": [[0.5, 0.5]] * 2}, {"greedy": 3}, {"greedy": ["3"]}, {"greedy": ["3", "9"]}, "foo_bar", "attn_word", "router-tuning/9"]
+GOOD = dict(recipe=lambda v: isinstance(v, str), base_fingerprint=lambda v: isinstance(v, str), config=lambda v: isinstance(v, dict), step=lambda v: type(v) is int,
+            calibration=lambda v: v in ({}, {"a": 1}) or v == {"greedy": 3} or v == {"greedy": ["3"]} or v == {"greedy": ["3", "9"]}, orders=lambda v: v == {})
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_metadata_with_any_one_entry_wrong_is_refused_in_one_sentence(tmp_path, old):
+    """Each entry missing, or of a wrong type, length or range; formats 1 and 2. Nothing but a ValueError that names the file, in one line."""
+    saved(tmp_path / "r", calibration={"budgets": [0.5], "thresholds": [[0.1, 0.2]]}, orders={"greedy": ["5", "3"]})
+    weights, meta = read_router_file(tmp_path / "r")
+    text = json.loads(meta.to_json())
+    if old:
+        text = {**json.loads(FORMAT_1), "granularity": "attn_sequence", "layers": [3, 5], "mlp_layers": [], "thresholds": [0.5, 0.5], "calibration": {}, "orders": {}}
+
+    def refusal(changed: dict | str) -> str | None:
+        metadata = {"router_tuning": changed if isinstance(changed, str) else json.dumps(changed)}
+        save_file(weights, tmp_path / "r", metadata=metadata)
+        try:
+            tensors, read = read_router_file(tmp_path / "r")
+            load_router_weights(tmp_path / "r", Toy(2), tensors, read.routing)
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path / "r")) and "\n" not in str(error) and len(str(error)) < 600
+            return str(error)
+
+    assert refusal(text) is None
+    optional = {"calibration", "recipe", "step", "config", "orders", "mlp_layers"} | (set() if old else {"granularity"})
+    for key in text:
+        reason = refusal({name: value for name, value in text.items() if name != key})
+        assert reason is None if key in optional else f"lacks '{key}'" in reason or key == "format"
+        for value in WRONG:
+            if value == text[key] or key == "mlp_layers" and value == []:
+                continue
+            reason = refusal({**text, key: value})
+            fits = key in GOOD and GOOD[key](value) or old and key in ("calibration", "orders") and isinstance(value, dict)
+            assert reason is not None or fits, (key, value)
+            assert reason is None or not (key in GOOD and GOOD[key](value)), (key, value, reason)
+    for broken in ("", "{", "[" * 100_000, "null", "3", '"x"', "[]", "\x00", "9" * 5000):
+        assert refusal(broken)
+
+
+def test_a_tensor_of_whole_numbers_or_with_a_strange_name_is_no_router(tmp_path):
+    saved(tmp_path / "r")
+    meta = {"router_tuning": read_router_file(tmp_path / "r")[1].to_json()}
+    one = torch.ones(1, 6)
+    for key, tensor, reason in (("model.layers.3.router.weight", one.long(), "int64"), ("model.layers.03.router.weight", one, "expected only names like"),
+                                ("model.layers.\u00b2.router.weight", one, "expected only names like"), ("model.layers.3.router.bias", one, "expected only names like")):
+        save_file({"model.layers.5.router.weight": torch.zeros(1, 6), key: tensor}, tmp_path / "r", metadata=meta)
+        with pytest.raises(ValueError, match=reason):
+            read_router_file(tmp_path / "r")
+
+
 def test_official_file_is_read_when_asked_for(tmp_path):
     """The official code writes the same names and shapes without metadata."""
     save_file({"model.layers.14.router.weight": torch.ones(1, 6, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
@@ -319,8 +381,9 @@ def test_every_kind_of_wrong_file_is_refused_with_a_reason(tmp_path):
     for weights, message in cases:
         with pytest.raises(ValueError, match=message):
             load_router_weights(path, Toy(2), weights, routing)
-    with pytest.raises(ValueError, match="tuned on a base with fingerprint abc"):
+    with pytest.raises(ValueError, match="tuned on a base with fingerprint abc, this base has def"):
         check_fingerprint(path, "abc", "def")
+    check_fingerprint(path, "abc", "def", "abc")
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
