@@ -50,7 +50,8 @@ MODULES = {  # ours -> transformers'
 
 
 def strings(special: list[str], count: int = 1000) -> list[str]:
-    """Varied strings, the same ones every time: code, numbers, Unicode, whitespace runs, special tokens as text, and mixtures."""
+    """Varied strings, the same ones every time: code, numbers, Unicode, whitespace runs, special tokens as text, and
+    mixtures."""
     rng = random.Random(1)
     words = "the of router layer tokens Don't they'll WE'RE it's naïve Straße résumé don’t a I x_1 camelCase snake_case e.g. U.S.A.".split()
     code = ("for i in range(10):\n\tprint(f'{i:>3}')\n", "if (a&&b||!c) { return x->y[0]; }", "SELECT * FROM t WHERE id=42;",
@@ -59,7 +60,23 @@ def strings(special: list[str], count: int = 1000) -> list[str]:
     ranges = ((0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x6FF), (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF),
               (0x2000, 0x206F), (0x2150, 0x218F), (0x2460, 0x24FF), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFF10, 0xFF5E),
               (0x10000, 0x1FFFF), (0x0, 0x1F))  # fmt: skip
-    spaces = (" ", "  ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u2003", "\u3000", "\u200b", "\u2028", "   \n ", "\x0b", "\x85", " " * 17)
+    spaces = (
+        " ",
+        "  ",
+        "\t",
+        "\n",
+        "\r\n",
+        "\n\n",
+        "\u00a0",
+        "\u2003",
+        "\u3000",
+        "\u200b",
+        "\u2028",
+        "   \n ",
+        "\x0b",
+        "\x85",
+        " " * 17,
+    )
     numbers = (lambda: str(rng.randrange(10 ** rng.randrange(1, 16))), lambda: f"{rng.uniform(-1e6, 1e6):.{rng.randrange(6)}f}",
                lambda: f"{rng.randrange(24):02}:{rng.randrange(60):02}", lambda: hex(rng.randrange(1 << 40)),
                lambda: f"{rng.randrange(10**9):,}", lambda: "".join(rng.choice("0123456789٠١٢३४五六½²Ⅷ①") for _ in range(6)))  # fmt: skip
@@ -73,7 +90,9 @@ def strings(special: list[str], count: int = 1000) -> list[str]:
         lambda: rng.choice(special)[: rng.randrange(1, 12)],
         lambda: rng.choice(PARAGRAPHS),
     )
-    return ["", " ", "\n"] + ["".join(rng.choice(makers)() for _ in range(rng.randrange(1, 7))) for _ in range(count - 3)]
+    return ["", " ", "\n"] + [
+        "".join(rng.choice(makers)() for _ in range(rng.randrange(1, 7))) for _ in range(count - 3)
+    ]
 
 
 def text_of(tokenizer, length: int, offset: int) -> list[int]:
@@ -109,7 +128,10 @@ def find_gguf(wheel: Path | None, script) -> Path:
 
 @dataclass
 class Settings:
-    model: str = field(default=str(ROOT / "checkpoints" / "smollm2-135m-instruct"), metadata={"help": "the checkpoint, made when missing"})
+    model: str = field(
+        default=str(ROOT / "checkpoints" / "smollm2-135m-instruct"),
+        metadata={"help": "the checkpoint, made when missing"},
+    )
     wheel: str | None = field(default=None, metadata={"help": "a copy of the wheel, instead of downloading it"})
 
 
@@ -120,7 +142,9 @@ def main() -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         import accelerate  # noqa: F401  transformers asks for it before it reads a GGUF
     except ImportError as error:
-        raise ValueError(f"{error}, expected the comparison packages: pip install -r tests/requirements.txt accelerate") from None
+        raise ValueError(
+            f"{error}, expected the comparison packages: pip install -r tests/requirements.txt accelerate"
+        ) from None
     spec = importlib.util.spec_from_file_location("demo_prepare", ROOT / "data" / "demo" / "prepare.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -148,26 +172,42 @@ def main() -> None:
             a, b = ours(ids)[0], theirs(ids).logits
         difference, agree = (a - b).abs().max().item(), int((a.argmax(-1) == b.argmax(-1)).sum())
         passed = difference <= TOLERANCE and agree == length
-        report(f"logits, text {offset + 1}, {length} tokens", passed, f"max abs {difference:.1e}, argmax {agree} of {length}")
+        report(
+            f"logits, text {offset + 1}, {length} tokens",
+            passed,
+            f"max abs {difference:.1e}, argmax {agree} of {length}",
+        )
 
     for i, prompt in enumerate(PROMPTS):
         ids = tokenizer.encode(prompt, special=True)
         cached = generate(ours, [ids], NEW_TOKENS)[0]
         plain = greedy_without_cache(ours, ids)
         inputs = torch.tensor([ids])
-        reference = theirs.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=NEW_TOKENS, do_sample=False)
+        reference = theirs.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
         same = cached == plain, cached == reference[0, len(ids) :].tolist()
-        report(f"greedy, prompt {i + 1}, {NEW_TOKENS} tokens", all(same), f"cached = uncached: {same[0]}; = transformers: {same[1]}")
+        report(
+            f"greedy, prompt {i + 1}, {NEW_TOKENS} tokens",
+            all(same),
+            f"cached = uncached: {same[0]}; = transformers: {same[1]}",
+        )
 
     reference = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     texts = strings(sorted(reference.get_added_vocab()))
     unmended = [reference(text, add_special_tokens=False).input_ids for text in texts]
-    digits_then_bytes = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    digits_then_bytes = [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ]
     reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(digits_then_bytes)
     parsed = [reference(text, add_special_tokens=False).input_ids for text in texts]
     as_text = [reference(text, add_special_tokens=False, split_special_tokens=True).input_ids for text in texts]
     ours_parsed, ours_text = [tokenizer.encode(t, special=True) for t in texts], [tokenizer.encode(t) for t in texts]
-    for what, a, b in (("ids, special tokens parsed", ours_parsed, parsed), ("ids, special tokens as text", ours_text, as_text)):
+    for what, a, b in (
+        ("ids, special tokens parsed", ours_parsed, parsed),
+        ("ids, special tokens as text", ours_text, as_text),
+    ):
         wrong = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
         examples = "".join(f"; {texts[i]!r}" for i in wrong[:2])
         report(f"{what}, {len(texts):,} strings", not wrong, f"{len(texts) - len(wrong):,} equal{examples}")

@@ -48,7 +48,9 @@ def reference_of(model: Transformer) -> transformers.PreTrainedModel:
     """The transformers model that shares our tensors."""
     settings = config_to_hf(model.config)
     settings = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-    tensors = {rename(name, KEY_MAP_TO_HF): tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+    tensors = {
+        rename(name, KEY_MAP_TO_HF): tensor for name, tensor in model.state_dict().items() if ".router." not in name
+    }
     reference = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
     missing, unexpected = reference.load_state_dict(tensors, strict=False, assign=True)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -64,10 +66,15 @@ def their_prefill(reference, tokens: torch.Tensor) -> float:
 @torch.inference_mode()
 def their_decode(reference, cache, token: torch.Tensor, steps: int) -> float:
     """Seconds of one greedy step; the cache is left at the context it came with."""
+
     def fn():
         chosen = token
         for _ in range(steps):
-            chosen = reference(chosen, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(dim=-1, keepdim=True)
+            chosen = (
+                reference(chosen, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                .logits[:, -1]
+                .argmax(dim=-1, keepdim=True)
+            )
 
     seconds = timed(token.device, fn)[0] / steps
     cache.crop(-steps)  # transformers 5: tokens to remove
@@ -78,8 +85,10 @@ def their_decode(reference, cache, token: torch.Tensor, steps: int) -> float:
 def floor(model: Transformer, batch: int, rounds: int) -> float:
     """Median seconds of one pass of `batch` tokens through every weight matrix and the head, and nothing else."""
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {width: torch.randn(batch, width, dtype=model.norm.weight.dtype, device=model.norm.weight.device)
-              for width in {model.config.dim, *(layer.in_features for layer in layers)}}
+    inputs = {
+        width: torch.randn(batch, width, dtype=model.norm.weight.dtype, device=model.norm.weight.device)
+        for width in {model.config.dim, *(layer.in_features for layer in layers)}
+    }
 
     def fn():
         for layer in layers:
@@ -100,7 +109,11 @@ def in_turn(theirs, ours, rounds: int) -> tuple[float, float, float]:
         else:
             reference, mine = theirs(), ours()
         pairs.append((reference, mine))
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(a / b for a, b in pairs)
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
 
 
 def compare(cfg: CompareConfig) -> dict:
@@ -117,7 +130,9 @@ def compare(cfg: CompareConfig) -> dict:
         compiled.add_routers(routing)
         variants["compiled"] = compile_model(compiled)
     draw = torch.Generator().manual_seed(0)
-    print(f"transformers {transformers.__version__} | torch {torch.__version__} | {runtime.device_name(rt.device)} | {rt.dtype} | {torch.get_num_threads()} CPU threads")
+    print(
+        f"transformers {transformers.__version__} | torch {torch.__version__} | {runtime.device_name(rt.device)} | {rt.dtype} | {torch.get_num_threads()} CPU threads"
+    )
 
     def prompts(batch: int, length: int) -> torch.Tensor:
         return torch.randint(0, model.config.vocab_size, (batch, length), generator=draw).to(rt.device)
@@ -130,13 +145,34 @@ def compare(cfg: CompareConfig) -> dict:
 
     def report(what: str, variant: str, theirs, ours, floor: float | None = None) -> None:
         their_seconds, seconds, ratio = in_turn(theirs, ours, cfg.rounds)
-        rows.append(dict(what=what, variant=variant, transformers_seconds=their_seconds, seconds=seconds, ratio=ratio, floor_seconds=floor))
-        least = "" if floor is None else f" | floor {floor * 1e3:8.2f} ms (transformers / floor {their_seconds / floor:.2f})"
-        print(f"{what:<28} {variant:<12} transformers {their_seconds * 1e3:10.2f} ms | ours {seconds * 1e3:10.2f} ms | ratio {ratio:.3f}{least}", flush=True)
+        rows.append(
+            dict(
+                what=what,
+                variant=variant,
+                transformers_seconds=their_seconds,
+                seconds=seconds,
+                ratio=ratio,
+                floor_seconds=floor,
+            )
+        )
+        least = (
+            ""
+            if floor is None
+            else f" | floor {floor * 1e3:8.2f} ms (transformers / floor {their_seconds / floor:.2f})"
+        )
+        print(
+            f"{what:<28} {variant:<12} transformers {their_seconds * 1e3:10.2f} ms | ours {seconds * 1e3:10.2f} ms | ratio {ratio:.3f}{least}",
+            flush=True,
+        )
 
     for length in cfg.prefill:
         tokens = prompts(1, length)
-        report(f"prefill 1 x {length}", "eager", lambda: their_prefill(reference, tokens), lambda: run_prefill(model, tokens, "off", None).seconds)
+        report(
+            f"prefill 1 x {length}",
+            "eager",
+            lambda: their_prefill(reference, tokens),
+            lambda: run_prefill(model, tokens, "off", None).seconds,
+        )
     for point in cfg.decode:
         batch, context = map(int, point.split("x"))
         tokens = prompts(batch, context)
@@ -146,12 +182,23 @@ def compare(cfg: CompareConfig) -> dict:
             cache = KVCache(variant, batch, max_len=context + cfg.steps)
             with torch.inference_mode():
                 variant.hidden(tokens, cache=cache)
-            report(f"decode {batch} x {context}", name, lambda: their_decode(reference, their_cache, tokens[:, -1:], cfg.steps),
-                   lambda: run_decode(variant, cache, tokens[:, -1:], "off", [None] * cfg.steps).seconds, floor(model, batch, cfg.rounds))
+            report(
+                f"decode {batch} x {context}",
+                name,
+                lambda: their_decode(reference, their_cache, tokens[:, -1:], cfg.steps),
+                lambda: run_decode(variant, cache, tokens[:, -1:], "off", [None] * cfg.steps).seconds,
+                floor(model, batch, cfg.rounds),
+            )
     for point in cfg.generate:
         batch, context, new = map(int, point.replace("+", "x").split("x"))
         tokens = prompts(batch, context)
-        settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(tokens))
+        settings = dict(
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            attention_mask=torch.ones_like(tokens),
+        )
 
         def theirs() -> float:
             return timed(rt.device, lambda: reference.generate(tokens, **settings))[0]
@@ -159,10 +206,23 @@ def compare(cfg: CompareConfig) -> dict:
         for name, variant in variants.items():
             half = ("half skipped", "gather", forced_gates(routing, 0.5, batch, context).to(rt.device))
             for label, route, gates in (("dense", "off", None), half) if cfg.generate_dense else (half,):
-                report(f"generate {batch} x {context} + {new}", f"{name} {label}", theirs,
-                       lambda: timed(rt.device, lambda: generate(variant, tokens.tolist(), new, route=route, gates=gates))[0])
-    return dict(settings=asdict(cfg), transformers=transformers.__version__, torch=torch.__version__, threads=torch.get_num_threads(),
-                device=runtime.device_name(rt.device), logit_difference=difference, rows=rows)
+                report(
+                    f"generate {batch} x {context} + {new}",
+                    f"{name} {label}",
+                    theirs,
+                    lambda: timed(rt.device, lambda: generate(variant, tokens.tolist(), new, route=route, gates=gates))[
+                        0
+                    ],
+                )
+    return dict(
+        settings=asdict(cfg),
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        device=runtime.device_name(rt.device),
+        logit_difference=difference,
+        rows=rows,
+    )
 
 
 def main() -> None:

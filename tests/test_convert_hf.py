@@ -22,12 +22,17 @@ from convert_hf import KEY_MAP, config_from_hf, config_to_hf, convert
 transformers = pytest.importorskip("transformers")
 ROOT = Path(convert_hf.__file__).parent
 INDEX = "model.safetensors.index.json"
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 TINY = dict(
-    **dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+    **dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    ),
     **dict(vocab_size=101, max_position_embeddings=128),
 )
 ROPES = {
@@ -49,7 +54,10 @@ MODELS = {  # name -> (model_type, settings on top of TINY)
     "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"rope_parameters": ROPES["yarn"]}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": ROPES["yarn-all"]}),
 }
 
@@ -60,7 +68,8 @@ def hf_config(name: str = "llama", **extra):
 
 
 def save_hf(folder: Path, name: str = "llama", *, dtype=torch.float32, shards: bool = False, **extra) -> Path:
-    """A Hugging Face folder with a random model, as transformers itself writes it; `shards`: several files and an index."""
+    """A Hugging Face folder with a random model, as transformers itself writes it; `shards`: several files and an
+    index."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(hf_config(name, **extra)).to(dtype)
     with torch.no_grad():
@@ -112,7 +121,8 @@ def test_round_trip_is_bit_identical(tmp_path, name, shards):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_back_without_the_kept_config(tmp_path, name):
-    """Without hf_config.json the exported config is built from ours; transformers reads it and computes the same logits."""
+    """Without hf_config.json the exported config is built from ours; transformers reads it and computes the same
+    logits."""
     src = save_hf(tmp_path / "hf", name)
     config = convert(src, tmp_path / "ours")
     (tmp_path / "ours" / "hf_config.json").unlink()
@@ -144,7 +154,9 @@ def test_key_map_is_total_and_one_to_one():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(hf_config(name))
         ours = {convert_hf.rename(key, KEY_MAP) for key in model.state_dict()}
-        assert ours - {"output.weight"} == convert_hf.expected_shapes(config_from_hf(model.config.to_dict())).keys() - {"output.weight"}
+        assert ours - {"output.weight"} == convert_hf.expected_shapes(config_from_hf(model.config.to_dict())).keys() - {
+            "output.weight"
+        }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -180,10 +192,18 @@ def test_files_beside_the_weights_are_copied(tmp_path):
 def test_tied_head_that_was_stored_is_compared_and_dropped(tmp_path):
     src = save_hf(tmp_path / "hf", "llama-tied")
     weights = tensors(src)
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, src / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        src / "model.safetensors",
+        {"format": "pt"},
+    )
     convert(src, tmp_path / "ours")
     assert "output.weight" not in tensors(tmp_path / "ours")
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, src / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1},
+        src / "model.safetensors",
+        {"format": "pt"},
+    )
     refused(ValueError, "lm_head.weight is not model.embed_tokens.weight", src, tmp_path / "other")
 
 
@@ -195,14 +215,23 @@ def test_rotary_tables_of_old_files_are_dropped(tmp_path):
     assert not any("inv_freq" in name for name in tensors(tmp_path / "ours"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
-
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 def published(model_type, dim, hidden, layers, heads, kv_heads, vocab, longest, eps, **more) -> dict:
-    sizes = dict(hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab)
+    sizes = dict(
+        hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab
+    )
     optional = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
-    return dict(model_type=model_type, **sizes, **optional, max_position_embeddings=longest, rms_norm_eps=eps, hidden_act="silu", **more)
+    return dict(
+        model_type=model_type,
+        **sizes,
+        **optional,
+        max_position_embeddings=longest,
+        rms_norm_eps=eps,
+        hidden_act="silu",
+        **more,
+    )
 
 
 LLAMA3 = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -211,7 +240,14 @@ QWEN25 = dict(rope_theta=1000000.0, max_window_layers=25)
 REAL = {  # the keys of published config.json files that matter, as transformers 4 wrote them, and what they mean
     "Llama-2-7B": (
         published("llama", 4096, 11008, 32, 32, None, 32000, 4096, 1e-5, rope_scaling=None, tie_word_embeddings=False),
-        dict(n_kv_heads=32, head_dim=128, rope_theta=10000.0, rope_scaling=None, sliding_window=None, tie_embeddings=False),
+        dict(
+            n_kv_heads=32,
+            head_dim=128,
+            rope_theta=10000.0,
+            rope_scaling=None,
+            sliding_window=None,
+            tie_embeddings=False,
+        ),
     ),
     "Llama-3.2-1B": (
         published(
@@ -219,18 +255,50 @@ REAL = {  # the keys of published config.json files that matter, as transformers
             **dict(head_dim=64, rope_theta=500000.0, tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
             rope_scaling={**LLAMA3, "rope_type": "llama3"},
         ),
-        dict(n_kv_heads=8, head_dim=64, rope_theta=500000.0, tie_embeddings=True, rope_scaling={"type": "llama3", **LLAMA3}),
+        dict(
+            n_kv_heads=8,
+            head_dim=64,
+            rope_theta=500000.0,
+            tie_embeddings=True,
+            rope_scaling={"type": "llama3", **LLAMA3},
+        ),
     ),
     "Mistral-7B-v0.1": (
         published("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e-5, rope_theta=10000.0, sliding_window=4096),
         dict(sliding_window=4096, window_layers=None, head_dim=128, rope_theta=10000.0),
     ),
     "Mistral-Nemo": (
-        published("mistral", 5120, 14336, 40, 32, 8, 131072, 131072, 1e-5, head_dim=128, rope_theta=1000000.0, sliding_window=None),
+        published(
+            "mistral",
+            5120,
+            14336,
+            40,
+            32,
+            8,
+            131072,
+            131072,
+            1e-5,
+            head_dim=128,
+            rope_theta=1000000.0,
+            sliding_window=None,
+        ),
         dict(sliding_window=None, head_dim=128, rope_theta=1000000.0),
     ),
     "Qwen2.5-7B": (
-        published("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072, 1e-6, **QWEN25, use_sliding_window=False, sliding_window=131072),
+        published(
+            "qwen2",
+            3584,
+            18944,
+            28,
+            28,
+            4,
+            152064,
+            131072,
+            1e-6,
+            **QWEN25,
+            use_sliding_window=False,
+            sliding_window=131072,
+        ),
         dict(sliding_window=None, window_layers=None, qkv_bias=True, head_dim=128),
     ),
     "Qwen2.5 with YaRN and a window": (
@@ -255,7 +323,8 @@ QWEN2 = {**MISTRAL, "model_type": "qwen2"}
 
 @pytest.mark.parametrize("name", REAL)
 def test_published_configs(name):
-    """A published config gives the fields it should, the same ones after transformers 5 has rewritten it, and survives our own export."""
+    """A published config gives the fields it should, the same ones after transformers 5 has rewritten it, and
+    survives our own export."""
     hf, expected = REAL[name]
     config = config_from_hf(hf)
     assert {key: getattr(config, key) for key in expected} == expected
@@ -265,7 +334,10 @@ def test_published_configs(name):
 
 
 def test_yarn_factor_follows_from_the_lengths_when_it_is_null():
-    hf = {**REAL["Qwen3-0.6B"][0], "rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 10240}}
+    hf = {
+        **REAL["Qwen3-0.6B"][0],
+        "rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 10240},
+    }
     assert config_from_hf(hf).rope_scaling == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240}
 
 
@@ -279,27 +351,48 @@ def test_unused_rope_keys_are_ignored_with_a_warning(capsys):
     [
         ({"model_type": "gemma2"}, "model_type is 'gemma2', supported are llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type is None, supported are llama"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE type is 'dynamic', supported are default, linear, llama3, yarn"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "RoPE type is 'dynamic', supported are default, linear, llama3, yarn",
+        ),
         ({"rope_scaling": {"type": "longrope"}}, "RoPE type is 'longrope'"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "RoPE type is one for each of full_attention, supported are"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "has no low_freq_factor, high_freq_factor, expected for RoPE"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "RoPE type is one for each of full_attention, supported are",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "has no low_freq_factor, high_freq_factor, expected for RoPE",
+        ),
         ({"sliding_window": 4096}, "which transformers ignores in a llama model"),
         ({"num_key_value_heads": 5}, "cannot share 5 kv heads"),
         (MISTRAL, "no sliding_window"),
         ({**MISTRAL, "num_key_value_heads": None}, "no num_key_value_heads"),
         ({**QWEN2, "rope_theta": None}, "no rope_theta"),
         ({**QWEN2, "model_type": "qwen3"}, "no head_dim"),
-        ({**MISTRAL, "sliding_window": 8, "layer_types": ["full_attention"] * 32}, "with 32 layers and sliding window 8 does not compute"),
+        (
+            {**MISTRAL, "sliding_window": 8, "layer_types": ["full_attention"] * 32},
+            "with 32 layers and sliding window 8 does not compute",
+        ),
         ({**QWEN2, "layer_types": ["sliding_attention"] * 32}, "and sliding window None does not compute"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "with 32 layers"),
-        ({**QWEN2, "layer_types": ["chunked_attention"] * 32, "use_sliding_window": True, "sliding_window": 8}, "does not compute"),
+        (
+            {**QWEN2, "layer_types": ["chunked_attention"] * 32, "use_sliding_window": True, "sliding_window": 8},
+            "does not compute",
+        ),
         ({**QWEN2, "use_sliding_window": True, "sliding_window": 8}, "no max_window_layers"),
         ({**QWEN2, "use_sliding_window": True, "max_window_layers": 8}, "no sliding_window"),
     ],
@@ -310,7 +403,9 @@ def test_unsupported_configs_are_refused_by_name(change, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("key", [key for key in REAL["Llama-2-7B"][0] if key not in ("model_type", "rope_scaling", "tie_word_embeddings")])
+@pytest.mark.parametrize(
+    "key", [key for key in REAL["Llama-2-7B"][0] if key not in ("model_type", "rope_scaling", "tie_word_embeddings")]
+)
 def test_each_needed_key_is_named_when_it_is_missing(key):
     with pytest.raises(ValueError, match=f"config.json has no {key}, expected in a llama model"):
         config_from_hf({name: value for name, value in REAL["Llama-2-7B"][0].items() if name != key})
@@ -329,10 +424,12 @@ def test_export_refuses_what_the_family_cannot_say():
 def test_export_refuses_two_different_configs(tmp_path):
     convert(save_hf(tmp_path / "hf"), tmp_path / "ours")
     edit_json(tmp_path / "ours" / "config.json", max_seq_len=64)
-    refused(ValueError, "describe different models: remove hf_config.json", tmp_path / "ours", tmp_path / "back", to_hf=True)
+    refused(
+        ValueError, "describe different models: remove hf_config.json", tmp_path / "ours", tmp_path / "back", to_hf=True
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- kill and resume
+# ------------------------------------------------------------------------------------------------------ kill and resume
 
 KILLED = """
 import os, signal, sys
@@ -367,7 +464,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
 
 
 def test_every_prefix_of_the_output_can_be_completed(tmp_path, capsys):
-    """Killed between any two files, at the end included: the second run completes it, and a complete folder is only verified."""
+    """Killed between any two files, at the end included: the second run completes it, and a complete folder is only
+    verified."""
     src = save_hf(tmp_path / "hf", shards=True, vocab_size=300)
     write_tokenizer(src, 290)
     convert(src, tmp_path / "whole")
@@ -406,7 +504,9 @@ def test_a_resumed_run_refuses_what_it_would_not_have_written(tmp_path, damage):
 
 def test_memory_stays_below_the_largest_shard(tmp_path):
     """Two shards of 32 MB: a process that holds one tensor piece at a time grows by far less than one of them."""
-    config = transformers.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=32768)
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=32768
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "hf")
     names = convert_hf.expected_shapes(config_from_hf(json.loads((tmp_path / "hf" / "config.json").read_text())))
@@ -415,7 +515,9 @@ def test_memory_stays_below_the_largest_shard(tmp_path):
     files = {"model-00001-of-00002.safetensors": ["lm_head.weight"], "model-00002-of-00002.safetensors": rest}
     for file, members in files.items():
         save_file({name: weights[name] for name in members}, tmp_path / "hf" / file, {"format": "pt"})
-    (tmp_path / "hf" / INDEX).write_text(json.dumps({"weight_map": {name: file for file, members in files.items() for name in members}}))
+    (tmp_path / "hf" / INDEX).write_text(
+        json.dumps({"weight_map": {name: file for file, members in files.items() for name in members}})
+    )
     largest = max(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     # VmHWM is the peak of this process alone; ru_maxrss would start at the peak of the pytest process that forked it
     code = f"""
@@ -436,7 +538,7 @@ print(peak() - before)
     assert "largest shard 3" in result.stdout and "peak memory +" in result.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def refused(kind: type, words: str, src: Path, out: Path, **options) -> None:
@@ -457,14 +559,27 @@ def write_tokenizer(folder: Path, size: int) -> None:
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": f"<|{i}|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            {
+                "id": i,
+                "content": f"<|{i}|>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
             for i in range(256, size)
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": None,
         "decoder": {**level, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": [], "ignore_merges": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {letter: i for i, letter in enumerate(letters)},
+            "merges": [],
+            "ignore_merges": True,
+        },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|256|>", "eos_token": "<|257|>"}))
@@ -496,7 +611,9 @@ def test_tensors_that_overlap(tmp_path):
     data = (src / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["model.layers.1.mlp.up_proj.weight"]["data_offsets"] = header["model.layers.0.mlp.up_proj.weight"]["data_offsets"]
+    header["model.layers.1.mlp.up_proj.weight"]["data_offsets"] = header["model.layers.0.mlp.up_proj.weight"][
+        "data_offsets"
+    ]
     text = json.dumps(header).encode()
     (src / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     refused(ValueError, "the file is damaged", src, tmp_path / "out")
@@ -534,11 +651,23 @@ def test_single_file_and_index_together(tmp_path):
         ({"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 31)}, "has shape [48, 31], expected [48, 32]"),
         ({"model.layers.1.mlp.up_proj.weight": None}, "lack 1 tensors (model.layers.1.mlp.up_proj.weight)"),
         ({"lm_head.weight": None}, "tie_word_embeddings is false"),
-        ({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}, "add 1 tensors (model.layers.0.self_attn.o_proj.bias)"),
-        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, "add 1 tensors (model.layers.0.self_attn.q_proj.bias)"),
-        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)}, "add 1 tensors (model.layers.3.mlp.up_proj.weight)"),
+        (
+            {"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)},
+            "add 1 tensors (model.layers.0.self_attn.o_proj.bias)",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+            "add 1 tensors (model.layers.0.self_attn.q_proj.bias)",
+        ),
+        (
+            {"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)},
+            "add 1 tensors (model.layers.3.mlp.up_proj.weight)",
+        ),
         ({"score.weight": torch.zeros(2, 32)}, "add 1 tensors (score.weight)"),
-        ({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}, "model.norm.weight is stored as I8, supported are F32, BF16, F16"),
+        (
+            {"model.norm.weight": torch.zeros(32, dtype=torch.int8)},
+            "model.norm.weight is stored as I8, supported are F32, BF16, F16",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_the_config(tmp_path, change, words):
@@ -557,7 +686,10 @@ def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
     save_file(weights, src / "model.safetensors", {"format": "pt"})
     convert(src, tmp_path / "keep")
     errors = capsys.readouterr().err
-    assert "model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 1,536" in errors and "model.norm.weight holds 2" in errors
+    assert (
+        "model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 1,536" in errors
+        and "model.norm.weight holds 2" in errors
+    )
     assert "embed_tokens" not in errors
     assert_same_bits(tensors(src), back(tmp_path / "keep", tmp_path / "back"))
     capsys.readouterr()
@@ -580,7 +712,12 @@ def test_pickle_files_only(tmp_path):
 def test_no_weights_at_all(tmp_path):
     src = save_hf(tmp_path / "hf")
     (src / "model.safetensors").rename(src / "adapter_model.safetensors")
-    refused(FileNotFoundError, f"has neither model.safetensors nor {INDEX}, found adapter_model.safetensors", src, tmp_path / "out")
+    refused(
+        FileNotFoundError,
+        f"has neither model.safetensors nor {INDEX}, found adapter_model.safetensors",
+        src,
+        tmp_path / "out",
+    )
 
 
 def test_folders(tmp_path):
@@ -617,18 +754,31 @@ def test_tokenizer_size(tmp_path, capsys):
     refused(ValueError, "the tokenizer has 301 ids, the embedding 300 rows", src, tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "convert_hf.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "convert_hf.py"), *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_command_line(tmp_path):
     src = save_hf(tmp_path / "hf", shards=True)
     convert(src, tmp_path / "ours", dtype="bfloat16")
     wrong = run(tmp_path / "ours", tmp_path / "back")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1 and wrong.stdout == ""
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.startswith("error: ")
+        and wrong.stderr.count("\n") == 1
+        and wrong.stdout == ""
+    )
     done = run(tmp_path / "ours", tmp_path / "back", "--to_hf", "--dtype=float32")
-    assert done.returncode == 0 and "30 tensors read, 30 written, 0 dropped" in done.stdout and "peak memory +" in done.stdout, done.stderr
-    assert_same_bits({name: value.bfloat16().float() for name, value in tensors(src).items()}, tensors(tmp_path / "back"))
+    assert (
+        done.returncode == 0
+        and "30 tensors read, 30 written, 0 dropped" in done.stdout
+        and "peak memory +" in done.stdout
+    ), done.stderr
+    assert_same_bits(
+        {name: value.bfloat16().float() for name, value in tensors(src).items()}, tensors(tmp_path / "back")
+    )

@@ -36,8 +36,14 @@ CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer t
     "llama-linear": ("llama", {"rope_parameters": LINEAR}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama-yarn": ("llama", {"rope_parameters": YARN, "head_dim": 32}),
-    "llama-yarn-factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}}),
-    "llama-yarn-mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.8, "truncate": False}, "head_dim": 32}),
+    "llama-yarn-factor": (
+        "llama",
+        {"rope_parameters": {**YARN, "attention_factor": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}},
+    ),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.8, "truncate": False}, "head_dim": 32},
+    ),
     "llama-yarn-short": ("llama", {"rope_parameters": {**YARN, "factor": 1.0}}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "mistral-window": ("mistral", {"sliding_window": 12}),
@@ -45,10 +51,16 @@ CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer t
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("qwen2", {**WINDOW, "max_window_layers": 1}),
     "qwen2-window-all": ("qwen2", {**WINDOW, "max_window_layers": 0, "rope_parameters": YARN}),
-    "qwen2-window-mixed": ("qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen2-window-mixed": (
+        "qwen2",
+        {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "qwen2-window-off": ("qwen2", {"use_sliding_window": False, "sliding_window": 12, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 24}),
-    "qwen3-window": ("qwen3", {**WINDOW, "head_dim": 16, "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "qwen3-window": (
+        "qwen3",
+        {**WINDOW, "head_dim": 16, "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
     "qwen3-yarn": ("qwen3", {"head_dim": 32, "rope_parameters": {**YARN, "rope_theta": 1e6}}),
 }
 NAMES = list(CASES)
@@ -56,11 +68,16 @@ NAMES = list(CASES)
 
 @functools.cache
 def pair(name: str):
-    """(transformers' model, ours with the same weights) in fp32, with weights large enough that every setting shows in the logits."""
+    """(transformers' model, ours with the same weights) in fp32, with weights large enough that every setting shows
+    in the logits."""
     torch.manual_seed(NAMES.index(name))
     family, settings = CASES[name]
-    config = transformers.AutoConfig.for_model(family, **{**TINY, **settings}, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    config = transformers.AutoConfig.for_model(
+        family, **{**TINY, **settings}, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    theirs = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    )
     for key, value in theirs.named_parameters():
         if key == "model.norm.weight":
             value.normal_(0.0, 1.0)  # of both signs: a tied model would only repeat its last token otherwise
@@ -111,7 +128,8 @@ def test_logits_equal_transformers(name):
     ],
 )
 def test_each_setting_matters(name, neutral):
-    """The test above could not pass with this setting ignored: its neutral value moves the logits by far more than 1e-4."""
+    """The test above could not pass with this setting ignored: its neutral value moves the logits by far more than
+    1e-4."""
     _, ours = pair(name)
     other = Transformer(replace(ours.config, **neutral)).eval()
     other.load_state_dict(ours.state_dict())
@@ -121,7 +139,8 @@ def test_each_setting_matters(name, neutral):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_is_as_exact_as_transformers(name):
-    """Against the fp32 logits our bf16 is at most 2 bf16 ulps worse than transformers' bf16, and no worse on the whole."""
+    """Against the fp32 logits our bf16 is at most 2 bf16 ulps worse than transformers' bf16, and no worse on the
+    whole."""
     theirs, ours = (model.bfloat16() for model in map(copy.deepcopy, pair(name)))
     tokens = tokens_for(name, 2, 80)
     exact = pair(name)[0](tokens).logits
@@ -164,14 +183,17 @@ def test_greedy_tokens_equal_transformers(name):
     """64 tokens each for prompts of several lengths: together with us, one by one with transformers."""
     theirs, ours = pair(name)
     prompts = [tokens_for(name, n).tolist() for n in (30, 3, 1)]
-    whole = [theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist() for prompt in prompts]
+    whole = [
+        theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist() for prompt in prompts
+    ]
     assert [prompt + new for prompt, new in zip(prompts, generate(ours, prompts, 64))] == whole
     assert [len(row) for row in whole] == [94, 67, 65]
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "mistral-window", "qwen2-window", "qwen3-window"])
 def test_through_files(name, tmp_path):
-    """The way a user goes: save_pretrained in shards, convert, load_model, same logits; and back into transformers, the same bits."""
+    """The way a user goes: save_pretrained in shards, convert, load_model, same logits; and back into transformers,
+    the same bits."""
     theirs, _ = pair(name)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     convert_hf.convert(tmp_path / "hf", tmp_path / "ours")
