@@ -1,12 +1,13 @@
-"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: a rename, tensor by tensor.
+"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: every tensor is renamed.
 
     python convert_hf.py SRC OUT [--dtype=keep|float32|bfloat16|float16]
     python convert_hf.py SRC OUT --to_hf                # SRC is ours, OUT a folder for transformers
 
-Everything is checked before the first byte is written: config, shard headers, names, shapes, tokenizer size. The tensors then
-stream through one buffer, source shard by source shard. A run that was killed goes on where it stopped: whatever stands in OUT
-is compared byte by byte with what it should be, and config.json comes last, so that a folder without one is not a checkpoint.
-The source's config.json is kept as hf_config.json, so that the way back restores every key, the ones we do not model included.
+Everything is checked before the first byte is written: config, shard headers, names, shapes, tokenizer. The tensors
+then stream through one buffer, source shard by source shard. A run that was killed goes on where it stopped: whatever
+stands in OUT is compared byte by byte with what it should be, and config.json comes last, so that a folder without one
+is not a checkpoint. The source's config.json is kept as hf_config.json, so that the way back restores every key, the
+ones we do not model included. Stop ids that stand in config.json alone go into a generation_config.json.
 File format: https://github.com/huggingface/safetensors#format
 """
 
@@ -16,17 +17,19 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 import runtime
-from model import ModelConfig, Transformer, safetensors_header
+from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
-# Hugging Face name -> our name; None = dropped on purpose. Both sides store RoPE half-split, so nothing is permuted.
+# Hugging Face name -> our name; None = left out on purpose. Both sides store RoPE half-split, so nothing is permuted.
 KEY_MAP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.layers.{i}.input_layernorm.weight": "layers.{i}.attention_norm.weight",
@@ -44,7 +47,7 @@ KEY_MAP = {
     "model.layers.{i}.mlp.down_proj.weight": "layers.{i}.feed_forward.w2.weight",
     "model.layers.{i}.mlp.up_proj.weight": "layers.{i}.feed_forward.w3.weight",
     "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",  # with tied embeddings: compared with the embedding, then dropped
+    "lm_head.weight": "output.weight",  # with tied embeddings: compared with the embedding, then left out
     "model.layers.{i}.self_attn.rotary_emb.inv_freq": None,  # a table in old Llama files; it follows from rope_theta
     "model.rotary_emb.inv_freq": None,
 }
@@ -59,7 +62,7 @@ CONFIG_MAP = {
     "head_dim": "head_dim",
     "intermediate_size": "hidden_dim",
     "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
+    "max_position_embeddings": "max_seq_len",  # a scaling may allow more, see context_of
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
@@ -79,6 +82,7 @@ SUPPORTED_VALUES = {
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")
 # RoPE type -> (needed keys, optional keys); names as in transformers' modeling_rope_utils.
 ROPE_KEYS = {
     "linear": (("factor",), ()),
@@ -88,48 +92,64 @@ ROPE_KEYS = {
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+# What a value may be, if it is there and not null: an integer in a range, a positive number, or a JSON type.
+SIZE, LENGTH = range(1, 2**20 + 1), range(1, 2**31)
+INTEGERS = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), SIZE),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
+    **{"num_hidden_layers": range(1, 1001), "max_window_layers": range(1001)},
+}
+NUMBERS = (
+    *("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+)
+TYPES = {
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "truncate"), bool),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "text_config"), dict),
+    **dict.fromkeys(("architectures", "layer_types"), list),
+}
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 DTYPE_NAMES = {kind: name for name, kind in DTYPES.items()}
-TOKENIZER_FILES = ("tokenizer.model", "*.model.v*", "tokenizer.json", "vocab.json", "merges.txt", "*.tiktoken")
-SETTINGS_FILES = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+TOKENIZERS = ("tokenizer.model", "*.model.v*", "tokenizer.json", "vocab.json", "*.tiktoken")  # load_tokenizer reads one
+SETTINGS = (
+    *("merges.txt", "tekken.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+INDEX = "model.safetensors.index.json"
 CHUNK = 4 << 20  # bytes of one tensor held at a time
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
-    """Our config for a Hugging Face config.json, written by transformers 4 or 5. Raises ValueError for what we do not compute."""
-    family, known = hf.get("model_type"), ", ".join(name for name, _ in FAMILIES.values())
-    if family not in FAMILIES:
-        raise ValueError(f"config.json: model_type is {family!r}, supported are {', '.join(FAMILIES)} ({known}): choose another model")
-    name, optional = FAMILIES[family]
-    if (hf.get("architectures") or [name]) != [name]:
-        raise ValueError(f"config.json: architectures is {hf['architectures']}, supported are {known}, here {name}: choose another model")
+    """Our config for a Hugging Face config.json, written by transformers 4 or 5.
+
+    Raises ValueError for what we do not compute, for a missing key and for a value that cannot be."""
+    family = _family_of(hf)
+    _check_values(hf)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # transformers 4 writes the first, 5 the second
     theta = rope.get("rope_theta", hf.get("rope_theta"))
-    needed = {*CONFIG_MAP, "rope_theta", "hidden_act"} - set(optional)
-    if hf.get("use_sliding_window"):
-        needed |= {"sliding_window", "layer_types" if hf.get("layer_types") else "max_window_layers"}
-    missing = sorted(key for key in needed if (theta if key == "rope_theta" else hf.get(key)) is None)
-    if family == "mistral" and "sliding_window" not in hf:  # null means no window; transformers fills in 4096 where there is no key
-        missing.append("sliding_window")
-    if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: take the model's own config.json")
+    _check_missing(hf, family, theta)
     for key, supported in SUPPORTED_VALUES.items():
-        if hf.get(key) not in supported and (key, family) != ("attention_bias", "qwen2"):  # transformers' Qwen2 does not read it
-            raise ValueError(f"config.json: {key} is {hf[key]!r}, supported is {supported[-1]!r}: this variant cannot be converted")
+        ignored = (key, family) == ("attention_bias", "qwen2")  # transformers' Qwen2 does not read it
+        if hf.get(key) not in supported and not ignored:
+            raise ValueError(f"config.json: {key} is {short(hf[key])}, supported is {supported[-1]!r}: "
+                             "this variant cannot be converted")
     values = {ours: hf[key] for key, ours in CONFIG_MAP.items() if hf.get(key) is not None}
     values.setdefault("n_kv_heads", values["n_heads"])
     values.setdefault("head_dim", values["dim"] // values["n_heads"])
+    scaling = _rope_from_hf(hf, rope)
+    values["max_seq_len"] = context_of(values["max_seq_len"], scaling)
     window, window_layers = _window_from_hf(hf)
     return ModelConfig(
         **values,
         family=family,
         rope_theta=float(DEFAULT_THETA if theta is None else theta),
-        rope_scaling=_rope_from_hf(hf, rope),
+        rope_scaling=scaling,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=window,
@@ -137,80 +157,149 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )
 
 
+def _family_of(hf: dict) -> str:
+    family, known = hf.get("model_type"), ", ".join(name for name, _ in FAMILIES.values())
+    if family not in list(FAMILIES):
+        raise ValueError(f"config.json: model_type is {short(family)}, supported are {', '.join(FAMILIES)} ({known}): "
+                         "choose another model")
+    name = FAMILIES[family][0]
+    if (hf.get("architectures") or [name]) != [name]:
+        raise ValueError(f"config.json: architectures is {short(hf['architectures'])}, supported are {known}, "
+                         f"here {name}: choose another model")
+    return family
+
+
+def _check_values(values: dict) -> None:
+    """Refuse what cannot be the value of its key, NaN and infinity among it."""
+    for key, value in values.items():
+        if value is None:
+            continue
+        allowed, kind = INTEGERS.get(key), TYPES.get(key)
+        if allowed and not (type(value) is int and value in allowed):
+            expected = f"an integer from {allowed[0]} to {allowed[-1]:,}"
+        elif key in NUMBERS and not (type(value) in (int, float) and 0 < value < 1e15):
+            expected = "a positive number"
+        elif kind and type(value) is not kind:
+            expected = f"a {kind.__name__}"
+        else:
+            continue
+        raise ValueError(f"config.json: {key} is {short(value)}, expected {expected}: take the model's own config.json")
+
+
+def _check_missing(hf: dict, family: str, theta: float | None) -> None:
+    needed = {*CONFIG_MAP, "hidden_act", "rope_theta"} - set(FAMILIES[family][1])
+    if hf.get("use_sliding_window"):
+        needed |= {"sliding_window", "layer_types" if hf.get("layer_types") else "max_window_layers"}
+    missing = sorted(key for key in needed if {**hf, "rope_theta": theta}.get(key) is None)
+    if family == "mistral" and "sliding_window" not in hf:  # null: no window; no key: transformers would fill in 4096
+        missing.append("sliding_window")
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: "
+                         "take the model's own config.json")
+
+
 def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
     """The scaling part of transformers' RoPE keys, lengths and factor explicit; None for plain RoPE."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
-    if nested or (kind != "default" and kind not in ROPE_KEYS):
-        found = f"one for each of {', '.join(nested)}" if nested else repr(kind)
-        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: choose another model")
+    if nested or kind not in ("default", *ROPE_KEYS):
+        found = f"one for each of {', '.join(nested)}" if nested else short(kind)
+        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: "
+                         "choose another model")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, supported is 1.0: choose another model")
+        raise ValueError(f"config.json: partial_rotary_factor is {short(rope['partial_rotary_factor'])}, "
+                         "supported is 1.0: choose another model")
     if kind == "default":
         return None
-    longest = hf["max_position_embeddings"]
-    original = hf.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", longest))  # order as in transformers
-    values = {**rope, "original_max_position_embeddings": original}
-    if kind == "yarn" and values.get("factor") is None:
-        values["factor"] = longest / original
+    longest, key = hf["max_position_embeddings"], "original_max_position_embeddings"
+    values = {**rope, key: hf.get(key, rope.get(key, longest))}  # looked for in transformers' order
     needed, optional = ROPE_KEYS[kind]
-    missing = [key for key in needed if values.get(key) is None]
+    values = {key: values[key] for key in (*needed, *optional) if values.get(key) is not None}
+    _check_values(values)
+    if kind == "yarn" and "factor" not in values:
+        values["factor"] = longest / values[key]
+    missing = [key for key in needed if key not in values]
     if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: take the model's own config.json")
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: "
+                         "take the model's own config.json")
     ignored = sorted(rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional})
     if ignored:
         _warn(f"config.json: RoPE type {kind} does not use {', '.join(ignored)}; ignored, as transformers does")
-    return {"type": kind, **{key: values[key] for key in (*needed, *optional) if values.get(key) is not None}}
+    return {"type": kind, **values}
+
+
+def context_of(longest: int, scaling: dict | None) -> int:
+    """How many positions a model may have, from max_position_embeddings and what its scaling allows.
+
+    YaRN and linear scaling stretch the original context by their factor. The factor of llama3 is no ratio of lengths
+    (Llama 3.1 has 8 and 8,192 and reads 131,072 tokens): there max_position_embeddings counts alone.
+    """
+    if scaling is None or scaling["type"] == "llama3":
+        return longest
+    return max(longest, int(scaling["factor"] * scaling.get("original_max_position_embeddings", longest)))
 
 
 def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     """Sliding window and the layers that have it (None: all of them)."""
     family, layers, window = hf["model_type"], hf["num_hidden_layers"], hf.get("sliding_window")
     if family == "llama" and window is not None:
-        raise ValueError(f"config.json: sliding_window is {window}, which transformers ignores in a llama model: remove it")
+        raise ValueError(f"config.json: sliding_window is {window}, which transformers ignores in a llama model: "
+                         "remove it")
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
         window = None
-    first = layers if window is None else 0 if family == "mistral" else hf.get("max_window_layers", layers)
-    usual = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    first = 0 if family == "mistral" else hf.get("max_window_layers", layers)
+    if window is None:
+        first = layers
+    usual = [LAYER_TYPES[layer >= first] for layer in range(layers)]
     types = hf.get("layer_types") or usual
-    free = window is not None and family != "mistral"  # transformers applies Mistral's window to every layer, whatever layer_types says
-    if len(types) != layers or not (set(types) <= {"full_attention", "sliding_attention"} if free else types == usual):
-        raise ValueError(
-            f"config.json: layer_types is {types}, which a {family} model with {layers} layers and sliding window {window} "
-            "does not compute: take the model's own config.json"
-        )
+    allowed = [usual]  # transformers applies Mistral's window to every layer, whatever layer_types says
+    if window is not None and family != "mistral" and all(name in LAYER_TYPES for name in types):
+        allowed.append(types)
+    if len(types) != layers or types not in allowed:
+        raise ValueError(f"config.json: layer_types is {short(types)}, which a {family} model with {layers} layers and "
+                         f"sliding window {window} does not compute: take the model's own config.json")
     chosen = [layer for layer, name in enumerate(types) if name == "sliding_attention"]
     return (window if chosen else None), (None if len(chosen) in (0, layers) else chosen)
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """A Hugging Face config.json that transformers 4 and 5 both read. Raises ValueError when the family has no room for a setting."""
+    """A Hugging Face config.json that transformers 4 and 5 both read.
+
+    Raises ValueError when the family has no room for a setting."""
     if config.family not in FAMILIES:
-        raise ValueError(f"config.json: family is {config.family!r}, supported are {', '.join(FAMILIES)}: set it to one of these")
-    ours, layers, scaling = asdict(config), range(config.n_layers), config.rope_scaling
+        raise ValueError(f"config.json: family is {short(config.family)}, supported are {', '.join(FAMILIES)}: "
+                         "set it to one of these")
+    ours, scaling = asdict(config), config.rope_scaling
     hf = {
         "architectures": [FAMILIES[config.family][0]],
         "model_type": config.family,
         **{key: ours[name] for key, name in CONFIG_MAP.items()},
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {"rope_type": scaling["type"], **{key: value for key, value in scaling.items() if key != "type"}},
+        "rope_scaling": None,
     }
+    if scaling is not None:
+        hf["rope_scaling"] = {"rope_type": scaling["type"], **scaling}
+        del hf["rope_scaling"]["type"]
+    _check_values(hf)
+    if scaling is not None and scaling["type"] == "linear":
+        hf["max_position_embeddings"] = round(config.max_seq_len / scaling["factor"])
     if config.family != "llama":
         hf["sliding_window"] = config.sliding_window
     if config.family in ("qwen2", "qwen3"):
-        windowed = [layer for layer in layers if config.window(layer) is not None]
+        windowed = [layer for layer in range(config.n_layers) if config.window(layer) is not None]
         hf["use_sliding_window"] = config.sliding_window is not None
         hf["max_window_layers"] = min(windowed, default=config.n_layers)  # for versions that do not read layer_types
-        hf["layer_types"] = ["sliding_attention" if layer in windowed else "full_attention" for layer in layers]
+        hf["layer_types"] = [LAYER_TYPES[layer in windowed] for layer in range(config.n_layers)]
     again = asdict(config_from_hf(hf))
-    lost = ", ".join(f"{key}={value!r}" for key, value in ours.items() if value != again[key])
+    lost = ", ".join(f"{key}={short(value)}" for key, value in ours.items() if value != again[key])
     if lost:
-        raise ValueError(f"config.json has {lost}, which {FAMILIES[config.family][0]} cannot express: export it as another family")
+        raise ValueError(f"config.json has {lost}, which {FAMILIES[config.family][0]} cannot express: "
+                         "export it as another family")
     return hf
 
 
-# ----------------------------------------------------------------------------------------------------- safetensors files
+# ---------------------------------------------------------------------------------------------------- safetensors files
 
 
 @dataclass(frozen=True)
@@ -226,17 +315,24 @@ class Stored:
 
 
 def read_header(path: Path) -> list[Stored]:
-    """The tensors of a safetensors file in file order, none of them read. Raises ValueError unless they fill the file exactly."""
-    header, first = safetensors_header(path)
-    tensors, end = [], first
+    """The tensors of a safetensors file in file order, none of them read. Raises ValueError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt"):  # the library checks that the tensors fill the file exactly
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short, damaged or no safetensors file ({error}): fetch it again") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = []
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}, supported are {', '.join(DTYPES)}: take one not quantised")
-        dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        tensors.append(Stored(name, path, dtype, tuple(entry["shape"]), first + start, stop - start))
-        if tensors[-1].start != end or stop - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{path}: the bytes of {name} are not where its shape puts them: the file is damaged, fetch it again")
-        end = first + stop
+            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}, supported are {', '.join(DTYPES)}: "
+                             "take one not quantised")
+        low, high = entry["data_offsets"]
+        stored = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + low, high - low)
+        tensors.append(stored)
     return tensors
 
 
@@ -263,53 +359,70 @@ def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype | None) -
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data start on a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
-    for name, tensor in tensors:
-        bad = overflown = 0
-        for chunk in read_chunks(tensor):
-            cast = chunk.to(dtype or tensor.dtype)
-            if not all(x.isfinite() for x in torch.aminmax(cast)):  # NaN goes through min and max; counted only when there is one
-                bad += int((~chunk.isfinite()).sum())
-                overflown += int((chunk.isfinite() & ~cast.isfinite()).sum())
-            yield cast.view(torch.uint8).numpy()
-        if bad:
-            _warn(f"{tensor.path.name}: {tensor.name} holds {bad:,} NaN or infinite values of {math.prod(tensor.shape):,}: fetch it again")
-        if overflown:
-            _warn(f"{tensor.path.name}: {overflown:,} values of {tensor.name} became infinite in {dtype}: use bfloat16 or float32")
+    for _, tensor in tensors:
+        yield from _cast_chunks(tensor, dtype or tensor.dtype)
+
+
+def _cast_chunks(tensor: Stored, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of one tensor in another dtype; values that are not finite are counted and told."""
+    bad = overflown = 0
+    for chunk in read_chunks(tensor):
+        cast = chunk.to(dtype)
+        if not all(x.isfinite() for x in torch.aminmax(cast)):  # NaN goes through min and max
+            bad += int((~chunk.isfinite()).sum())
+            overflown += int((chunk.isfinite() & ~cast.isfinite()).sum())
+        yield cast.view(torch.uint8).numpy()
+    where = f"{tensor.path.name}: {tensor.name}"
+    if bad:
+        _warn(f"{where} holds {bad:,} NaN or infinite values of {math.prod(tensor.shape):,}: fetch it again")
+    if overflown:
+        _warn(f"{where} has {overflown:,} values that became infinite in {dtype}: use bfloat16 or float32")
 
 
 def list_shards(src: Path) -> list[list[Stored]]:
-    """The headers of all weight files of a folder, in the order of their names. Raises an error that says what the folder has instead."""
-    single, index = src / "model.safetensors", src / "model.safetensors.index.json"
+    """The headers of all weight files of a folder, in the order of their names; an error says what it has instead."""
+    single, index = src / "model.safetensors", src / INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{src} has both {single.name} and {index.name}, expected one of them: remove the one that is out of date")
+        raise ValueError(f"{src} has both {single.name} and {index.name}, expected one of them: "
+                         "remove the one that is out of date")
     if single.is_file():
         return [read_header(single)]
     if not index.is_file():
-        found = sorted(p.name for p in src.iterdir() if p.is_file())
-        pickles = sorted(p.name for pattern in PICKLES for p in src.glob(pattern))
+        pickles = [path.name for pattern in PICKLES for path in src.glob(pattern)]
         if pickles and not list(src.glob("*.safetensors")):
-            raise ValueError(f"{src} has pickle files only ({_some(pickles)}), expected safetensors: save it again with save_pretrained")
-        raise FileNotFoundError(f"{src} has neither {single.name} nor {index.name}, found {_some(found)}: fetch the whole folder")
-    where = runtime.read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(Path(str(name)).name == name for name in where.values()):
+            raise ValueError(f"{src} has pickle files only ({_some(sorted(pickles))}), expected safetensors: "
+                             "save it again with save_pretrained")
+        found = sorted(path.name for path in src.iterdir() if path.is_file())
+        raise FileNotFoundError(f"{src} has neither {single.name} nor {index.name}, found {_some(found)}: "
+                                "fetch the whole folder")
+    where = _read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not all(re.fullmatch(r"[\w.-]{1,200}", str(name)) for name in where.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names beside it: fetch it again")
-    files = sorted(set(where.values()))
+    files = sorted(set(map(str, where.values())))
     missing = [name for name in files if not (src / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{src} lacks {_some(missing)} of the {len(files)} shards that {index.name} names: fetch the missing ones")
+    if missing or not files:
+        raise FileNotFoundError(f"{src} lacks {_some(missing)} of the {len(files)} shards that {index.name} names: "
+                                "fetch the missing ones")
     shards = [read_header(src / name) for name in files]
-    home = {}
-    for tensor in (tensor for shard in shards for tensor in shard):
-        if tensor.name in home:
-            raise ValueError(f"{src}: {tensor.name} is in two shards, {home[tensor.name]} and {tensor.path.name}: fetch the folder afresh")
-        home[tensor.name] = tensor.path.name
-    for name, file in where.items():
-        if home.get(name) != file:
-            raise ValueError(f"{src}: {index.name} puts {name} into {file}, which does not hold it: fetch index and shards of one version")
+    _check_index(index, where, shards)
     return shards
 
 
-# ------------------------------------------------------------------------------------------------------------ conversion
+def _check_index(index: Path, where: dict[str, str], shards: list[list[Stored]]) -> None:
+    """Every tensor is in one shard, in the one that the index names."""
+    home = {}
+    for tensor in (tensor for shard in shards for tensor in shard):
+        if tensor.name in home:
+            raise ValueError(f"{index.parent}: {tensor.name} is in two shards, {home[tensor.name]} and "
+                             f"{tensor.path.name}: fetch the folder afresh")
+        home[tensor.name] = tensor.path.name
+    for name, file in where.items():
+        if home.get(name) != file:
+            raise ValueError(f"{index} puts {name} into {file}, which does not hold it: "
+                             "fetch index and shards of one version")
+
+
+# ----------------------------------------------------------------------------------------------------------- conversion
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -319,7 +432,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def rename(name: str, key_map: dict[str, str | None]) -> str | None:
-    """Translate one tensor name; None = dropped on purpose. Raises KeyError for a name that is not in the map."""
+    """Translate one tensor name; None = left out on purpose. Raises KeyError for a name that is not in the map."""
     layer = re.fullmatch(r"(.*\blayers\.)(\d+)(\..*)", name)
     if layer is None:
         return key_map[name]
@@ -330,7 +443,8 @@ def rename(name: str, key_map: dict[str, str | None]) -> str | None:
 def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[list[tuple[str, Stored]]]:
     """What each output file holds: (new name, tensor) pairs, one file for each source file that has something to keep.
 
-    Raises ValueError unless every source tensor has a place, every expected tensor a source, and all shapes agree with the config.
+    Raises ValueError unless every source tensor has a place, every expected tensor a source, and all shapes agree with
+    the config.
     """
     expected = expected_shapes(config)
     key_map = KEY_MAP_TO_HF if to_hf else KEY_MAP
@@ -350,12 +464,8 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
                 head = tensor
             elif ours not in expected:
                 strange.append(tensor.name)
-            elif tensor.shape != expected[ours]:
-                raise ValueError(
-                    f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected[ours])} from config.json: "
-                    "weights and config.json are not of one model, fetch both again"
-                )
             else:
+                _check_shape(tensor, expected[ours])
                 used[ours] = tensor
                 kept.append((target, tensor))
         if kept:
@@ -365,103 +475,170 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
         wrong = {"lack": missing, "add": strange}
         found = " and ".join(f"{verb} {len(names)} tensors ({_some(names)})" for verb, names in wrong.items() if names)
         hint = " (tie_word_embeddings is false)" if "lm_head.weight" in missing else ""
-        raise ValueError(f"the weights {found} of the model that config.json describes{hint}: fetch both from one place")
+        raise ValueError(f"the weights {found} of the model that config.json describes{hint}: "
+                         "fetch both from one place")
     if head is not None:
-        table = used["tok_embeddings.weight"]
-        if (head.dtype, head.shape) != (table.dtype, table.shape) or not all(map(torch.equal, *map(_bits, (head, table)))):
-            raise ValueError(f"{head.path}: {head.name} is not {table.name}, though config.json ties them: set tie_word_embeddings=false")
+        _check_tied(head, used["tok_embeddings.weight"])
     return files
 
 
-def _bits(tensor: Stored) -> Iterator[torch.Tensor]:
-    return (chunk.view(torch.uint8) for chunk in read_chunks(tensor))  # as bytes: NaN equals itself
+def _check_shape(tensor: Stored, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)} from "
+                         "config.json: weights and config.json are not of one model, fetch both again")
 
 
-def check_tokenizer(src: Path, config: ModelConfig) -> None:
-    """Load the tokenizer, which refuses what it cannot reproduce exactly, and compare its size with the embedding's."""
-    if not any(path for pattern in TOKENIZER_FILES for path in src.glob(pattern)):
-        return _warn(f"{src} has no tokenizer ({', '.join(TOKENIZER_FILES)}): the converted model will not read text")
+def _check_tied(head: Stored, table: Stored) -> None:
+    """A tied head that is stored all the same must be the embedding, bit for bit (as bytes: NaN equals itself)."""
+    pairs = zip(read_chunks(head), read_chunks(table))
+    same = (head.dtype, head.shape) == (table.dtype, table.shape)
+    if not same or not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
+        raise ValueError(f"{head.path}: {head.name} is not {table.name}, though config.json ties them: "
+                         "set tie_word_embeddings=false")
+
+
+def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
+    """The names of the small files that go with a model, checked.
+
+    The tokenizer is loaded, which refuses what cannot be reproduced exactly; it may not have more ids than the embedding
+    has rows (fewer are usual: embeddings are padded to a round number).
+    """
+    names = sorted(p.relative_to(src).as_posix() for pattern in (*TOKENIZERS, *SETTINGS) for p in src.glob(pattern))
+    for name in names:
+        if not (src / name).is_file():
+            raise ValueError(f"{src / name} is a folder or a broken link, expected a file: fetch it again")
+        if name.endswith(".json"):
+            _read_object(src / name)
+    if not any(path for pattern in TOKENIZERS for path in src.glob(pattern)):
+        _warn(f"{src} has no tokenizer ({', '.join(TOKENIZERS)}): the converted model will not read text")
+        return names
     ids = load_tokenizer(src).vocab_size
-    if ids > config.vocab_size:  # fewer is usual: embeddings are padded to a round number
-        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows: take the model's own tokenizer")
+    if ids > config.vocab_size:
+        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows: "
+                         "take the model's own tokenizer")
+    return names
 
 
 def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: bool = False) -> ModelConfig:
-    """Convert the folder `src` into the folder `out`, and check the result. `dtype`: keep, or a name in runtime.DTYPES."""
-    start = time.perf_counter()
+    """Convert the folder `src` into the folder `out`, and check the result.
+
+    dtype: keep (every tensor as it is stored), or a name in runtime.DTYPES. Raises ValueError and FileNotFoundError.
+    """
+    start, memory = time.perf_counter(), runtime.peak_memory_bytes("cpu")
     src, out = Path(src), Path(out)
     if not src.is_dir():
-        raise FileNotFoundError(f"SRC {src} is not a folder, expected one with config.json and safetensors: check the path")
+        raise FileNotFoundError(f"SRC {src} is not a folder, expected one with config.json and safetensors: "
+                                "check the path")
     if out.exists() and (not out.is_dir() or out.resolve() == src.resolve()):
-        raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: choose another one")
-    cast = None if dtype == "keep" else runtime.DTYPES[dtype]
+        raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: "
+                         "choose another one")
     config, documents = read_configs(src, dtype, to_hf)
     shards = list_shards(src)
-    files = plan(shards, config, to_hf)
-    check_tokenizer(src, config)
+    files = name_files(plan(shards, config, to_hf))
+    copies = check_tokenizer(src, config)
+    clean(out, {*files, *copies, *documents, INDEX})
 
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)] if len(files) > 1 else ["model.safetensors"]
-    copies = sorted({path.name for pattern in (*TOKENIZER_FILES, *SETTINGS_FILES) for path in src.glob(pattern)})
-    clean(out, {*names, *copies, *documents, "model.safetensors.index.json"})
-    memory = runtime.peak_memory_bytes("cpu")
-    for i, (name, tensors) in enumerate(zip(names, files), 1):
+    cast = None if dtype == "keep" else runtime.DTYPES[dtype]
+    for i, (name, tensors) in enumerate(files.items(), 1):
         done = put(out / name, shard_chunks(tensors, cast))
-        runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {(out / name).stat().st_size / 1e6:,.1f} MB | {done}")
-    written = check_output(out, names, config, to_hf)
+        size = (out / name).stat().st_size / 1e6
+        runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {size:,.1f} MB | {done}")
+    written = check_output(out, list(files), config, to_hf)
     if len(files) > 1:
-        total = sum(tensor.size for tensor in written)
-        where = {tensor.name: tensor.path.name for tensor in sorted(written, key=lambda tensor: tensor.name)}
-        put(out / "model.safetensors.index.json", [_json({"metadata": {"total_size": total}, "weight_map": where})])
+        documents = {INDEX: _json(index_of(written)), **documents}
     for name in copies:
         put(out / name, [(src / name).read_bytes()])
     for name, text in documents.items():  # config.json is the last one
         put(out / name, [text])
 
-    sources, largest = sum(map(len, shards)), max(sum(tensor.size for tensor in shard) for shard in shards)
+    read, largest = sum(map(len, shards)), max(sum(tensor.size for tensor in shard) for shard in shards)
     runtime.print0(
-        f"{config.family} | {sources} tensors read, {len(written)} written, {sources - len(written)} dropped | "
-        f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB (largest shard {largest / 1e6:,.1f} MB) | "
-        f"{time.perf_counter() - start:.1f} s | {out}"
+        f"{config.family} | {read} tensors read, {len(written)} written, {read - len(written)} left out | "
+        f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB "
+        f"(largest shard {largest / 1e6:,.1f} MB) | {time.perf_counter() - start:.1f} s | {out}"
     )
     return config
 
 
 def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[str, bytes]]:
     """Our config of `src`, and the JSON files of the output by name, config.json last."""
-    found = runtime.read_json(src / "config.json")
-    if not isinstance(found, dict) or ("family" in found) != to_hf:
+    path, kept = src / "config.json", src / "hf_config.json"
+    found = _read_object(path)
+    if ("family" in found) != to_hf:
         kind = "a checkpoint of ours" if to_hf else "a Hugging Face folder"
-        raise ValueError(f"{src / 'config.json'} is not the config of {kind}: {'drop' if to_hf else 'add'} --to_hf if it is the other kind")
+        raise ValueError(f"{path} is not the config of {kind}: {'drop' if to_hf else 'add'} --to_hf if it is the other")
     if not to_hf:
         config = config_from_hf(found)
-        kept = (src / "config.json").read_bytes() if dtype == "keep" else _json(_with_dtype(found, dtype))
-        return config, {"hf_config.json": kept, "config.json": _json(asdict(config))}
-    config, kept = ModelConfig.from_dict(found), src / "hf_config.json"
+        stops = {} if (src / "generation_config.json").exists() else stop_ids(found)
+        theirs = path.read_bytes() if dtype == "keep" else _json(_with_dtype(found, dtype))
+        return config, {**stops, "hf_config.json": theirs, "config.json": _json(asdict(config))}
+    try:
+        config = ModelConfig.from_dict(found)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not as convert_hf.py writes it ({error}): convert the model again") from None
     if not kept.is_file():
         return config, {"config.json": _json(_with_dtype(config_to_hf(config), dtype))}
-    hf = runtime.read_json(kept)
-    if config_from_hf(hf) != config:
-        raise ValueError(f"{kept} and config.json describe different models: remove {kept.name} to export what config.json says")
+    hf = _read_object(kept)
+    theirs = config_from_hf(hf)
+    older = replace(theirs, max_seq_len=hf["max_position_embeddings"])  # written before a scaling counted
+    if config not in (theirs, older):
+        raise ValueError(f"{kept} and config.json describe different models: "
+                         f"remove {kept.name} to export what config.json says")
     return config, {"config.json": kept.read_bytes() if dtype == "keep" else _json(_with_dtype(hf, dtype))}
+
+
+def stop_ids(hf: dict) -> dict[str, bytes]:
+    """A generation_config.json for a model that has none: the ids of config.json that transformers takes instead."""
+    inner = hf.get("text_config") or {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: inner.get(name) if hf.get(name) is None else hf[name] for name in names}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    for name, value in ids.items():
+        several = value if isinstance(value, list) else [value]
+        if not all(type(i) is int for i in several):
+            raise ValueError(f"config.json: {name} is {short(value)}, expected a token id or a list of them: mend it")
+    return {"generation_config.json": _json(ids)} if "eos_token_id" in ids else {}
 
 
 def _with_dtype(hf: dict, dtype: str) -> dict:
     return hf if dtype == "keep" else {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}  # transformers 5 and 4
 
 
+def name_files(files: list[list[tuple[str, Stored]]]) -> dict[str, list[tuple[str, Stored]]]:
+    """The names of the output's weight files."""
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i:05}-of-{len(files):05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
+
+
+def index_of(written: list[Stored]) -> dict:
+    """The index of several weight files: which tensor is where."""
+    where = {tensor.name: tensor.path.name for tensor in sorted(written, key=lambda tensor: tensor.name)}
+    return {"metadata": {"total_size": sum(tensor.size for tensor in written)}, "weight_map": where}
+
+
 def clean(out: Path, ours: set[str]) -> None:
     """Refuse a folder with files that this conversion does not write; remove what a killed run left half written."""
-    present = {path.name: path for path in out.iterdir()} if out.is_dir() else {}
-    halves = {name for name in present if (half := re.fullmatch(r"\.(.+)\.\d+\.tmp", name)) and half[1] in ours}
-    strangers = sorted(present.keys() - ours - halves)
+    strangers, halves = [], []
+    for path in out.rglob("*"):
+        name = path.relative_to(out)
+        half = re.fullmatch(r"\.(.+)\.\d+\.tmp", name.name)
+        if half and name.with_name(half[1]).as_posix() in ours:
+            halves.append(path)
+        elif name.as_posix() not in ours and not path.is_dir():
+            strangers.append(name.as_posix())
     if strangers:
-        raise ValueError(f"OUT {out} is not empty: it has {_some(strangers)}, which this conversion does not write: choose a new folder")
-    for name in halves:
-        present[name].unlink()
+        raise ValueError(f"OUT {out} is not empty: it has {_some(sorted(strangers))}, which this conversion does not "
+                         "write: choose a new folder")
+    for path in halves:
+        path.unlink()
 
 
 def put(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write a file atomically, or compare the one that is there. Returns written or verified; ValueError when it has other bytes."""
+    """Write a file atomically, or compare the one that is there: returns written or verified.
+
+    Raises ValueError when the file has other bytes.
+    """
     if not path.exists():
 
         def write(part: Path) -> None:
@@ -472,18 +649,28 @@ def put(path: Path, chunks: Iterable[bytes]) -> str:
         runtime.write_atomic(path, write)
         return "written"
     with open(path, "rb") as file:
-        same = all([file.read(len(chunk)) == memoryview(chunk) for chunk in chunks])  # a list: read to the end, for the warnings
-        if not same or file.read(1):
-            raise ValueError(f"{path} is not what this conversion writes (other weights or dtype): remove {path.parent} and convert again")
+        same = [file.read(len(chunk)) == memoryview(chunk) for chunk in chunks]  # all of them are read, for the warnings
+        if not all(same) or file.read(1):
+            raise ValueError(f"{path} is not what this conversion writes (other weights or dtype): "
+                             f"remove {path.parent} and convert again")
     return "verified"
 
 
 def check_output(out: Path, names: list[str], config: ModelConfig, to_hf: bool) -> list[Stored]:
     """Read the headers back: every expected tensor is there once, with the right shape."""
     written = [tensor for name in names for tensor in read_header(out / name)]
-    expected = {(rename(name, KEY_MAP_TO_HF) if to_hf else name): shape for name, shape in expected_shapes(config).items()}
+    expected = expected_shapes(config)
+    if to_hf:
+        expected = {rename(name, KEY_MAP_TO_HF): shape for name, shape in expected.items()}
     assert len(written) == len(expected) and {tensor.name: tensor.shape for tensor in written} == expected
     return written
+
+
+def _read_object(path: Path) -> dict:
+    value = runtime.read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object: fetch it again")
+    return value
 
 
 def _json(obj) -> bytes:
@@ -491,7 +678,8 @@ def _json(obj) -> bytes:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "nothing"
 
 
 def _warn(text: str) -> None:
@@ -502,7 +690,9 @@ def _warn(text: str) -> None:
 class ConvertConfig:
     src: str = field(metadata={"help": "folder to convert", "positional": True})
     out: str = field(metadata={"help": "folder to write: new, or of a run that was killed", "positional": True})
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(default="keep", metadata={"help": "cast each tensor, or keep it"})
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(
+        default="keep", metadata={"help": "cast every tensor, or keep it as it is stored"}
+    )
     to_hf: bool = field(default=False, metadata={"help": "from a checkpoint of ours to a Hugging Face folder"})
 
 
