@@ -92,7 +92,7 @@ ROPE_KEYS = {
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
-# What a value may be, if it is there and not null: an integer in a range, a positive number, or a JSON type.
+# What a value may be, if it is there and not null: an integer in a range, a number, or a JSON type.
 SIZE, LENGTH = range(1, 2**20 + 1), range(1, 2**31)
 INTEGERS = {
     **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), SIZE),
@@ -100,10 +100,11 @@ INTEGERS = {
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
     **{"num_hidden_layers": range(1, 1001), "max_window_layers": range(1001)},
 }
-NUMBERS = (
-    *("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
-    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
-)
+NUMBERS = {  # the number that each must exceed
+    **dict.fromkeys(("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), 0),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), 0),
+    "rope_theta": 1,
+}
 TYPES = {
     **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "truncate"), bool),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "text_config"), dict),
@@ -177,8 +178,8 @@ def _check_values(values: dict) -> None:
         allowed, kind = INTEGERS.get(key), TYPES.get(key)
         if allowed and not (type(value) is int and value in allowed):
             expected = f"an integer from {allowed[0]} to {allowed[-1]:,}"
-        elif key in NUMBERS and not (type(value) in (int, float) and 0 < value < 1e15):
-            expected = "a positive number"
+        elif key in NUMBERS and not (type(value) in (int, float) and NUMBERS[key] < value < 1e15):
+            expected = f"a number above {NUMBERS[key]}"
         elif kind and type(value) is not kind:
             expected = f"a {kind.__name__}"
         else:
@@ -211,17 +212,19 @@ def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
                          "supported is 1.0: choose another model")
     if kind == "default":
         return None
+    _check_values(rope)
     longest, key = hf["max_position_embeddings"], "original_max_position_embeddings"
     values = {**rope, key: hf.get(key, rope.get(key, longest))}  # looked for in transformers' order
     needed, optional = ROPE_KEYS[kind]
     values = {key: values[key] for key in (*needed, *optional) if values.get(key) is not None}
-    _check_values(values)
     if kind == "yarn" and "factor" not in values:
         values["factor"] = longest / values[key]
     missing = [key for key in needed if key not in values]
     if missing:
         raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: "
                          "take the model's own config.json")
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise ValueError("config.json: low_freq_factor is not below high_freq_factor: take the model's own config.json")
     ignored = sorted(rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional})
     if ignored:
         _warn(f"config.json: RoPE type {kind} does not use {', '.join(ignored)}; ignored, as transformers does")
@@ -266,7 +269,7 @@ def config_to_hf(config: ModelConfig) -> dict:
     """A Hugging Face config.json that transformers 4 and 5 both read.
 
     Raises ValueError when the family has no room for a setting."""
-    if config.family not in FAMILIES:
+    if config.family not in list(FAMILIES):
         raise ValueError(f"config.json: family is {short(config.family)}, supported are {', '.join(FAMILIES)}: "
                          "set it to one of these")
     ours, scaling = asdict(config), config.rope_scaling
@@ -537,6 +540,9 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     files = name_files(plan(shards, config, to_hf))
     copies = check_tokenizer(src, config)
     clean(out, {*files, *copies, *documents, INDEX})
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensors in files.values() for _, tensor in tensors}
+    if dtype == "keep" and len(kinds) > 1:
+        _warn(f"the weights are stored in {' and '.join(sorted(kinds))}, kept so; --dtype=NAME makes them one")
 
     cast = None if dtype == "keep" else runtime.DTYPES[dtype]
     for i, (name, tensors) in enumerate(files.items(), 1):
@@ -569,9 +575,8 @@ def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[
         raise ValueError(f"{path} is not the config of {kind}: {'drop' if to_hf else 'add'} --to_hf if it is the other")
     if not to_hf:
         config = config_from_hf(found)
-        stops = {} if (src / "generation_config.json").exists() else stop_ids(found)
         theirs = path.read_bytes() if dtype == "keep" else _json(_with_dtype(found, dtype))
-        return config, {**stops, "hf_config.json": theirs, "config.json": _json(asdict(config))}
+        return config, {**stop_ids(found, src), "hf_config.json": theirs, "config.json": _json(asdict(config))}
     try:
         config = ModelConfig.from_dict(found)
     except (TypeError, AttributeError) as error:
@@ -587,17 +592,23 @@ def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[
     return config, {"config.json": kept.read_bytes() if dtype == "keep" else _json(_with_dtype(hf, dtype))}
 
 
-def stop_ids(hf: dict) -> dict[str, bytes]:
-    """A generation_config.json for a model that has none: the ids of config.json that transformers takes instead."""
+def stop_ids(hf: dict, src: Path) -> dict[str, bytes]:
+    """A generation_config.json for a folder that has none: the ids of config.json, which transformers takes then."""
     inner = hf.get("text_config") or {}
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: inner.get(name) if hf.get(name) is None else hf[name] for name in names}
-    ids = {name: value for name, value in ids.items() if value is not None}
-    for name, value in ids.items():
-        several = value if isinstance(value, list) else [value]
-        if not all(type(i) is int for i in several):
+    ids = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = inner.get(name) if hf.get(name) is None else hf[name]
+        if not all(type(i) is int for i in (value if isinstance(value, list) else [value])) and value is not None:
             raise ValueError(f"config.json: {name} is {short(value)}, expected a token id or a list of them: mend it")
-    return {"generation_config.json": _json(ids)} if "eos_token_id" in ids else {}
+        ids[name] = value
+    document = src / "generation_config.json"
+    if ids["eos_token_id"] is None:
+        return {}
+    if not document.exists():
+        return {document.name: _json({name: value for name, value in ids.items() if value is not None})}
+    if _read_object(document).get("eos_token_id") is None:
+        _warn(f"{document} has no eos_token_id and counts, as in transformers; that of config.json is not used")
+    return {}
 
 
 def _with_dtype(hf: dict, dtype: str) -> dict:
@@ -619,19 +630,14 @@ def index_of(written: list[Stored]) -> dict:
 
 def clean(out: Path, ours: set[str]) -> None:
     """Refuse a folder with files that this conversion does not write; remove what a killed run left half written."""
-    strangers, halves = [], []
-    for path in out.rglob("*"):
-        name = path.relative_to(out)
-        half = re.fullmatch(r"\.(.+)\.\d+\.tmp", name.name)
-        if half and name.with_name(half[1]).as_posix() in ours:
-            halves.append(path)
-        elif name.as_posix() not in ours and not path.is_dir():
-            strangers.append(name.as_posix())
+    present = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if not path.is_dir()}
+    halves = {name for name in present if re.fullmatch(r"\..+\.\d+\.tmp", present[name].name)}  # runtime.write_atomic
+    strangers = sorted(present.keys() - ours - halves)
     if strangers:
-        raise ValueError(f"OUT {out} is not empty: it has {_some(sorted(strangers))}, which this conversion does not "
-                         "write: choose a new folder")
-    for path in halves:
-        path.unlink()
+        raise ValueError(f"OUT {out} is not empty: it has {_some(strangers)}, which this conversion does not write: "
+                         "choose a new folder")
+    for name in halves:
+        present[name].unlink()
 
 
 def put(path: Path, chunks: Iterable[bytes]) -> str:

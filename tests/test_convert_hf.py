@@ -3,13 +3,14 @@
 Run: python -m pytest tests/test_convert_hf.py
 """
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import convert_hf
 from convert_hf import KEY_MAP, config_from_hf, config_to_hf, convert
+from model import load_model, rope_frequencies
+from tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(convert_hf.__file__).parent
@@ -178,15 +181,130 @@ def test_a_tensor_longer_than_one_chunk(tmp_path, monkeypatch):
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "pieces")
 
 
-def test_files_beside_the_weights_are_copied(tmp_path):
+SMALL_FILES = {  # what a folder may hold beside weights and config, with content that conversion must not look into
+    **{name: "{}" for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "tekken.json")},
+    **{"chat_template.json": '{"chat_template": "{{ messages }}"}', "chat_template.jinja": "{{ messages }}"},
+    **{"additional_chat_templates/tool_use.jinja": "{{ tools }}", "merges.txt": "#version: 0.2\n"},
+}
+
+
+def test_files_beside_the_weights_are_copied_there_and_back(tmp_path):
+    """Every file that AutoTokenizer may read; nothing else."""
     src = save_hf(tmp_path / "hf", vocab_size=300)
     write_tokenizer(src, 290)
-    (src / "chat_template.jinja").write_text("{{ messages }}")
+    (src / "additional_chat_templates").mkdir()
+    for name, text in SMALL_FILES.items():
+        (src / name).write_text(text)
     (src / "README.md").write_text("not ours")
     convert(src, tmp_path / "ours")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        assert (tmp_path / "ours" / name).read_bytes() == (src / name).read_bytes()
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", *SMALL_FILES):
+        for folder in ("ours", "back"):
+            assert (tmp_path / folder / name).read_bytes() == (src / name).read_bytes()
     assert not (tmp_path / "ours" / "README.md").exists()
+
+
+def test_a_tokenizer_that_transformers_saved_is_the_same_after_the_way_back(tmp_path):
+    """With several chat templates, as save_pretrained lays them out: transformers reads the same ids and templates."""
+    src = save_hf(tmp_path / "hf", vocab_size=300)
+    write_tokenizer(src, 290)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(src)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}{{ messages }}"}
+    tokenizer.save_pretrained(src)
+    convert(src, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert again.chat_template == tokenizer.chat_template and again.get_vocab() == tokenizer.get_vocab()
+    assert list((tmp_path / "ours" / "additional_chat_templates").iterdir())
+
+
+EOS = 257  # of write_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("config", "generation"),
+    [
+        ({"eos_token_id": 270}, None),
+        ({"eos_token_id": [270, 271], "bos_token_id": 256, "pad_token_id": 0}, None),
+        ({"eos_token_id": None}, None),
+        ({"eos_token_id": [270, 271]}, {"eos_token_id": [272], "bos_token_id": 256}),
+        ({"eos_token_id": None}, {"eos_token_id": 272}),
+    ],
+)
+def test_stop_ids_are_those_of_transformers(tmp_path, config, generation):
+    """They may stand in config.json alone; generation_config.json counts where it is there. The tokenizer's EOS is one.
+
+    Before, those of config.json were lost, and a text ran to its limit."""
+    src = save_hf(tmp_path / "hf", vocab_size=300)
+    write_tokenizer(src, 290)
+    edit_json(src / "config.json", **config)
+    (src / "generation_config.json").unlink()
+    if generation is not None:
+        (src / "generation_config.json").write_text(json.dumps(generation))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(src).generation_config
+    ids = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    expected = {EOS, *(i for i in ids if i is not None)}
+    convert(src, tmp_path / "ours")
+    assert set(load_tokenizer(tmp_path / "ours").stop_ids) == expected
+    convert(src, tmp_path / "ours")  # a second run finds what it would write
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        assert getattr(again, name) == getattr(theirs, name)
+
+
+def test_stop_ids_of_a_nested_config(tmp_path):
+    hf = {"eos_token_id": None, "text_config": {"eos_token_id": [3, 4], "pad_token_id": 0}}
+    theirs = transformers.GenerationConfig.from_model_config(dict(hf))
+    ours = json.loads(convert_hf.stop_ids(hf, tmp_path)["generation_config.json"])
+    assert ours == {"eos_token_id": theirs.eos_token_id, "pad_token_id": theirs.pad_token_id}
+
+
+def test_stop_ids_that_transformers_does_not_use_are_told(tmp_path, capsys):
+    """generation_config.json counts alone, also where it has none."""
+    src = save_hf(tmp_path / "hf")
+    edit_json(src / "config.json", eos_token_id=5)
+    (src / "generation_config.json").write_text("{}")
+    assert transformers.AutoModelForCausalLM.from_pretrained(src).generation_config.eos_token_id is None
+    convert(src, tmp_path / "ours")
+    assert "generation_config.json has no eos_token_id and counts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["2", [1, "2"], 2.0, True, {"a": 1}, [[1]]])
+def test_stop_ids_that_are_none(tmp_path, value):
+    src = save_hf(tmp_path / "hf")
+    (src / "generation_config.json").unlink()
+    edit_json(src / "config.json", eos_token_id=value)
+    refused(ValueError, "expected a token id or a list of them", src, tmp_path / "out")
+
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+MIXES = {  # which tensors are stored in another dtype than the rest
+    "norms": lambda name: "norm" in name,
+    "embedding": lambda name: "embed" in name,
+    "one layer": lambda name: ".1." in name,
+    "queries": lambda name: "q_proj" in name,
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixed_dtypes(tmp_path, capsys, mix):
+    """keep keeps every tensor's bits, says that there are several dtypes, and what it writes can be run."""
+    src, tokens = save_hf(tmp_path / "hf", "qwen2-window"), torch.arange(30)[None]
+    weights = tensors(src)
+    for rest, some in itertools.permutations(KINDS, 2):
+        stored = {name: value.to(some if MIXES[mix](name) else rest) for name, value in weights.items()}
+        save_file(stored, src / "model.safetensors", {"format": "pt"})
+        capsys.readouterr()
+        ours = tmp_path / f"{rest}{some}"
+        convert(src, ours)
+        words = capsys.readouterr().err
+        assert all(str(kind).removeprefix("torch.") in words for kind in (rest, some))
+        assert_same_bits(stored, back(ours, tmp_path / f"{rest}{some}back"))
+        logits, exact = load_model(ours)(tokens)[0], load_model(ours, dtype=torch.float32)(tokens)[0]
+        assert logits.isfinite().all() and (logits - exact).abs().max() < 0.1 * exact.abs().max()
+    convert(src, tmp_path / "one", dtype="bfloat16")
+    assert {value.dtype for value in tensors(tmp_path / "one").values()} == {torch.bfloat16}
 
 
 def test_tied_head_that_was_stored_is_compared_and_dropped(tmp_path):
@@ -341,6 +459,41 @@ def test_yarn_factor_follows_from_the_lengths_when_it_is_null():
     assert config_from_hf(hf).rope_scaling == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240}
 
 
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        (None, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 512),  # no original length: transformers takes max_position_embeddings
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "factor": 2.5, "original_max_position_embeddings": 100}, 250),
+        ({"rope_type": "linear", "factor": 4.0}, 512),
+        ({"rope_type": "linear", "factor": 2.5}, 320),
+        ({**LLAMA3, "rope_type": "llama3", "original_max_position_embeddings": 32}, 128),
+    ],
+)
+def test_context_is_what_the_scaling_allows(rope, context):
+    """Of the config as it stands, as transformers 5 rewrites it, and of our own export, which transformers reads alike."""
+    hf = {**REAL["Qwen3-0.6B"][0], "max_position_embeddings": 128, "rope_scaling": rope}
+    config = config_from_hf(hf)
+    assert config.max_seq_len == context
+    assert config_from_hf(transformers.AutoConfig.for_model(**hf).to_dict()) == config
+    assert config_from_hf(config_to_hf(config)) == config
+    assert config_from_hf(transformers.AutoConfig.for_model(**config_to_hf(config)).to_dict()) == config
+
+
+def test_a_folder_from_before_the_scaling_counted_is_exported(tmp_path):
+    """Its max_seq_len is max_position_embeddings; it is the same model."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 128}
+    src = save_hf(tmp_path / "hf", "qwen2", rope_parameters=rope)
+    assert convert(src, tmp_path / "ours").max_seq_len == 512
+    edit_json(tmp_path / "ours" / "config.json", max_seq_len=128)
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (src / "config.json").read_bytes()
+
+
 def test_unused_rope_keys_are_ignored_with_a_warning(capsys):
     config_from_hf({**REAL["Llama-2-7B"][0], "rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}})
     assert "does not use finetuned" in capsys.readouterr().err
@@ -409,6 +562,35 @@ def test_unsupported_configs_are_refused_by_name(change, words):
 def test_each_needed_key_is_named_when_it_is_missing(key):
     with pytest.raises(ValueError, match=f"config.json has no {key}, expected in a llama model"):
         config_from_hf({name: value for name, value in REAL["Llama-2-7B"][0].items() if name != key})
+
+
+NONSENSE = [0, -1, 1, 1.5, float("nan"), float("inf"), 10**30, "7", "", True, [], [1], [[]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("key", [key for key in REAL["Qwen3-0.6B"][0]] + ["architectures", "layer_types"])
+def test_values_that_cannot_be_are_refused_by_key(key):
+    """Whatever stands at a key, there is one sentence of ours or a config: never another exception."""
+    for value in NONSENSE:
+        try:
+            config = config_from_hf({**REAL["Qwen3-0.6B"][0], key: value})
+        except ValueError as error:
+            assert any(word in str(error) for word in (key, "heads", "head_dim", "sliding_window")), error
+            assert "\n" not in str(error) and len(str(error)) < 400
+            continue
+        convert_hf.expected_shapes(replace(config, n_layers=1, window_layers=None))
+        assert all(x == x for x in asdict(config).values()), "NaN went through"
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "yarn-all"])
+def test_rope_values_that_cannot_be_are_refused(kind):
+    for key, value in itertools.product(ROPES[kind], NONSENSE):
+        try:
+            config = config_from_hf({**REAL["Qwen3-0.6B"][0], "rope_scaling": {**ROPES[kind], key: value}})
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith("config.json")
+            continue
+        frequencies, factor = rope_frequencies(config)
+        assert frequencies.isfinite().all() and factor < 1e15
 
 
 def test_export_refuses_what_the_family_cannot_say():
@@ -583,6 +765,78 @@ def write_tokenizer(folder: Path, size: int) -> None:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|256|>", "eos_token": "<|257|>"}))
+
+
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+BROKEN = {
+    "empty": b"",
+    "cut short": b'{"a": ',
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "huge number": b'{"hidden_size": ' + b"9" * 5000 + b"}",
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_files_that_are_none(tmp_path, name):
+    """Also as the kept config of a checkpoint of ours."""
+    src, ours = save_hf(tmp_path / "hf", vocab_size=300), tmp_path / "ours"
+    write_tokenizer(src, 290)
+    convert(src, ours)
+    for content in BROKEN.values():
+        (src / name).write_bytes(content)
+        refused(ValueError, name, src, tmp_path / "out")
+        (ours / ("hf_config.json" if name == "config.json" else name)).write_bytes(content)
+        refused(ValueError, name, ours, tmp_path / "out", to_hf=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_folder_in_place_of_a_file(tmp_path, name):
+    src = save_hf(tmp_path / "hf", vocab_size=300)
+    write_tokenizer(src, 290)
+    (src / name).unlink(missing_ok=True)
+    (src / name).mkdir()
+    refused((ValueError, FileNotFoundError), name, src, tmp_path / "out")
+
+
+def test_header_that_is_no_header(tmp_path):
+    """Lengths that lie, text that is not JSON, entries of other types: the library says no, we say where."""
+    src = save_hf(tmp_path / "hf")
+    headers = [b"{", b"[]", b"3", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}']
+    headers += [b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', b'{"a": {}}', b"\xff\xff"]
+    files = [len(text).to_bytes(8, "little") + text + bytes(8) for text in headers]
+    files += [length.to_bytes(8, "little") + b"{}" for length in (0, 2**40, 2**63, 2**64 - 1)] + [b"", b"\0" * 7]
+    for content in files:
+        (src / "model.safetensors").write_bytes(content)
+        refused(ValueError, "model.safetensors", src, tmp_path / "out")
+
+
+def test_index_with_other_things_in_it(tmp_path):
+    src = save_hf(tmp_path / "hf", shards=True)
+    names = [3, "x" * 300, "a/b", "\ud800", "", "\0", None, ["a"]]
+    for where in ([], 3, {}, *({"a": name} for name in names)):
+        edit_json(src / INDEX, weight_map=where)
+        refused((ValueError, FileNotFoundError), INDEX, src, tmp_path / "out")
+    for content in ([], 3, {}, {"a": 1}):
+        (src / INDEX).write_text(json.dumps(content))
+        refused(ValueError, INDEX, src, tmp_path / "out")
+
+
+def test_a_checkpoint_of_ours_with_other_things_in_its_config(tmp_path):
+    ours, out = tmp_path / "ours", tmp_path / "out"
+    convert(save_hf(tmp_path / "hf"), ours)
+    (ours / "hf_config.json").unlink()
+    good = json.loads((ours / "config.json").read_text())
+    for key, value in itertools.product(good, NONSENSE):
+        (ours / "config.json").write_text(json.dumps({**good, key: value}))
+        try:
+            convert(ours, out, to_hf=True)
+        except ValueError as error:
+            assert "config" in str(error) and "\n" not in str(error) and not out.exists()
+        else:
+            shutil.rmtree(out)
 
 
 def test_missing_shard(tmp_path):
