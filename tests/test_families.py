@@ -1,4 +1,4 @@
-"""Every family computes what transformers computes: logits, bf16, caches, padding and greedy tokens, on tiny random models.
+"""Every family computes what transformers computes, on tiny random models: logits, bf16, caches, padding, greedy tokens.
 
 Run: python -m pytest tests/test_families.py
 """
@@ -28,7 +28,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 PLAIN_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}  # as our config has it
 WINDOW = {"use_sliding_window": True, "sliding_window": 12}
 
-CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer than every window and every original context here
+# name -> (model_type, settings on top of TINY); prompts are longer than every window and every original context here
+CASES = {
     "llama": ("llama", {}),
     "llama-mha-odd": ("llama", {"num_key_value_heads": 6, "vocab_size": 97, "rms_norm_eps": 1e-3}),
     "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -107,6 +108,44 @@ def test_logits_equal_transformers(name):
     logits, gates = ours(tokens)
     assert expected.abs().max() > 2 and gates is None and logits.dtype == torch.float32
     assert error(logits, expected) < 1e-4
+
+
+SCALED = {  # name -> (model_type, rope_parameters, the context they allow where max_position_embeddings is 128)
+    "yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+    "yarn without a length": ("qwen2", {"rope_type": "yarn", "factor": 4.0}, 512),
+    "yarn, shorter original": (
+        "llama",
+        {"rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 64},
+        384,
+    ),
+    "yarn, wide heads": ("qwen3", {"rope_type": "yarn", "factor": 2.5, "attention_factor": 1.1}, 320),
+    "linear": ("mistral", {"rope_type": "linear", "factor": 3.0}, 384),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_beyond_max_position_embeddings(name, tmp_path):
+    """The context is what the scaling allows, and up to it the logits and the tokens are transformers'.
+
+    Before, every script refused what is longer than max_position_embeddings."""
+    family, rope, context = SCALED[name]
+    rope = {"rope_theta": 10000.0, **rope}
+    window = {"sliding_window": None} if family == "mistral" else {}
+    settings = {**TINY, **window, "max_position_embeddings": 128, "rope_parameters": rope}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **settings, pad_token_id=None, eos_token_id=None)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for key, value in theirs.named_parameters():
+        value.data.normal_(*((1.0, 0.3) if "norm" in key else (0.0, 0.15)))
+    theirs.save_pretrained(tmp_path / "hf")
+    assert convert_hf.convert(tmp_path / "hf", tmp_path / "ours").max_seq_len == context
+    ours = load_model(tmp_path / "ours")
+    tokens = torch.randint(131, (1, context), generator=torch.Generator().manual_seed(7))
+    expected = theirs(tokens).logits
+    assert expected.abs().max() > 2 and error(ours(tokens)[0], expected) < 1e-4
+    prompt = tokens[:, : context - 20]
+    whole = theirs.generate(prompt, max_new_tokens=20, do_sample=False)[0].tolist()
+    assert prompt[0].tolist() + generate(ours, prompt.tolist(), 20)[0] == whole
 
 
 @pytest.mark.parametrize(
