@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: every tensor is renamed.
+"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: tensors are renamed.
 
     python convert_hf.py SRC OUT [--dtype=keep|float32|bfloat16|float16]
     python convert_hf.py SRC OUT --to_hf                # SRC is ours, OUT a folder for transformers
@@ -66,7 +66,7 @@ CONFIG_MAP = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-# Per family: its class in transformers, and the keys that may be absent or null because transformers' own default is plain.
+# Per family: its class in transformers, and the keys that may be absent or null (transformers' own default is plain).
 FAMILIES = {
     "llama": ("LlamaForCausalLM", ("tie_word_embeddings", "head_dim", "num_key_value_heads", "rope_theta")),
     "mistral": ("MistralForCausalLM", ("tie_word_embeddings", "head_dim")),
@@ -77,7 +77,7 @@ DEFAULT_THETA = 10000.0  # what transformers takes for Llama 1 and 2, whose conf
 # Keys that change the function: the values that we compute (None: the key is absent or null).
 SUPPORTED_VALUES = {
     "hidden_act": ("silu",),
-    "attention_bias": (None, False),  # it would add a bias to o_proj; Qwen2's bias on q, k, v is built in and not this key
+    "attention_bias": (None, False),  # a bias on o_proj too; Qwen2's on q, k, v is built in and not this key
     "mlp_bias": (None, False),
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
@@ -133,7 +133,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     family = _family_of(hf)
     _check_values(hf)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # transformers 4 writes the first, 5 the second
-    theta = rope.get("rope_theta", hf.get("rope_theta"))
+    theta = hf.get("rope_theta") if rope.get("rope_theta") is None else rope["rope_theta"]
     _check_missing(hf, family, theta)
     for key, supported in SUPPORTED_VALUES.items():
         ignored = (key, family) == ("attention_bias", "qwen2")  # transformers' Qwen2 does not read it
@@ -214,7 +214,9 @@ def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
         return None
     _check_values(rope)
     longest, key = hf["max_position_embeddings"], "original_max_position_embeddings"
-    values = {**rope, key: hf.get(key, rope.get(key, longest))}  # looked for in transformers' order
+    values = {**rope, key: hf.get(key) or rope.get(key) or longest}  # in transformers' order
+    if "truncate" in rope:
+        values["truncate"] = bool(rope["truncate"])  # null means no, absence yes
     needed, optional = ROPE_KEYS[kind]
     values = {key: values[key] for key in (*needed, *optional) if values.get(key) is not None}
     if kind == "yarn" and "factor" not in values:
@@ -250,9 +252,11 @@ def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
                          "remove it")
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
         window = None
-    first = 0 if family == "mistral" else hf.get("max_window_layers", layers)
-    if window is None:
+    first = hf.get("max_window_layers")
+    if window is None or first is None:
         first = layers
+    if window is not None and family == "mistral":
+        first = 0
     usual = [LAYER_TYPES[layer >= first] for layer in range(layers)]
     types = hf.get("layer_types") or usual
     allowed = [usual]  # transformers applies Mistral's window to every layer, whatever layer_types says
@@ -503,8 +507,8 @@ def _check_tied(head: Stored, table: Stored) -> None:
 def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
     """The names of the small files that go with a model, checked.
 
-    The tokenizer is loaded, which refuses what cannot be reproduced exactly; it may not have more ids than the embedding
-    has rows (fewer are usual: embeddings are padded to a round number).
+    The tokenizer is loaded, which refuses what cannot be reproduced exactly; it may not have more ids than the
+    embedding has rows (fewer are usual: embeddings are padded to a round number).
     """
     names = sorted(p.relative_to(src).as_posix() for pattern in (*TOKENIZERS, *SETTINGS) for p in src.glob(pattern))
     for name in names:
@@ -523,7 +527,7 @@ def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
 
 
 def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: bool = False) -> ModelConfig:
-    """Convert the folder `src` into the folder `out`, and check the result.
+    """Convert the folder `src` into the folder `out`.
 
     dtype: keep (every tensor as it is stored), or a name in runtime.DTYPES. Raises ValueError and FileNotFoundError.
     """
@@ -535,31 +539,33 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     if out.exists() and (not out.is_dir() or out.resolve() == src.resolve()):
         raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: "
                          "choose another one")
+    cast = None if dtype == "keep" else runtime.DTYPES[dtype]
     config, documents = read_configs(src, dtype, to_hf)
     shards = list_shards(src)
-    files = name_files(plan(shards, config, to_hf))
+    planned = plan(shards, config, to_hf)
+    names = [f"model-{i:05}-of-{len(planned):05}.safetensors" for i in range(1, len(planned) + 1)]
+    files = dict(zip(names if len(names) > 1 else ["model.safetensors"], planned))
     copies = check_tokenizer(src, config)
     clean(out, {*files, *copies, *documents, INDEX})
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensors in files.values() for _, tensor in tensors}
-    if dtype == "keep" and len(kinds) > 1:
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensors in planned for _, tensor in tensors}
+    if cast is None and len(kinds) > 1:
         _warn(f"the weights are stored in {' and '.join(sorted(kinds))}, kept so; --dtype=NAME makes them one")
 
-    cast = None if dtype == "keep" else runtime.DTYPES[dtype]
     for i, (name, tensors) in enumerate(files.items(), 1):
         done = put(out / name, shard_chunks(tensors, cast))
         size = (out / name).stat().st_size / 1e6
         runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {size:,.1f} MB | {done}")
-    written = check_output(out, list(files), config, to_hf)
     if len(files) > 1:
-        documents = {INDEX: _json(index_of(written)), **documents}
+        put(out / INDEX, [_json(index_of(files, cast))])
     for name in copies:
         put(out / name, [(src / name).read_bytes()])
     for name, text in documents.items():  # config.json is the last one
         put(out / name, [text])
 
-    read, largest = sum(map(len, shards)), max(sum(tensor.size for tensor in shard) for shard in shards)
+    read, written = sum(map(len, shards)), sum(map(len, planned))
+    largest = max(sum(tensor.size for tensor in shard) for shard in shards)
     runtime.print0(
-        f"{config.family} | {read} tensors read, {len(written)} written, {read - len(written)} left out | "
+        f"{config.family} | {read} tensors read, {written} written, {read - written} left out | "
         f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB "
         f"(largest shard {largest / 1e6:,.1f} MB) | {time.perf_counter() - start:.1f} s | {out}"
     )
@@ -594,18 +600,17 @@ def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[
 
 def stop_ids(hf: dict, src: Path) -> dict[str, bytes]:
     """A generation_config.json for a folder that has none: the ids of config.json, which transformers takes then."""
-    inner = hf.get("text_config") or {}
-    ids = {}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = inner.get(name) if hf.get(name) is None else hf[name]
-        if not all(type(i) is int for i in (value if isinstance(value, list) else [value])) and value is not None:
+    inner, document = hf.get("text_config") or {}, src / "generation_config.json"
+    both = {**inner, **{key: value for key, value in hf.items() if value is not None}}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: both[name] for name in names if both.get(name) is not None}
+    for name, value in ids.items():
+        if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
             raise ValueError(f"config.json: {name} is {short(value)}, expected a token id or a list of them: mend it")
-        ids[name] = value
-    document = src / "generation_config.json"
-    if ids["eos_token_id"] is None:
+    if "eos_token_id" not in ids:
         return {}
     if not document.exists():
-        return {document.name: _json({name: value for name, value in ids.items() if value is not None})}
+        return {document.name: _json(ids)}
     if _read_object(document).get("eos_token_id") is None:
         _warn(f"{document} has no eos_token_id and counts, as in transformers; that of config.json is not used")
     return {}
@@ -615,17 +620,11 @@ def _with_dtype(hf: dict, dtype: str) -> dict:
     return hf if dtype == "keep" else {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}  # transformers 5 and 4
 
 
-def name_files(files: list[list[tuple[str, Stored]]]) -> dict[str, list[tuple[str, Stored]]]:
-    """The names of the output's weight files."""
-    if len(files) == 1:
-        return {"model.safetensors": files[0]}
-    return {f"model-{i:05}-of-{len(files):05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
-
-
-def index_of(written: list[Stored]) -> dict:
+def index_of(files: dict[str, list[tuple[str, Stored]]], dtype: torch.dtype | None) -> dict:
     """The index of several weight files: which tensor is where."""
-    where = {tensor.name: tensor.path.name for tensor in sorted(written, key=lambda tensor: tensor.name)}
-    return {"metadata": {"total_size": sum(tensor.size for tensor in written)}, "weight_map": where}
+    where = {name: file for file, tensors in files.items() for name, _ in tensors}
+    sizes = (math.prod(t.shape) * (dtype or t.dtype).itemsize for tensors in files.values() for _, t in tensors)
+    return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
 
 
 def clean(out: Path, ours: set[str]) -> None:
@@ -655,21 +654,11 @@ def put(path: Path, chunks: Iterable[bytes]) -> str:
         runtime.write_atomic(path, write)
         return "written"
     with open(path, "rb") as file:
-        same = [file.read(len(chunk)) == memoryview(chunk) for chunk in chunks]  # all of them are read, for the warnings
+        same = [file.read(len(chunk)) == memoryview(chunk) for chunk in chunks]  # to the end, for the warnings
         if not all(same) or file.read(1):
             raise ValueError(f"{path} is not what this conversion writes (other weights or dtype): "
                              f"remove {path.parent} and convert again")
     return "verified"
-
-
-def check_output(out: Path, names: list[str], config: ModelConfig, to_hf: bool) -> list[Stored]:
-    """Read the headers back: every expected tensor is there once, with the right shape."""
-    written = [tensor for name in names for tensor in read_header(out / name)]
-    expected = expected_shapes(config)
-    if to_hf:
-        expected = {rename(name, KEY_MAP_TO_HF): shape for name, shape in expected.items()}
-    assert len(written) == len(expected) and {tensor.name: tensor.shape for tensor in written} == expected
-    return written
 
 
 def _read_object(path: Path) -> dict:

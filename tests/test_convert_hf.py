@@ -564,7 +564,7 @@ def test_each_needed_key_is_named_when_it_is_missing(key):
         config_from_hf({name: value for name, value in REAL["Llama-2-7B"][0].items() if name != key})
 
 
-NONSENSE = [0, -1, 1, 1.5, float("nan"), float("inf"), 10**30, "7", "", True, [], [1], [[]], {}, {"a": 1}]
+NONSENSE = [None, 0, -1, 1, 1.5, float("nan"), float("inf"), 10**30, "7", "", True, [], [1], [[]], {}, {"a": 1}]
 
 
 @pytest.mark.parametrize("key", [key for key in REAL["Qwen3-0.6B"][0]] + ["architectures", "layer_types"])
