@@ -370,6 +370,13 @@ def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype | None) -
         yield from _cast_chunks(tensor, dtype or tensor.dtype)
 
 
+def counted(chunks: Iterable[bytes], progress: runtime.Progress) -> Iterator[bytes]:
+    """The chunks; each is a step of the progress line."""
+    for chunk in chunks:
+        yield chunk
+        progress.step()
+
+
 def _cast_chunks(tensor: Stored, dtype: torch.dtype) -> Iterator[memoryview]:
     """The bytes of one tensor in another dtype; values that are not finite are counted and told."""
     bad = overflown = 0
@@ -551,10 +558,12 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     if cast is None and len(kinds) > 1:
         _warn(f"the weights are stored in {' and '.join(sorted(kinds))}, kept so; --dtype=NAME makes them one")
 
-    for i, (name, tensors) in enumerate(files.items(), 1):
-        done = put(out / name, shard_chunks(tensors, cast))
-        size = (out / name).stat().st_size / 1e6
-        runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {size:,.1f} MB | {done}")
+    pieces = sum(1 + sum(len(range(0, tensor.size, CHUNK)) for _, tensor in tensors) for tensors in planned)
+    with runtime.Progress("convert", pieces) as progress:
+        for i, (name, tensors) in enumerate(files.items(), 1):
+            done = put(out / name, counted(shard_chunks(tensors, cast), progress))
+            size = (out / name).stat().st_size / 1e6
+            runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {size:,.1f} MB | {done}")
     if len(files) > 1:
         put(out / INDEX, [_json(index_of(files, cast))])
     for name in copies:
@@ -678,6 +687,7 @@ def _some(names: list[str]) -> str:
 
 
 def _warn(text: str) -> None:
+    runtime.Progress.wipe()
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

