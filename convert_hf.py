@@ -355,19 +355,18 @@ def read_chunks(tensor: Stored) -> Iterator[torch.Tensor]:
             yield torch.frombuffer(view, dtype=tensor.dtype)
 
 
-def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype | None) -> Iterator[bytes]:
-    """The bytes of a safetensors file that holds `tensors` under their new names, cast to `dtype` (None: as stored)."""
+def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype) -> Iterator[bytes]:
+    """The bytes of a safetensors file that holds `tensors` under their new names, cast to `dtype`."""
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
     for name, tensor in tensors:
-        kind = dtype or tensor.dtype
-        size = math.prod(tensor.shape) * kind.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": tensor.shape, "data_offsets": (end, end + size)}
+        size = math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": tensor.shape, "data_offsets": (end, end + size)}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data start on a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in tensors:
-        yield from _cast_chunks(tensor, dtype or tensor.dtype)
+        yield from _cast_chunks(tensor, dtype)
 
 
 def counted(chunks: Iterable[bytes], progress: runtime.Progress) -> Iterator[bytes]:
@@ -511,6 +510,18 @@ def _check_tied(head: Stored, table: Stored) -> None:
                          "set tie_word_embeddings=false")
 
 
+def main_dtype(planned: list[list[tuple[str, Stored]]]) -> torch.dtype:
+    """The dtype in which most values are stored. A model computes in one: transformers casts the others when it loads."""
+    values = dict.fromkeys(DTYPES.values(), 0)
+    for tensor in (tensor for tensors in planned for _, tensor in tensors):
+        values[tensor.dtype] += math.prod(tensor.shape)
+    most = max(values, key=values.get)
+    if sum(map(bool, values.values())) > 1:
+        found = ", ".join(f"{n:,} values in {kind}" for kind, n in values.items() if n).replace("torch.", "")
+        _warn(f"the weights are stored as {found}: all are written in {most}; --dtype=float32 keeps every digit")
+    return most
+
+
 def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
     """The names of the small files that go with a model, checked.
 
@@ -536,7 +547,8 @@ def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
 def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: bool = False) -> ModelConfig:
     """Convert the folder `src` into the folder `out`.
 
-    dtype: keep (every tensor as it is stored), or a name in runtime.DTYPES. Raises ValueError and FileNotFoundError.
+    dtype: keep (as the weights are stored, or as most of them are), or a name in runtime.DTYPES. Raises ValueError and
+    FileNotFoundError.
     """
     start, memory = time.perf_counter(), runtime.peak_memory_bytes("cpu")
     src, out = Path(src), Path(out)
@@ -546,7 +558,6 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     if out.exists() and (not out.is_dir() or out.resolve() == src.resolve()):
         raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: "
                          "choose another one")
-    cast = None if dtype == "keep" else runtime.DTYPES[dtype]
     config, documents = read_configs(src, dtype, to_hf)
     shards = list_shards(src)
     planned = plan(shards, config, to_hf)
@@ -554,9 +565,7 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     files = dict(zip(names if len(names) > 1 else ["model.safetensors"], planned))
     copies = check_tokenizer(src, config)
     clean(out, {*files, *copies, *documents, INDEX})
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensors in planned for _, tensor in tensors}
-    if cast is None and len(kinds) > 1:
-        _warn(f"the weights are stored in {' and '.join(sorted(kinds))}, kept so; --dtype=NAME makes them one")
+    cast = main_dtype(planned) if dtype == "keep" else runtime.DTYPES[dtype]
 
     pieces = sum(1 + sum(len(range(0, tensor.size, CHUNK)) for _, tensor in tensors) for tensors in planned)
     with runtime.Progress("convert", pieces) as progress:
@@ -629,10 +638,10 @@ def _with_dtype(hf: dict, dtype: str) -> dict:
     return hf if dtype == "keep" else {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}  # transformers 5 and 4
 
 
-def index_of(files: dict[str, list[tuple[str, Stored]]], dtype: torch.dtype | None) -> dict:
+def index_of(files: dict[str, list[tuple[str, Stored]]], dtype: torch.dtype) -> dict:
     """The index of several weight files: which tensor is where."""
     where = {name: file for file, tensors in files.items() for name, _ in tensors}
-    sizes = (math.prod(t.shape) * (dtype or t.dtype).itemsize for tensors in files.values() for _, t in tensors)
+    sizes = (math.prod(t.shape) * dtype.itemsize for tensors in files.values() for _, t in tensors)
     return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
 
 
@@ -696,7 +705,7 @@ class ConvertConfig:
     src: str = field(metadata={"help": "folder to convert", "positional": True})
     out: str = field(metadata={"help": "folder to write: new, or of a run that was killed", "positional": True})
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(
-        default="keep", metadata={"help": "cast every tensor, or keep it as it is stored"}
+        default="keep", metadata={"help": "cast every tensor, or keep what they are stored in"}
     )
     to_hf: bool = field(default=False, metadata={"help": "from a checkpoint of ours to a Hugging Face folder"})
 

@@ -71,7 +71,7 @@ def split(folder: Path) -> None:
     for i, part in enumerate((weights[:middle], weights[middle:]), 1):
         name = f"model-{i:05}-of-00002.safetensors"
         pairs = [(tensor.name, tensor) for tensor in part]
-        (folder / name).write_bytes(b"".join(map(bytes, convert_hf.shard_chunks(pairs, None))))
+        (folder / name).write_bytes(b"".join(map(bytes, convert_hf.shard_chunks(pairs, torch.float32))))
         where.update({tensor.name: name for tensor in part})
     (folder / "model.safetensors").unlink()
     (folder / convert_hf.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
