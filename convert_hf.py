@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from reprlib import repr as short
 from typing import Literal
 
 import torch
@@ -119,6 +118,7 @@ SETTINGS = (
     *("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+OWN, OTHER = "take the model's own config.json", "choose another model"  # what the user can do
 INDEX = "model.safetensors.index.json"
 CHUNK = 4 << 20  # bytes of one tensor held at a time
 
@@ -138,8 +138,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     for key, supported in SUPPORTED_VALUES.items():
         ignored = (key, family) == ("attention_bias", "qwen2")  # transformers' Qwen2 does not read it
         if hf.get(key) not in supported and not ignored:
-            raise ValueError(f"config.json: {key} is {short(hf[key])}, supported is {supported[-1]!r}: "
-                             "this variant cannot be converted")
+            raise ValueError(f"config.json: {key} is {_short(hf[key])}, supported is {supported[-1]!r}: {OTHER}")
     values = {ours: hf[key] for key, ours in CONFIG_MAP.items() if hf.get(key) is not None}
     values.setdefault("n_kv_heads", values["n_heads"])
     values.setdefault("head_dim", values["dim"] // values["n_heads"])
@@ -159,14 +158,12 @@ def config_from_hf(hf: dict) -> ModelConfig:
 
 
 def _family_of(hf: dict) -> str:
-    family, known = hf.get("model_type"), ", ".join(name for name, _ in FAMILIES.values())
+    family = hf.get("model_type")
     if family not in list(FAMILIES):
-        raise ValueError(f"config.json: model_type is {short(family)}, supported are {', '.join(FAMILIES)} ({known}): "
-                         "choose another model")
+        raise ValueError(f"config.json: model_type is {_short(family)}, supported are {', '.join(FAMILIES)}: {OTHER}")
     name = FAMILIES[family][0]
     if (hf.get("architectures") or [name]) != [name]:
-        raise ValueError(f"config.json: architectures is {short(hf['architectures'])}, supported are {known}, "
-                         f"here {name}: choose another model")
+        raise ValueError(f"config.json: architectures is {_short(hf['architectures'])}, supported is {name}: {OTHER}")
     return family
 
 
@@ -184,7 +181,7 @@ def _check_values(values: dict) -> None:
             expected = f"a {kind.__name__}"
         else:
             continue
-        raise ValueError(f"config.json: {key} is {short(value)}, expected {expected}: take the model's own config.json")
+        raise ValueError(f"config.json: {key} is {_short(value)}, expected {expected}: {OWN}")
 
 
 def _check_missing(hf: dict, family: str, theta: float | None) -> None:
@@ -195,8 +192,7 @@ def _check_missing(hf: dict, family: str, theta: float | None) -> None:
     if family == "mistral" and "sliding_window" not in hf:  # null: no window; no key: transformers would fill in 4096
         missing.append("sliding_window")
     if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: "
-                         "take the model's own config.json")
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: {OWN}")
 
 
 def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
@@ -204,12 +200,11 @@ def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested or kind not in ("default", *ROPE_KEYS):
-        found = f"one for each of {', '.join(nested)}" if nested else short(kind)
-        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: "
-                         "choose another model")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor is {short(rope['partial_rotary_factor'])}, "
-                         "supported is 1.0: choose another model")
+        found = f"one for each of {', '.join(nested)}" if nested else _short(kind)
+        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: {OTHER}")
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor is {_short(part)}, supported is 1.0: {OTHER}")
     if kind == "default":
         return None
     _check_values(rope)
@@ -223,10 +218,9 @@ def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
         values["factor"] = longest / values[key]
     missing = [key for key in needed if key not in values]
     if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: "
-                         "take the model's own config.json")
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: {OWN}")
     if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
-        raise ValueError("config.json: low_freq_factor is not below high_freq_factor: take the model's own config.json")
+        raise ValueError(f"config.json: low_freq_factor is not below high_freq_factor: {OWN}")
     ignored = sorted(rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional})
     if ignored:
         _warn(f"config.json: RoPE type {kind} does not use {', '.join(ignored)}; ignored, as transformers does")
@@ -248,8 +242,7 @@ def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     """Sliding window and the layers that have it (None: all of them)."""
     family, layers, window = hf["model_type"], hf["num_hidden_layers"], hf.get("sliding_window")
     if family == "llama" and window is not None:
-        raise ValueError(f"config.json: sliding_window is {window}, which transformers ignores in a llama model: "
-                         "remove it")
+        raise ValueError(f"config.json: sliding_window is {window}, which a llama model ignores: remove it")
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
         window = None
     first = hf.get("max_window_layers")
@@ -263,8 +256,8 @@ def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     if window is not None and family != "mistral" and all(name in LAYER_TYPES for name in types):
         allowed.append(types)
     if len(types) != layers or types not in allowed:
-        raise ValueError(f"config.json: layer_types is {short(types)}, which a {family} model with {layers} layers and "
-                         f"sliding window {window} does not compute: take the model's own config.json")
+        raise ValueError(f"config.json: layer_types is {_short(types)}, which a {family} model with {layers} layers and "
+                         f"sliding window {window} does not compute: {OWN}")
     chosen = [layer for layer, name in enumerate(types) if name == "sliding_attention"]
     return (window if chosen else None), (None if len(chosen) in (0, layers) else chosen)
 
@@ -274,8 +267,7 @@ def config_to_hf(config: ModelConfig) -> dict:
 
     Raises ValueError when the family has no room for a setting."""
     if config.family not in list(FAMILIES):
-        raise ValueError(f"config.json: family is {short(config.family)}, supported are {', '.join(FAMILIES)}: "
-                         "set it to one of these")
+        raise ValueError(f"config.json: family is {_short(config.family)}, expected {', '.join(FAMILIES)}: mend it")
     ours, scaling = asdict(config), config.rope_scaling
     hf = {
         "architectures": [FAMILIES[config.family][0]],
@@ -299,10 +291,9 @@ def config_to_hf(config: ModelConfig) -> dict:
         hf["max_window_layers"] = min(windowed, default=config.n_layers)  # for versions that do not read layer_types
         hf["layer_types"] = [LAYER_TYPES[layer in windowed] for layer in range(config.n_layers)]
     again = asdict(config_from_hf(hf))
-    lost = ", ".join(f"{key}={short(value)}" for key, value in ours.items() if value != again[key])
+    lost = ", ".join(f"{key}={_short(value)}" for key, value in ours.items() if value != again[key])
     if lost:
-        raise ValueError(f"config.json has {lost}, which {FAMILIES[config.family][0]} cannot express: "
-                         "export it as another family")
+        raise ValueError(f"config.json has {lost}, which {hf['architectures'][0]} cannot express: change the family")
     return hf
 
 
@@ -335,8 +326,7 @@ def read_header(path: Path) -> list[Stored]:
     tensors = []
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}, supported are {', '.join(DTYPES)}: "
-                             "take one not quantised")
+            raise ValueError(f"{path}: {name} is in {entry['dtype']}, supported are {', '.join(DTYPES)}: {OTHER}")
         low, high = entry["data_offsets"]
         stored = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + low, high - low)
         tensors.append(stored)
@@ -396,8 +386,7 @@ def list_shards(src: Path) -> list[list[Stored]]:
     """The headers of all weight files of a folder, in the order of their names; an error says what it has instead."""
     single, index = src / "model.safetensors", src / INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{src} has both {single.name} and {index.name}, expected one of them: "
-                         "remove the one that is out of date")
+        raise ValueError(f"{src} has both {single.name} and {INDEX}, expected one of them: remove the older one")
     if single.is_file():
         return [read_header(single)]
     if not index.is_file():
@@ -406,16 +395,14 @@ def list_shards(src: Path) -> list[list[Stored]]:
             raise ValueError(f"{src} has pickle files only ({_some(sorted(pickles))}), expected safetensors: "
                              "save it again with save_pretrained")
         found = sorted(path.name for path in src.iterdir() if path.is_file())
-        raise FileNotFoundError(f"{src} has neither {single.name} nor {index.name}, found {_some(found)}: "
-                                "fetch the whole folder")
+        raise FileNotFoundError(f"{src} has neither {single.name} nor {INDEX}, found {_some(found)}: fetch all of it")
     where = _read_object(index).get("weight_map")
     if not isinstance(where, dict) or not all(re.fullmatch(r"[\w.-]{1,200}", str(name)) for name in where.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names beside it: fetch it again")
     files = sorted(set(map(str, where.values())))
     missing = [name for name in files if not (src / name).is_file()]
     if missing or not files:
-        raise FileNotFoundError(f"{src} lacks {_some(missing)} of the {len(files)} shards that {index.name} names: "
-                                "fetch the missing ones")
+        raise FileNotFoundError(f"{src} lacks {_some(missing)} of the {len(files)} shards of {INDEX}: fetch the rest")
     shards = [read_header(src / name) for name in files]
     _check_index(index, where, shards)
     return shards
@@ -431,8 +418,7 @@ def _check_index(index: Path, where: dict[str, str], shards: list[list[Stored]])
         home[tensor.name] = tensor.path.name
     for name, file in where.items():
         if home.get(name) != file:
-            raise ValueError(f"{index} puts {name} into {file}, which does not hold it: "
-                             "fetch index and shards of one version")
+            raise ValueError(f"{index} puts {name} into {file}, which does not hold it: fetch the folder afresh")
 
 
 # ----------------------------------------------------------------------------------------------------------- conversion
@@ -488,8 +474,7 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
         wrong = {"lack": missing, "add": strange}
         found = " and ".join(f"{verb} {len(names)} tensors ({_some(names)})" for verb, names in wrong.items() if names)
         hint = " (tie_word_embeddings is false)" if "lm_head.weight" in missing else ""
-        raise ValueError(f"the weights {found} of the model that config.json describes{hint}: "
-                         "fetch both from one place")
+        raise ValueError(f"the weights {found} of the model in config.json{hint}: fetch both from one place")
     if head is not None:
         _check_tied(head, used["tok_embeddings.weight"])
     return files
@@ -511,7 +496,7 @@ def _check_tied(head: Stored, table: Stored) -> None:
 
 
 def main_dtype(planned: list[list[tuple[str, Stored]]]) -> torch.dtype:
-    """The dtype in which most values are stored. A model computes in one: transformers casts the others when it loads."""
+    """The dtype in which most values are stored. A model computes in one; transformers casts the others on loading."""
     values = dict.fromkeys(DTYPES.values(), 0)
     for tensor in (tensor for tensors in planned for _, tensor in tensors):
         values[tensor.dtype] += math.prod(tensor.shape)
@@ -539,8 +524,7 @@ def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
         return names
     ids = load_tokenizer(src).vocab_size
     if ids > config.vocab_size:
-        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows: "
-                         "take the model's own tokenizer")
+        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,}: take its own")
     return names
 
 
@@ -553,11 +537,9 @@ def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: boo
     start, memory = time.perf_counter(), runtime.peak_memory_bytes("cpu")
     src, out = Path(src), Path(out)
     if not src.is_dir():
-        raise FileNotFoundError(f"SRC {src} is not a folder, expected one with config.json and safetensors: "
-                                "check the path")
+        raise FileNotFoundError(f"SRC {src} is not a folder, expected one that holds a model: check the path")
     if out.exists() and (not out.is_dir() or out.resolve() == src.resolve()):
-        raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: "
-                         "choose another one")
+        raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: change it")
     config, documents = read_configs(src, dtype, to_hf)
     shards = list_shards(src)
     planned = plan(shards, config, to_hf)
@@ -611,8 +593,7 @@ def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[
     theirs = config_from_hf(hf)
     older = replace(theirs, max_seq_len=hf["max_position_embeddings"])  # written before a scaling counted
     if config not in (theirs, older):
-        raise ValueError(f"{kept} and config.json describe different models: "
-                         f"remove {kept.name} to export what config.json says")
+        raise ValueError(f"{kept} and config.json describe different models: remove {kept.name} to export the latter")
     return config, {"config.json": kept.read_bytes() if dtype == "keep" else _json(_with_dtype(hf, dtype))}
 
 
@@ -624,7 +605,7 @@ def stop_ids(hf: dict, src: Path) -> dict[str, bytes]:
     ids = {name: both[name] for name in names if both.get(name) is not None}
     for name, value in ids.items():
         if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"config.json: {name} is {short(value)}, expected a token id or a list of them: mend it")
+            raise ValueError(f"config.json: {name} is {_short(value)}, expected a token id or a list of them: mend it")
     if "eos_token_id" not in ids:
         return {}
     if not document.exists():
@@ -674,8 +655,7 @@ def put(path: Path, chunks: Iterable[bytes]) -> str:
     with open(path, "rb") as file:
         same = [file.read(len(chunk)) == memoryview(chunk) for chunk in chunks]  # to the end, for the warnings
         if not all(same) or file.read(1):
-            raise ValueError(f"{path} is not what this conversion writes (other weights or dtype): "
-                             f"remove {path.parent} and convert again")
+            raise ValueError(f"{path} is not what this conversion writes (other weights, dtype): remove {path.parent}")
     return "verified"
 
 
@@ -693,6 +673,11 @@ def _json(obj) -> bytes:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more if names else "nothing"
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _warn(text: str) -> None:

@@ -1,9 +1,9 @@
-"""Mutate the files of a tiny valid input and see that a script takes it or refuses it: one sentence, nothing half written.
+"""Mutate the files of a tiny valid input: a script takes them or refuses them in a sentence, and writes nothing half.
 
 Run: python tests/fuzz_files.py --script=convert_hf --n=60 --seed=1        (--script=all: every script; not part of CI)
 
-Each case writes the valid files of a script afresh, mutates one of them, and runs the script in a forked process. A case
-fails when the script ends with a traceback, a status other than 0 and 2, more or less than one `error:` line at status
+Each case writes the valid files of a script afresh, mutates one of them, and runs the script in a forked process. It
+fails when the script ends with a traceback, another status than 0 and 2, another last line than one `error:` at status
 2, a file of its output at status 2 that says it is finished, or a temporary file. The case's number and --seed make it
 again: --first=K --n=1. A new script is one row of SCRIPTS.
 """
@@ -51,7 +51,7 @@ VALUES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------- valid inputs
+# --------------------------------------------------------------------------------------------------------- valid inputs
 
 
 def hf_folder(folder: Path) -> None:
@@ -137,7 +137,7 @@ SCRIPTS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- mutations
+# ------------------------------------------------------------------------------------------------------------ mutations
 
 
 def cut(data: bytes, draw: random.Random) -> bytes:
@@ -294,7 +294,7 @@ def faults(script: Script, status: int, said: str, out: Path) -> list[str]:
     if "Traceback" in said:
         found.append("traceback: " + said.strip().splitlines()[-1][:300])
     if status == 2 and (len(errors) != 1 or said.splitlines()[-1] != errors[0]):
-        found.append(f"{len(errors)} error lines at status 2")
+        found.append(f"status 2, {len(errors)} error lines, the last line is {said.splitlines()[-1][:200]}")
     if status == 2 and (out / script.finished).exists():
         found.append(f"{script.finished or 'OUT'} was written at status 2")
     if out.is_dir() and list(out.rglob(".*.tmp")):
