@@ -256,8 +256,8 @@ def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     if window is not None and family != "mistral" and all(name in LAYER_TYPES for name in types):
         allowed.append(types)
     if len(types) != layers or types not in allowed:
-        raise ValueError(f"config.json: layer_types is {_short(types)}, which a {family} model with {layers} layers and "
-                         f"sliding window {window} does not compute: {OWN}")
+        raise ValueError(f"config.json: layer_types is {_short(types)}, which a {family} model with {layers} layers "
+                         f"and sliding window {window} does not compute: {OWN}")
     chosen = [layer for layer, name in enumerate(types) if name == "sliding_attention"]
     return (window if chosen else None), (None if len(chosen) in (0, layers) else chosen)
 
