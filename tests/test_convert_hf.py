@@ -292,9 +292,8 @@ MIXES = {  # which tensors are stored in another dtype than the rest
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixed_dtypes(tmp_path, capsys, mix):
-    """keep makes them one, the one of most values, says so, and what it writes can be run. Before, load_model could
-    not."""
-    src, tokens = save_hf(tmp_path / "hf", "qwen2-window"), torch.arange(30)[None]
+    """keep makes them one, that of most values, says so, and what it writes can be run. Before, load_model could not."""
+    src = save_hf(tmp_path / "hf", "qwen2-window")
     weights = tensors(src)
     for rest, some in itertools.permutations(KINDS, 2):
         stored = {name: value.to(some if MIXES[mix](name) else rest) for name, value in weights.items()}
@@ -303,12 +302,10 @@ def test_mixed_dtypes(tmp_path, capsys, mix):
         ours = tmp_path / f"{rest}{some}"
         convert(src, ours)
         assert f"all are written in {rest}" in capsys.readouterr().err
-        one = {name: value.to(rest) for name, value in stored.items()}
-        assert_same_bits(one, back(ours, tmp_path / f"{rest}{some}back"))
-        logits, exact = load_model(ours)(tokens)[0], load_model(ours, dtype=torch.float32)(tokens)[0]
-        assert logits.isfinite().all() and (logits - exact).abs().max() < 0.1 * exact.abs().max()
-    convert(src, tmp_path / "one", dtype="bfloat16")
-    assert {value.dtype for value in tensors(tmp_path / "one").values()} == {torch.bfloat16}
+        expected = {convert_hf.rename(name, KEY_MAP): value.to(rest) for name, value in stored.items()}
+        assert_same_bits(expected, tensors(ours))
+        logits, _ = load_model(ours)(torch.arange(30)[None])
+        assert logits.isfinite().all()
 
 
 def test_tied_head_that_was_stored_is_compared_and_dropped(tmp_path):
