@@ -599,20 +599,15 @@ def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[
 
 def stop_ids(hf: dict, src: Path) -> dict[str, bytes]:
     """A generation_config.json for a folder that has none: the ids of config.json, which transformers takes then."""
-    inner, document = hf.get("text_config") or {}, src / "generation_config.json"
-    both = {**inner, **{key: value for key, value in hf.items() if value is not None}}
+    both = {**(hf.get("text_config") or {}), **{key: value for key, value in hf.items() if value is not None}}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: both[name] for name in names if both.get(name) is not None}
     for name, value in ids.items():
         if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
             raise ValueError(f"config.json: {name} is {_short(value)}, expected a token id or a list of them: mend it")
-    if "eos_token_id" not in ids:
+    if "eos_token_id" not in ids or (src / "generation_config.json").exists():
         return {}
-    if not document.exists():
-        return {document.name: _json(ids)}
-    if _read_object(document).get("eos_token_id") is None:
-        _warn(f"{document} has no eos_token_id and counts, as in transformers; that of config.json is not used")
-    return {}
+    return {"generation_config.json": _json(ids)}
 
 
 def _with_dtype(hf: dict, dtype: str) -> dict:

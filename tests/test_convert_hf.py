@@ -263,16 +263,6 @@ def test_stop_ids_of_a_nested_config(tmp_path):
     assert ours == {"eos_token_id": theirs.eos_token_id, "pad_token_id": theirs.pad_token_id}
 
 
-def test_stop_ids_that_transformers_does_not_use_are_told(tmp_path, capsys):
-    """generation_config.json counts alone, also where it has none."""
-    src = save_hf(tmp_path / "hf")
-    edit_json(src / "config.json", eos_token_id=5)
-    (src / "generation_config.json").write_text("{}")
-    assert transformers.AutoModelForCausalLM.from_pretrained(src).generation_config.eos_token_id is None
-    convert(src, tmp_path / "ours")
-    assert "generation_config.json has no eos_token_id and counts" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("value", ["2", [1, "2"], 2.0, True, {"a": 1}, [[1]]])
 def test_stop_ids_that_are_none(tmp_path, value):
     src = save_hf(tmp_path / "hf")
