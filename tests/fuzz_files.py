@@ -3,8 +3,8 @@
 Run: python tests/fuzz_files.py --script=convert_hf --n=60 --seed=1        (--script=all: every script; not part of CI)
 
 Each case writes the valid files of a script afresh, mutates one of them, and runs the script in a forked process. It
-fails when the script ends with a traceback, another status than 0 and 2, another last line than one `error:` at status
-2, a file of its output at status 2 that says it is finished, or a temporary file. The case's number and --seed make it
+fails when the script ends with a traceback, another status than 0 and 2, no `error:` or several at status 2, a file of
+its output at status 2 that says it is finished, or a temporary file. The case's number and --seed make it
 again: --first=K --n=1. A new script is one row of SCRIPTS.
 """
 
@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,8 +294,8 @@ def faults(script: Script, status: int, said: str, out: Path) -> list[str]:
         found.append(f"status {status}")
     if "Traceback" in said:
         found.append("traceback: " + said.strip().splitlines()[-1][:300])
-    if status == 2 and (len(errors) != 1 or said.splitlines()[-1] != errors[0]):
-        found.append(f"status 2, {len(errors)} error lines, the last line is {said.splitlines()[-1][:200]}")
+    if status == 2 and len(errors) != 1:
+        found.append(f"{len(errors)} error lines at status 2")
     if status == 2 and (out / script.finished).exists():
         found.append(f"{script.finished or 'OUT'} was written at status 2")
     if out.is_dir() and list(out.rglob(".*.tmp")):
@@ -304,7 +305,7 @@ def faults(script: Script, status: int, said: str, out: Path) -> list[str]:
 
 def fuzz(name: str, first: int, n: int, seed: int) -> int:
     """Run n cases of one script; prints the faults and returns their number."""
-    script, bad, refused = SCRIPTS[name], 0, 0
+    script, bad, ends = SCRIPTS[name], 0, Counter()
     importlib.import_module(script.module)
     with tempfile.TemporaryDirectory() as place:
         valid, src, out, log = (Path(place) / part for part in ("valid", "src", "out", "log"))
@@ -318,13 +319,14 @@ def fuzz(name: str, first: int, n: int, seed: int) -> int:
             found = faults(script, status, said, out)
             if case < first and status:
                 raise ValueError(f"the valid input of {name} is refused: {said[-500:]}")
-            refused += status == 2
-            bad += bool(found)
+            if case >= first:
+                ends[status] += 1
+                bad += bool(found)
             for fault in found:
                 print(f"{name} case {case} | {done} | {fault}", flush=True)
             for folder in (src, out):
                 shutil.rmtree(folder, ignore_errors=True)
-    print(f"{name}: {n} cases from {first}, seed {seed}: {refused} refused, {n - refused - bad} taken, {bad} faulty")
+    print(f"{name}: {n} cases from {first}, seed {seed}: {ends[2]} refused, {ends[0]} taken, {bad} faulty", flush=True)
     return bad
 
 

@@ -31,15 +31,14 @@ LLAMA3_SPLIT = (
 )
 
 TINY = dict(
-    **dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    ),
-    **dict(vocab_size=101, max_position_embeddings=128),
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=101,
+    max_position_embeddings=128,
 )
 ROPES = {
     "default": None,
@@ -282,7 +281,7 @@ MIXES = {  # which tensors are stored in another dtype than the rest
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixed_dtypes(tmp_path, capsys, mix):
-    """keep makes them one, that of most values, says so, and what it writes can be run. Before, load_model could not."""
+    """keep makes them one, that of most values, says so, and the result can be run. Before, load_model could not."""
     src = save_hf(tmp_path / "hf", "qwen2-window")
     weights = tensors(src)
     for rest, some in itertools.permutations(KINDS, 2):
@@ -327,20 +326,16 @@ def test_rotary_tables_of_old_files_are_dropped(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- config
 
 
-def published(model_type, dim, hidden, layers, heads, kv_heads, vocab, longest, eps, **more) -> dict:
-    sizes = dict(
-        hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab
-    )
-    optional = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
-    return dict(
-        model_type=model_type,
-        **sizes,
-        **optional,
-        max_position_embeddings=longest,
-        rms_norm_eps=eps,
-        hidden_act="silu",
-        **more,
-    )
+PUBLISHED = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings", "rms_norm_eps"),
+)
+
+
+def published(model_type: str, *values, **more) -> dict:
+    """A config.json with the values of PUBLISHED; None: the key is not there."""
+    given = {key: value for key, value in zip(PUBLISHED, values, strict=True) if value is not None}
+    return {"model_type": model_type, **given, "hidden_act": "silu", **more}
 
 
 LLAMA3 = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)

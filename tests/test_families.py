@@ -1,4 +1,4 @@
-"""Every family computes what transformers computes, on tiny random models: logits, bf16, caches, padding, greedy tokens.
+"""Every family computes what transformers computes, on tiny random models: logits, bf16, caches, padding, tokens.
 
 Run: python -m pytest tests/test_families.py
 """

