@@ -5,13 +5,14 @@ Run: python -m pytest tests/test_families.py
 
 import copy
 import functools
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
 import convert_hf
-from model import KVCache, Transformer, generate, load_model
+from model import KVCache, Transformer, generate, load_model, rope_frequencies
 
 transformers = pytest.importorskip("transformers")
 
@@ -241,3 +242,50 @@ def test_through_files(name, tmp_path):
     convert_hf.convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
     assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def drawn_rope(draw: random.Random) -> dict:
+    """A config's RoPE keys as people write them: old or new names, lengths here or there, null, or nothing."""
+    kind = draw.choice(["yarn", "yarn", "linear", "llama3", "default"])
+    choices = {
+        "factor": [1.0, 2.5, 4, 40.0],
+        "original_max_position_embeddings": [16, 48, 192],
+        "beta_fast": [None, 8, 32.0],
+        "beta_slow": [None, 1, 2.0],
+        "attention_factor": [None, 0.7, 1.25],
+        "mscale": [None, 0.707, 1.0],
+        "mscale_all_dim": [None, 0.5, 1.0],
+        "truncate": [None, True, False],
+        "low_freq_factor": [1, 1.5],
+        "high_freq_factor": [4.0, 8],
+    }
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(kind, [])
+    optional = {"yarn": list(choices)[:8], "llama3": ["original_max_position_embeddings"]}.get(kind, [])
+    keys = [*needed, *(key for key in optional if draw.random() < 0.5)]
+    rope = {draw.choice(["type", "rope_type"]): kind, **{key: draw.choice(choices[key]) for key in keys}}
+    if kind == "yarn":
+        rope.setdefault("factor", draw.choice([None, 3.0]))
+    hf = {draw.choice(["rope_scaling", "rope_parameters"]): rope}
+    draw.choice([hf, rope])["rope_theta"] = draw.choice([500.0, 10000, 1e6])
+    if draw.random() < 0.2:
+        hf["original_max_position_embeddings"] = draw.choice([32, 96])
+    return hf
+
+
+def test_drawn_rope_settings_equal_transformers():
+    """The frequencies and the factor on cos and sin of transformers' own module, before and after our export."""
+    draw = random.Random(0)
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for _ in range(300):
+        rope = drawn_rope(draw)
+        hf = {**TINY, "model_type": "llama", "rms_norm_eps": 1e-6, "hidden_act": "silu", **copy.deepcopy(rope)}
+        theirs = LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**copy.deepcopy(hf)))
+        config = convert_hf.config_from_hf(hf)
+        again = convert_hf.config_from_hf(
+            transformers.AutoConfig.for_model(**convert_hf.config_to_hf(config)).to_dict()
+        )
+        assert again == config, rope
+        frequencies, factor = rope_frequencies(config)
+        torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-5, atol=0, msg=str(rope))
+        assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6), rope
