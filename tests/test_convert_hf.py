@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import convert_hf
+import runtime
 from convert_hf import KEY_MAP, config_from_hf, config_to_hf, convert
 from model import load_model, rope_frequencies
 from tokenizer import load_tokenizer
@@ -181,6 +182,22 @@ def test_a_tensor_longer_than_one_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_hf, "CHUNK", 56)  # no tensor is a multiple of it
     convert(src, tmp_path / "pieces", dtype="float32")
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "pieces")
+
+
+def test_progress_counts_every_piece(tmp_path, monkeypatch):
+    """The line that shows in a long conversion ends at its total, with several shards and pieces."""
+    src, ends = save_hf(tmp_path / "hf", shards=True), []
+
+    class Watched(runtime.Progress):
+        def __exit__(self, *error):
+            ends.append((self.done, self.total))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(runtime, "Progress", Watched)
+    monkeypatch.setattr(convert_hf, "CHUNK", 64)
+    convert(src, tmp_path / "ours")
+    size = sum(value.nbytes for value in tensors(src).values())
+    assert len(ends) == 1 and ends[0][0] == ends[0][1] > size // 64
 
 
 SMALL_FILES = {  # what a folder may hold beside weights and config, with content that conversion must not look into
