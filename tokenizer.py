@@ -208,7 +208,7 @@ class Tokenizer:
         """Ids of the text. special: special tokens in it become their ids, otherwise they are text like any other (added tokens that
         are not special always become theirs, as in the reference). continued: the text follows another, so sentencepiece puts no
         space in front."""
-        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        ids = []
         if not text.isascii():  # JSON may hold halves of surrogate pairs: join or replace them
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         given, normalised = self.matchers[special]
@@ -217,6 +217,8 @@ class Tokenizer:
             for piece in [part] if isinstance(part, int) else _split(part, normalised):
                 ids += [piece] if isinstance(piece, int) else self.core.encode(piece, continued)
             continued = True
+        if bos and self.bos_id is not None and not (special and ids[:1] == [self.bos_id]):  # never two of them
+            ids = [self.bos_id, *ids]
         return ids + [self.eos_id] if eos and self.eos_id is not None else ids
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
