@@ -12,15 +12,15 @@ sentencepiece, jinja2 and the standard library only.
 """
 
 import base64
+import bisect
 import codecs
 import functools
-import html
 import itertools
 import json
 import re
 import struct
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -109,7 +109,7 @@ def _merge_alone(token: str, turn: dict[tuple[str, str], int]) -> tuple[list[str
 
 # ----------------------------------------------------------------------------------------------------------- two cores
 
-Span = tuple[int, int, int]  # id, first character of the text, character after the last
+Ranges = list[tuple[int, int]]  # stretches of a text: first character, character after the last
 
 
 class ByteBPE:
@@ -131,25 +131,26 @@ class ByteBPE:
     def encode(self, text: str, continued: bool = False) -> list[int]:
         return list(map(self.ids.__getitem__, self._ranks(text)))
 
-    def spans(self, text: str, continued: bool = False) -> list[Span]:
-        places = [i for i, char in enumerate(text) for _ in char.encode().translate(None, self.dropped)]
-        found, end = [], 0
-        for rank in self._ranks(text):
-            start, end = end, end + self.sizes[rank]
-            found.append((self.ids[rank], places[start], places[end - 1] + 1))
-        return found
+    def encode_masked(self, text: str, ranges: Ranges, continued: bool = False) -> tuple[list[int], list[bool]]:
+        """Ids, and whether each stands for a character in one of the ranges."""
+        ranks = self._ranks(text)
+        ends = list(itertools.accumulate(map(self.sizes.__getitem__, ranks)))
+        mask = [False] * len(ranks)
+        for start, stop in ranges:
+            first = bisect.bisect_right(ends, len(self._bytes(text[:start])))
+            last = bisect.bisect_left(ends, len(self._bytes(text[:stop])))
+            mask[first : last + 1] = [True] * len(mask[first : last + 1])
+        return [self.ids[rank] for rank in ranks], mask
+
+    def _bytes(self, text: str) -> bytes:
+        return text.encode().translate(None, self.dropped)
 
     def _ranks(self, text: str) -> list[int]:
-        if not self._drops_from(text) and not _has_long_run(text):
+        drops = self.dropped and len(self._bytes(text)) < len(text.encode())
+        if not drops and not _has_long_run(text):
             return self.bpe.encode_ordinary(text)
-        pieces = (piece.encode().translate(None, self.dropped) for piece in self._words(text))
-        return [rank for piece in pieces if piece for rank in self.bpe._encode_single_piece(piece)]
-
-    def _drops_from(self, text: str) -> bool:
-        if not self.dropped:
-            return False
-        data = text.encode()
-        return len(data) > len(data.translate(None, self.dropped))
+        pieces = filter(None, map(self._bytes, self._words(text)))
+        return [rank for piece in pieces for rank in self.bpe._encode_single_piece(piece)]
 
     def _words(self, text: str) -> Iterator[str]:
         """The text as the pattern splits it, and what the pattern does not match."""
@@ -211,12 +212,12 @@ class SentencePiece:
         numbers = self._model(text, continued).encode(text)
         return numbers if self.ids is None else [self.ids[number] for number in numbers]
 
-    def spans(self, text: str, continued: bool = False) -> list[Span]:
-        found = self._model(text, continued).encode(text, return_type="offset_mapping")
-        numbers, offsets = found["ids"], found["offsets"]
-        ids = numbers if self.ids is None else [self.ids[number] for number in numbers]
+    def encode_masked(self, text: str, ranges: Ranges, continued: bool = False) -> tuple[list[int], list[bool]]:
+        """Ids, and whether each stands for a character in one of the ranges."""
+        offsets = self._model(text, continued).encode(text, return_type="offset_mapping")["offsets"]
         # the space in front and all but the last byte of a character that is no piece have no width
-        return [(id_, start, max(stop, start + 1)) for id_, (start, stop) in zip(ids, offsets)]
+        mask = [any(a < max(stop, start + 1) and start < b for a, b in ranges) for start, stop in offsets]
+        return self.encode(text, continued), mask
 
     def _model(self, text: str, continued: bool) -> sentencepiece.SentencePieceProcessor:
         if continued and not self.every:
@@ -227,34 +228,33 @@ class SentencePiece:
 
 
 # Types of pieces and numbers of fields: sentencepiece_model.proto of https://github.com/google/sentencepiece
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+NORMAL, UNKNOWN, BYTE = 1, 2, 6
 BYTE_PIECES = frozenset(f"<0x{b:02X}>" for b in range(256))
 
 
 def sentencepiece_bpe(vocab: dict[str, int], order: list[str], *, prefix: bool) -> tuple[bytes, list[int]]:
     """A sentencepiece BPE model (a ModelProto) of these tokens, merged in this order, and the id of each piece.
 
-    Tokens that no merge makes are control pieces, which sentencepiece never finds in a text. The unknown piece is one
-    more, which text never needs, since every byte is a piece.
+    Tokens that no merge makes are left out. The unknown piece, of id -1, is one more: text never needs it, since every
+    byte is a piece.
     """
     lacking = sorted(BYTE_PIECES - vocab.keys())
     if lacking:
         found = f"the vocabulary lacks the byte {lacking[0]}"
         raise ValueError(f"{found}, expected all 256: add the model's tokenizer.model")
+    unknown = "unknown"
+    while unknown in vocab:
+        unknown += "_"
     rank = {token: i for i, token in enumerate(order)}
-    unknown = "\0unknown"
-    pieces = [(unknown, UNKNOWN)]
-    for token in vocab:
-        made = token in rank or len(token) == 1
-        pieces.append((token, BYTE if token in BYTE_PIECES else NORMAL if made else CONTROL))
-    proto = b"".join(
-        _field(1, _field(1, token.encode()) + _field(2, -float(rank.get(token, 0))) + _field(3, kind))
-        for token, kind in pieces
-    )
+    pieces = {token: NORMAL for token in vocab if token in rank or len(token) == 1}
+    pieces = {unknown: UNKNOWN} | pieces | dict.fromkeys(BYTE_PIECES, BYTE)
+    proto = b""
+    for token, kind in pieces.items():
+        proto += _field(1, _field(1, token.encode()) + _field(2, -float(rank.get(token, 0))) + _field(3, kind))
     trainer = _field(3, 2) + _field(35, 1) + _field(45, unknown.encode())  # model_type BPE, byte_fallback, unk_piece
     # add_dummy_prefix, then spaces are kept as they are, and escaped
     normalizer = _field(1, b"identity") + _field(3, int(prefix)) + _field(4, 0) + _field(5, 1)
-    return proto + _field(2, trainer) + _field(3, normalizer), [-1, *vocab.values()]
+    return proto + _field(2, trainer) + _field(3, normalizer), [vocab.get(token, -1) for token in pieces]
 
 
 def _varint(n: int) -> bytes:
@@ -362,27 +362,38 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         return ids + [self.eos_id] if eos and self.eos_id is not None else ids
 
-    def spans(self, text: str, shown: str) -> list[Span]:
-        """The ids of encode(text, special=True) with the characters that each of them stands for.
+    def encode_masked(self, text: str, ranges: Ranges, hidden: Ranges) -> tuple[list[int], list[bool]]:
+        """The ids of encode(text, special=True), and whether each stands for a character in one of the ranges.
 
-        shown: the text with other characters where no special token may be found; as long as the text.
+        hidden: where no special token is found.
         """
-        spans = []
+        ids, mask = [], []
+
+        def add(new: list[int], loss: list[bool]) -> None:
+            ids.extend(new)
+            mask.extend(loss)
+
         early, late = self.matchers[True]
-        for start, stop, id_ in _split(text, early, shown):
+        for start, stop, id_ in _split(text, early, hidden):
+            within = _within(ranges, start, stop)
             if id_ is not None:
-                spans.append((id_, start, stop))
+                add([id_], [bool(within)])
                 continue
             part = text[start:stop]
-            ready = self.prepare(part) if self.prepare else part
-            places = [start + i for i in _origins(part, ready, self.prepare)]
-            visible = ready
-            if late and shown != text:
-                visible = "".join(shown[i] if shown[i] != text[i] else char for i, char in zip(places, ready))
-            for a, b, id_ in _split(ready, late, visible):
-                found = [(id_, 0, b - a)] if id_ is not None else self.core.spans(ready[a:b], start + a > 0)
-                spans += [(i, places[a + x], max(places[a + y], places[a + x] + 1)) for i, x, y in found]
-        return spans
+            ready, unseen = part, _within(hidden, start, stop)
+            if self.prepare:
+                ready, (within, unseen) = self.prepare(part), self._prepared(part, within, unseen)
+            for a, b, id_ in _split(ready, late, unseen):
+                inner = _within(within, a, b)
+                if id_ is not None:
+                    add([id_], [bool(inner)])
+                else:
+                    add(*self.core.encode_masked(ready[a:b], inner, start + a > 0))
+        return ids, mask
+
+    def _prepared(self, part: str, *ranges: Ranges) -> list[Ranges]:
+        """Where ranges of a text stand in the prepared text."""
+        return [[tuple(len(self.prepare(part[:at])) for at in pair) for pair in many] for many in ranges]
 
     def decode(self, ids: list[int], *, skip_special: bool = False) -> str:
         """Text of the ids, the inverse of encode up to normalisation.
@@ -428,21 +439,9 @@ def _escape(text: str) -> str:
     return text.replace(" ", SPACE)
 
 
-def _origins(part: str, ready: str, prepare: Callable[[str], str] | None) -> list[int]:
-    """For each character of a prepared text, and for its end, the place in the text that it comes from."""
-    if part == ready or prepare is _escape:
-        return list(range(len(part) + 1))
-    if prepare is _prepend:
-        return [0, *range(len(part) + 1)]
-    places, start = [], 0
-    for word in re.findall(r"\s?\S*", part):  # a normal form joins nothing with a white character behind it
-        found = []
-        for size in range(1, len(word) + 1):
-            made = len(prepare(word[:size]))
-            found = found[:made] + [start + size - 1] * (made - len(found))
-        places += found
-        start += len(word)
-    return [*places[: len(ready)], *[len(part)] * (len(ready) + 1 - len(places))]
+def _within(ranges: Ranges, start: int, stop: int) -> Ranges:
+    """The parts of ranges that lie in a stretch of the text, counted from its start."""
+    return [(max(a, start) - start, min(b, stop) - start) for a, b in ranges if a < stop and start < b]
 
 
 Matcher = tuple[re.Pattern, dict[str, dict]] | None
@@ -459,14 +458,13 @@ def _matcher(added: dict[int, dict], late: bool, prepare: Callable[[str], str] |
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))), tokens
 
 
-def _split(text: str, matcher: Matcher, shown: str | None = None) -> Iterator[tuple[int, int, int | None]]:
-    """Start, stop and id of the matcher's tokens, in order, and of the text between them (id None).
-
-    shown: the text as the matcher sees it.
-    """
+def _split(text: str, matcher: Matcher, hidden: Ranges = ()) -> Iterator[tuple[int, int, int | None]]:
+    """Start, stop and id of the matcher's tokens, in order, and of the text between them (id None)."""
     end = 0
-    for match in matcher[0].finditer(text if shown is None else shown) if matcher else ():
+    for match in matcher[0].finditer(text) if matcher else ():
         token, (start, stop) = matcher[1][match[0]], match.span()
+        if any(a < stop and start < b for a, b in hidden):
+            continue
         if token.get("single_word") and re.search(r"\w", text[max(0, start - 1) : start] + text[stop : stop + 1]):
             continue
         if token.get("lstrip"):
@@ -700,11 +698,11 @@ def _turn_end(tok: Tokenizer) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------- following the answers
-# Each character of an answer is replaced by a private one that names its place; what the template does with the
-# answer (trim, split, move) it does with these, and where they come out the answer stands. White space is left as it
-# is, since it may be trimmed, and what stands in the template as a constant, since answers may be compared with it or
-# split at it. If putting the characters back does not give what the template makes of the conversation itself, then it
-# looked at the answers otherwise, and the next way to mark is tried.
+# The first and the last character of each word of an answer is replaced by a private one that names its place; what the
+# template does with the answer (trim, split, move) it does with these, and where they come out the answer stands. White
+# space is left as it is, since it may be trimmed, and what stands in the template as a constant, since answers may be
+# compared with it or split at it. If putting the characters back does not give what the template makes of the
+# conversation itself, then it looked at the answers otherwise, and the next way to mark is tried.
 
 PRIVATE = tuple(map(chr, (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
 
@@ -714,35 +712,45 @@ class Marked:
     """Texts of a conversation with private characters in place of their own."""
 
     free: Iterator[str]  # private characters that the conversation does not hold
-    stride: int  # of the characters of an answer one in so many is marked
+    stride: int  # of the words of a long answer one in so many is marked
     texts: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # the texts with their marks
     places: list[Place] = field(default_factory=list)  # of each text in the conversation
     owner: dict[str, tuple[int, int]] = field(default_factory=dict)  # private character -> text, character in it
     answers: set[int] = field(default_factory=set)  # texts that carry loss
+    hidden: set[str] = field(default_factory=set)  # the marks on special tokens, which are text in a message
 
-    def mark(self, text: str, place: Place, pattern: re.Pattern, answer: bool) -> str:
-        """pattern: its group `hide` is marked as a whole, `char` one in stride, all else left."""
-        number, last = len(self.texts), len(text.rstrip()) - 1
-        chars = list(text)
-        seen = 0
-        for match in pattern.finditer(text):
-            if match.lastgroup == "keep":
-                continue
-            seen += match.lastgroup == "char"
-            if match.lastgroup == "char" and seen % self.stride != 1 % self.stride and match.start() != last:
-                continue
-            for i in range(*match.span()):
-                chars[i] = next(self.free, None)
-                if chars[i] is None:
-                    raise ValueError(f"the conversation holds more than {len(PRIVATE):,} special tokens: split it")
-                self.owner[chars[i]] = number, i
+    def mark(self, text: str, place: Place, pattern: re.Pattern, words: re.Pattern | None) -> str:
+        """The text with marks: on all that the pattern's group `hide` matches, and at both ends of each of the words
+        of an answer (None: it is none) that the pattern does not match."""
         self.texts.append(text)
-        self.changed.append("".join(chars))
         self.places.append(place)
-        if answer:
-            self.answers.add(number)
+        chars, end = list(text), 0
+        for match in pattern.finditer(text):
+            self._mark_words(chars, text, end, match.start(), words)
+            end = match.end()
+            if match.lastgroup == "hide":
+                self._replace(chars, range(*match.span()))
+                self.hidden.update(chars[match.start() : match.end()])
+        self._mark_words(chars, text, end, len(text), words)
+        self.changed.append("".join(chars))
+        if words:
+            self.answers.add(len(self.texts) - 1)
         return self.changed[-1]
+
+    def _mark_words(self, chars: list[str], text: str, start: int, stop: int, words: re.Pattern | None) -> None:
+        found = list(words.finditer(text, start, stop)) if words else []
+        for word in found[:: self.stride] + found[-1:]:
+            self._replace(chars, (word.start(), word.end() - 1))
+
+    def _replace(self, chars: list[str], places: Iterable[int]) -> None:
+        for i in places:
+            if chars[i] in self.owner:
+                continue
+            chars[i] = next(self.free, None)
+            if chars[i] is None:
+                raise ValueError(f"the conversation needs more than {len(PRIVATE):,} marks: split it")
+            self.owner[chars[i]] = len(self.texts) - 1, i
 
     def plain(self, shown: str) -> str:
         """The private characters put back."""
@@ -754,25 +762,25 @@ def _either(texts: Iterator[str]) -> str:
     return "|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)"
 
 
+@functools.lru_cache(maxsize=16)
 def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    """What is marked in other texts than answers, in answers, and in answers that are all constants.
+    """Patterns for Marked.mark: of texts that are no answers, of answers, and of their words.
 
-    way 0: all but constants; 1: special tokens that are constants count as such, but for those that end a turn; 2: of
-    the rest only letters and digits.
+    way 0: all but constants is marked; 1: special tokens that are constants count as such, but for those that end a
+    turn; 2: of the words only letters and digits.
     """
     special = {tok.pieces[i].decode() for i in tok.special} - {""}
     constants = _constants(source)
     ends = {tok.pieces[i].decode() for i in tok.stop_ids}
     hide = special if way == 0 else special - (set(constants) - ends)
-    char = r"[^\W_]" if way == 2 else r"\S"
-    groups = rf"(?P<hide>{_either(hide)})|(?P<keep>{_either(constants)})|(?P<char>{char})"
-    return tuple(map(re.compile, (f"(?P<hide>{_either(special)})", groups, rf"(?P<hide>{_either(hide)})|(?P<char>\S)")))
+    answers = rf"(?P<hide>{_either(hide)})|(?P<keep>{_either(constants)})"
+    return tuple(map(re.compile, (f"(?P<hide>{_either(special)})", answers, r"[^\W_]+" if way == 2 else r"\S+")))
 
 
 def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: tuple, plain: str) -> tuple[Marked, str]:
     """The conversation with marks, and what the template makes of it."""
     taken, size = set(plain), 0
-    others, usual, bare = patterns
+    others, usual, words = patterns
 
     def count(text: str, place: Place) -> str:
         nonlocal size
@@ -781,15 +789,15 @@ def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: t
         return text
 
     def change(text: str, place: Place) -> str:
-        written = place[0] != "tools" and answers[place[0]] and place[1] in ("content", "tool_calls", *REASONING)
-        if not written:
-            return marked.mark(text, place, others, False)
-        pattern = usual if any(match.lastgroup != "keep" for match in usual.finditer(text)) else bare
-        return marked.mark(text, place, pattern, True)
+        answer = place[0] != "tools" and answers[place[0]] and place[1] in ("content", "tool_calls", *REASONING)
+        if not answer:
+            return marked.mark(text, place, others, None)
+        only_constants = not words.search(usual.sub(" ", text))
+        return marked.mark(text, place, others if only_constants else usual, words)
 
     _each_text(messages, count)
     _each_text(render.tools, count)
-    marked = Marked((char for char in PRIVATE if char not in taken), 1 + size // 100_000)
+    marked = Marked((char for char in PRIVATE if char not in taken), 1 + size // 200_000)
     shown = render.text(_each_text(messages, change), _each_text(render.tools, change, ("tools",)), marked=True)
     return marked, shown
 
@@ -864,6 +872,8 @@ def _pieces(seen: Followed) -> list[Piece]:
 
 def _same(written: str, printed: str) -> bool:
     """Whether a template that spaces a text anew, or writes it as JSON, prints it so."""
+    if written == printed:
+        return True
     ways = (written, json.dumps(written, ensure_ascii=False)[1:-1])
     return "".join(printed.split()) in ["".join(way.split()) for way in ways]
 
@@ -970,9 +980,8 @@ def _encode_template(
     ranges = _loss_ranges(tok, render, messages, seen)
     if any(answers) and not ranges:
         raise ValueError(f"the chat template prints none of the answers: choose --chat={'|'.join(FORMS)}")
-    spans = tok.spans(plain, seen.shown)
-    ids = [id_ for id_, _, _ in spans]
-    return ids, [any(a < stop and start < b for a, b in ranges) for _, start, stop in spans]
+    hidden = [(i, i + 1) for i, char in enumerate(seen.shown) if char in seen.marked.hidden]
+    return tok.encode_masked(plain, ranges, hidden)
 
 
 # ------------------------------------------------------------------------------------- forms for bases without template
@@ -1396,7 +1405,6 @@ def _sentencepiece_tokenizer(model: dict, normalizers: list, splits: list, setti
     order = merge_order(vocab, _pairs(model), whole_words=False)
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     meta = {"type": "Metaspace", "replacement": SPACE, "split": False}
-    ways = {"prefix": False, "every": True, "metaspace": False}
     if not splits and normalizers == [{"type": "Prepend", "prepend": SPACE}, escape]:
         prepare, scheme = _prepend, "never"
     elif not splits and normalizers == [escape]:
@@ -1407,7 +1415,10 @@ def _sentencepiece_tokenizer(model: dict, normalizers: list, splits: list, setti
         found = " + ".join(step["type"] for step in (*normalizers, *splits)) or "nothing"
         raise ValueError(f"text is prepared by {found}, expected what Llama 2 or Mistral do: add the model's tokenizer.model")
     proto, ids = sentencepiece_bpe(vocab, order, prefix=scheme != "never")
-    core = SentencePiece(proto, every=scheme == "always", metaspace=prepare is None, ids=ids)
+    try:
+        core = SentencePiece(proto, every=scheme == "always", metaspace=prepare is None, ids=ids)
+    except RuntimeError as e:
+        raise ValueError(f"sentencepiece cannot hold the vocabulary ({e}): this tokenizer is not supported") from None
     pieces = {i: _spelled(token) for token, i in vocab.items()}
     return _tokenizer(core, pieces, _named(vocab, settings), settings, prepare)
 
