@@ -672,7 +672,7 @@ class Render:
             return _compile(self.source, marked).render(values)
         except Exception as e:  # a template is a program of somebody else: any error may come out of it
             found = f"the chat template refuses the conversation: {e or type(e).__name__}"
-            raise ValueError(f"{found}: mend the conversation, or choose --chat={'|'.join(FORMS)}") from None
+            raise ValueError(f"{found}: mend the conversation, or {OTHER_FORM}") from None
 
 
 def _with_thoughts(message: dict) -> dict:
@@ -718,30 +718,37 @@ class Marked:
     places: list[Place] = field(default_factory=list)  # of each text in the conversation
     owner: dict[str, tuple[int, int]] = field(default_factory=dict)  # private character -> text, character in it
     answers: set[int] = field(default_factory=set)  # texts that carry loss
+    starts: dict[str, str] = field(default_factory=dict)  # mark at the end of a word -> mark at its start
     hidden: set[str] = field(default_factory=set)  # the marks on special tokens, which are text in a message
 
-    def mark(self, text: str, place: Place, pattern: re.Pattern, words: re.Pattern | None) -> str:
-        """The text with marks: on all that the pattern's group `hide` matches, and at both ends of each of the words
-        of an answer (None: it is none) that the pattern does not match."""
+    def mark(self, text: str, place: Place, hide: re.Pattern, answer: tuple[re.Pattern, re.Pattern] | None) -> str:
+        """The text with marks on all that is to be hidden, and on the words of an answer.
+
+        answer: patterns of what stays as it is and of words; None for another text.
+        """
         self.texts.append(text)
         self.places.append(place)
         chars, end = list(text), 0
-        for match in pattern.finditer(text):
-            self._mark_words(chars, text, end, match.start(), words)
-            end = match.end()
-            if match.lastgroup == "hide":
-                self._replace(chars, range(*match.span()))
-                self.hidden.update(chars[match.start() : match.end()])
-        self._mark_words(chars, text, end, len(text), words)
+        for match in itertools.chain(hide.finditer(text), [None]):
+            start, stop = match.span() if match else (len(text), len(text))
+            if answer:
+                self._mark_words(chars, text[:start], end, *answer)
+            self._replace(chars, range(start, stop))
+            self.hidden.update(chars[start:stop])
+            end = stop
         self.changed.append("".join(chars))
-        if words:
+        if answer:
             self.answers.add(len(self.texts) - 1)
         return self.changed[-1]
 
-    def _mark_words(self, chars: list[str], text: str, start: int, stop: int, words: re.Pattern | None) -> None:
-        found = list(words.finditer(text, start, stop)) if words else []
+    def _mark_words(self, chars: list[str], text: str, start: int, keep: re.Pattern, words: re.Pattern) -> None:
+        found = []
+        for match in itertools.chain(keep.finditer(text, start), [None]):
+            found += words.finditer(text, start, match.start() if match else len(text))
+            start = match.end() if match else start
         for word in found[:: self.stride] + found[-1:]:
             self._replace(chars, (word.start(), word.end() - 1))
+            self.starts[chars[word.end() - 1]] = chars[word.start()]
 
     def _replace(self, chars: list[str], places: Iterable[int]) -> None:
         for i in places:
@@ -757,14 +764,17 @@ class Marked:
         return shown.translate({ord(char): self.texts[n][i] for char, (n, i) in self.owner.items()})
 
 
+NOTHING = re.compile("(?!)")
+
+
 def _either(texts: Iterator[str]) -> str:
     """A pattern for any of the texts, the longest first; one that never matches without any."""
     return "|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)"
 
 
 @functools.lru_cache(maxsize=16)
-def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    """Patterns for Marked.mark: of texts that are no answers, of answers, and of their words.
+def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, ...]:
+    """What is hidden in all texts and in answers, what stays as it is in answers, and their words.
 
     way 0: all but constants is marked; 1: special tokens that are constants count as such, but for those that end a
     turn; 2: of the words only letters and digits.
@@ -773,14 +783,13 @@ def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, re.Pat
     constants = _constants(source)
     ends = {tok.pieces[i].decode() for i in tok.stop_ids}
     hide = special if way == 0 else special - (set(constants) - ends)
-    answers = rf"(?P<hide>{_either(hide)})|(?P<keep>{_either(constants)})"
-    return tuple(map(re.compile, (f"(?P<hide>{_either(special)})", answers, r"[^\W_]+" if way == 2 else r"\S+")))
+    return tuple(map(re.compile, (_either(special), _either(hide), _either(constants), r"[^\W_]+" if way == 2 else r"\S+")))
 
 
 def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: tuple, plain: str) -> tuple[Marked, str]:
     """The conversation with marks, and what the template makes of it."""
     taken, size = set(plain), 0
-    others, usual, words = patterns
+    others, hide, keep, words = patterns
 
     def count(text: str, place: Place) -> str:
         nonlocal size
@@ -792,8 +801,8 @@ def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: t
         answer = place[0] != "tools" and answers[place[0]] and place[1] in ("content", "tool_calls", *REASONING)
         if not answer:
             return marked.mark(text, place, others, None)
-        only_constants = not words.search(usual.sub(" ", text))
-        return marked.mark(text, place, others if only_constants else usual, words)
+        only_constants = not words.search(keep.sub(" ", hide.sub(" ", text)))
+        return marked.mark(text, place, hide, (NOTHING if only_constants else keep, words))
 
     _each_text(messages, count)
     _each_text(render.tools, count)
@@ -835,7 +844,7 @@ def _follow(tok: Tokenizer, render: Render, messages: list[dict], answers: list[
             return Followed(plain, shown, blocks, marked)
     raise ValueError(
         "the chat template changes the letters of the messages, expected one that only places, trims or splits them, so "
-        f"that the loss can follow the answers: choose --chat={'|'.join(FORMS)}"
+        f"that the loss can follow the answers: {OTHER_FORM}"
     )
 
 
@@ -866,6 +875,9 @@ def _pieces(seen: Followed) -> list[Piece]:
             if _same(marked.texts[number][last.last : i], seen.plain[last.stop : at]):
                 last.stop, last.last = at + 1, i + 1
                 continue
+        start = marked.starts.get(char, char)
+        if start != char and start in seen.shown:
+            raise ValueError(f"the chat template moves the letters of an answer: {OTHER_FORM}")
         pieces.append(Piece(number, at, at + 1, i, i + 1))
     return pieces
 
@@ -979,7 +991,7 @@ def _encode_template(
     seen = _follow(tok, render, messages, answers, plain)
     ranges = _loss_ranges(tok, render, messages, seen)
     if any(answers) and not ranges:
-        raise ValueError(f"the chat template prints none of the answers: choose --chat={'|'.join(FORMS)}")
+        raise ValueError(f"the chat template prints none of the answers: {OTHER_FORM}")
     hidden = [(i, i + 1) for i, char in enumerate(seen.shown) if char in seen.marked.hidden]
     return tok.encode_masked(plain, ranges, hidden)
 
@@ -1094,6 +1106,7 @@ def _mistral(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
 
 
 FORMS = {"plain": _plain, "chatml": _chatml, "llama3": _llama3, "mistral": _mistral}
+OTHER_FORM = f"choose --chat={'|'.join(FORMS)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
