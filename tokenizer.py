@@ -719,6 +719,7 @@ class Marked:
     owner: dict[str, tuple[int, int]] = field(default_factory=dict)  # private character -> text, character in it
     answers: set[int] = field(default_factory=set)  # texts that carry loss
     starts: dict[str, str] = field(default_factory=dict)  # mark at the end of a word -> mark at its start
+    constants: list[tuple[int, int, int]] = field(default_factory=list)  # text, start and stop of what was kept
     hidden: set[str] = field(default_factory=set)  # the marks on special tokens, which are text in a message
 
     def mark(self, text: str, place: Place, hide: re.Pattern, answer: tuple[re.Pattern, re.Pattern] | None) -> str:
@@ -745,7 +746,9 @@ class Marked:
         found = []
         for match in itertools.chain(keep.finditer(text, start), [None]):
             found += words.finditer(text, start, match.start() if match else len(text))
-            start = match.end() if match else start
+            if match:
+                start = match.end()
+                self.constants.append((len(self.texts) - 1, *match.span()))
         for word in found[:: self.stride] + found[-1:]:
             self._replace(chars, (word.start(), word.end() - 1))
             self.starts[chars[word.end() - 1]] = chars[word.start()]
@@ -883,8 +886,8 @@ def _pieces(seen: Followed) -> list[Piece]:
 
 
 def _same(written: str, printed: str) -> bool:
-    """Whether a template that spaces a text anew, or writes it as JSON, prints it so."""
-    if written == printed:
+    """Whether a template that leaves out of a text, spaces it anew, or writes it as JSON prints it so."""
+    if written == printed or not printed.strip():
         return True
     ways = (written, json.dumps(written, ensure_ascii=False)[1:-1])
     return "".join(printed.split()) in ["".join(way.split()) for way in ways]
@@ -893,33 +896,35 @@ def _same(written: str, printed: str) -> bool:
 def _grow(piece: Piece, seen: Followed, without: Callable[[int, str], int]) -> tuple[int, int]:
     """Start and stop of a piece with the characters at its ends that carry no mark.
 
-    White space at an end of an answer counts where the template keeps it; elsewhere it is the template's own.
-    without: how much shorter the conversation becomes with another text in place of a numbered one.
+    A constant counts as a whole or not at all. White space at an end of an answer counts where the template keeps it;
+    elsewhere it is the template's own. without: how much shorter the conversation becomes with another text in place
+    of a numbered one.
     """
     text, changed = seen.marked.texts[piece.text], seen.marked.changed[piece.text]
-    rest, free = text[piece.last :], changed[piece.last :]
-    behind = _common(rest, free, seen.plain[piece.stop :])
-    if behind > len(rest.rstrip()):
-        behind = len(rest.rstrip()) + min(behind - len(rest.rstrip()), without(piece.text, text.rstrip()))
-    else:
-        behind = len(rest[:behind].rstrip())
-    rest, free = text[: piece.first][::-1], changed[: piece.first][::-1]
-    before = _common(rest, free, seen.plain[max(0, piece.start - len(rest)) : piece.start][::-1])
-    if before > len(rest.rstrip()):
-        before = len(rest.rstrip()) + min(before - len(rest.rstrip()), without(piece.text, text.lstrip()))
-    else:
-        before = len(rest[:before].rstrip())
+    constants = [(a, b) for number, a, b in seen.marked.constants if number == piece.text]
+    size = _common(text[piece.last :], changed[piece.last :], seen.plain[piece.stop :])
+    size = min([size, *(a - piece.last for a, b in constants if a < piece.last + size < b)])
+    behind = _without_space(text[piece.last :], size, lambda: without(piece.text, text.rstrip()))
+
+    head, printed = text[: piece.first], seen.plain[max(0, piece.start - piece.first) : piece.start]
+    size = _common(head[::-1], changed[: piece.first][::-1], printed[::-1])
+    size = min([size, *(piece.first - b for a, b in constants if a < piece.first - size < b)])
+    before = _without_space(head[::-1], size, lambda: without(piece.text, text.lstrip()))
     return piece.start - before, piece.stop + behind
 
 
 def _common(written: str, changed: str, printed: str) -> int:
     """With how many characters that carry no mark two texts begin alike."""
-    size = 0
-    for a, b, c in zip(written, changed, printed):
-        if not a == b == c:
-            break
-        size += 1
-    return size
+    alike = (a == b == c for a, b, c in zip(written, changed, printed))
+    return sum(1 for _ in itertools.takewhile(bool, alike))
+
+
+def _without_space(rest: str, size: int, kept: Callable[[], int]) -> int:
+    """Of `size` characters of the rest of an answer those that are not white space of the template's own."""
+    solid = len(rest.rstrip())
+    if size > solid:
+        return solid + min(size - solid, kept())
+    return len(rest[:size].rstrip())
 
 
 def _loss_ranges(tok: Tokenizer, render: Render, messages: list[dict], seen: Followed) -> list[tuple[int, int]]:
