@@ -896,20 +896,26 @@ def _same(written: str, printed: str) -> bool:
 def _grow(piece: Piece, seen: Followed, without: Callable[[int, str], int]) -> tuple[int, int]:
     """Start and stop of a piece with the characters at its ends that carry no mark.
 
-    A constant counts as a whole or not at all. White space at an end of an answer counts where the template keeps it;
-    elsewhere it is the template's own. without: how much shorter the conversation becomes with another text in place
-    of a numbered one.
+    A constant counts as a whole or not at all. White space counts if it is the answer's: the conversation becomes
+    shorter without it. without: how much shorter, with another text in place of a numbered one.
     """
     text, changed = seen.marked.texts[piece.text], seen.marked.changed[piece.text]
     constants = [(a, b) for number, a, b in seen.marked.constants if number == piece.text]
+
     size = _common(text[piece.last :], changed[piece.last :], seen.plain[piece.stop :])
     size = min([size, *(a - piece.last for a, b in constants if a < piece.last + size < b)])
-    behind = _without_space(text[piece.last :], size, lambda: without(piece.text, text.rstrip()))
+    behind = len(text[piece.last :][:size].rstrip())
+    if size > behind:
+        at = piece.last + behind
+        behind += min(size - behind, without(piece.text, text[:at] + text[at:].lstrip()))
 
     head, printed = text[: piece.first], seen.plain[max(0, piece.start - piece.first) : piece.start]
     size = _common(head[::-1], changed[: piece.first][::-1], printed[::-1])
     size = min([size, *(piece.first - b for a, b in constants if a < piece.first - size < b)])
-    before = _without_space(head[::-1], size, lambda: without(piece.text, text.lstrip()))
+    before = len(head[len(head) - size :].lstrip())
+    if size > before:
+        at = piece.first - before
+        before += min(size - before, without(piece.text, text[:at].rstrip() + text[at:]))
     return piece.start - before, piece.stop + behind
 
 
@@ -917,14 +923,6 @@ def _common(written: str, changed: str, printed: str) -> int:
     """With how many characters that carry no mark two texts begin alike."""
     alike = (a == b == c for a, b, c in zip(written, changed, printed))
     return sum(1 for _ in itertools.takewhile(bool, alike))
-
-
-def _without_space(rest: str, size: int, kept: Callable[[], int]) -> int:
-    """Of `size` characters of the rest of an answer those that are not white space of the template's own."""
-    solid = len(rest.rstrip())
-    if size > solid:
-        return solid + min(size - solid, kept())
-    return len(rest[:size].rstrip())
 
 
 def _loss_ranges(tok: Tokenizer, render: Render, messages: list[dict], seen: Followed) -> list[tuple[int, int]]:
