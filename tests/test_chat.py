@@ -190,6 +190,8 @@ def test_templates_equal_transformers(tmp_path, name):
             if system and name in NO_SYSTEM:
                 continue
             contents = [text.strip() or "x" for text in texts(r.randrange(2**32), 2 * turns, ["no special tokens"])]
+            if name == "lines":
+                contents = ["\n".join(" ".join(line.split()) for line in text.split("\n")) for text in contents]
             spaced = r.random() < 0.3 and name != "lines"
             edges = [r.choice(("", " ", "\n", "  \n")) if spaced else "" for _ in contents]
             given = [edge + f"{i}:{text}." + edge for i, (text, edge) in enumerate(zip(contents, edges))]
@@ -202,7 +204,11 @@ def test_templates_equal_transformers(tmp_path, name):
             answers = [answer.strip() if name in TRIMS else answer for answer in answers]
             if name == "lines":
                 answers = [line.strip() for answer in answers for line in answer.split("\n") if line.strip()]
-            assert mask == expected_mask(tok, reference, text, answers)
+            expected = expected_mask(tok, reference, text, answers)
+            if name == "lines":  # a line end may be the answer's or the template's
+                solid = [not tok.decode([i]).isspace() for i in ids]
+                mask, expected = [list(itertools.compress(m, solid)) for m in (mask, expected)]
+            assert mask == expected
 
     check()
 
