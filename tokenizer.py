@@ -55,7 +55,7 @@ PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 OTHERS = (b for b in range(256) if b not in PRINTABLE)
 CHAR_TO_BYTE = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 SPACE = "\u2581"  # how sentencepiece writes it
-MAX_SPACES = 400_000  # tiktoken's regex engine overflows its stack of 10^6 entries at that many white characters in a row
+MAX_SPACES = 400_000  # in a row: tiktoken's regex engine overflows its stack of 10^6 entries soon after
 NEVER = 1 << 62  # the turn of a merge that is in no list
 COPY = "copy the file again from the model's source"
 
@@ -528,7 +528,8 @@ def _template(tok: Tokenizer, form: str | None, tools: list[dict] | None) -> str
     if form is None:
         form = "tool_use" if tools is not None and "tool_use" in named else "default"
         if form not in named:
-            raise ValueError(f"the chat templates are {', '.join(named)}, expected one called default: name one (--chat)")
+            found = f"the chat templates are {', '.join(named)}"
+            raise ValueError(f"{found}, expected one called default: name one (--chat)")
     if form in named:
         return named[form]
     if form not in FORMS:
@@ -589,14 +590,20 @@ Place = tuple[int | str, ...]  # the way to a text in a conversation: (3, "conte
 
 
 def _each_text(value, change: Callable[[str, Place], str], place: Place = ()):
-    """A copy of messages or tools with each text changed, but for roles and keys."""
+    """A copy of messages or tools with each text changed, but for keys."""
     if isinstance(value, str):
         return change(value, place)
     if isinstance(value, dict):
-        return {k: v if k == "role" else _each_text(v, change, (*place, k)) for k, v in value.items()}
+        return {k: _each_text(v, change, (*place, k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_each_text(v, change, (*place, i)) for i, v in enumerate(value)]
     return value
+
+
+def _texts(value) -> list[str]:
+    found = []
+    _each_text(value, lambda text, place: found.append(text))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rendering a template
@@ -786,19 +793,17 @@ def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, ...]:
     constants = _constants(source)
     ends = {tok.pieces[i].decode() for i in tok.stop_ids}
     hide = special if way == 0 else special - (set(constants) - ends)
-    return tuple(map(re.compile, (_either(special), _either(hide), _either(constants), r"[^\W_]+" if way == 2 else r"\S+")))
+    words = r"[^\W_]+" if way == 2 else r"\S+"
+    return tuple(map(re.compile, (_either(special), _either(hide), _either(constants), words)))
 
 
 def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: tuple, plain: str) -> tuple[Marked, str]:
     """The conversation with marks, and what the template makes of it."""
-    taken, size = set(plain), 0
     others, hide, keep, words = patterns
-
-    def count(text: str, place: Place) -> str:
-        nonlocal size
-        taken.update(text)
-        size += len(text)
-        return text
+    texts = _texts([messages, render.tools])
+    taken = set(plain).union(*texts)
+    stride = 1 + sum(map(len, texts)) // 200_000
+    marked = Marked((char for char in PRIVATE if char not in taken), stride)
 
     def change(text: str, place: Place) -> str:
         answer = place[0] != "tools" and answers[place[0]] and place[1] in ("content", "tool_calls", *REASONING)
@@ -807,9 +812,6 @@ def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: t
         only_constants = not words.search(keep.sub(" ", hide.sub(" ", text)))
         return marked.mark(text, place, hide, (NOTHING if only_constants else keep, words))
 
-    _each_text(messages, count)
-    _each_text(render.tools, count)
-    marked = Marked((char for char in PRIVATE if char not in taken), 1 + size // 200_000)
     shown = render.text(_each_text(messages, change), _each_text(render.tools, change, ("tools",)), marked=True)
     return marked, shown
 
@@ -845,10 +847,8 @@ def _follow(tok: Tokenizer, render: Render, messages: list[dict], answers: list[
         shown, blocks = _blocks(shown)
         if marked.plain(shown) == plain:
             return Followed(plain, shown, blocks, marked)
-    raise ValueError(
-        "the chat template changes the letters of the messages, expected one that only places, trims or splits them, so "
-        f"that the loss can follow the answers: {OTHER_FORM}"
-    )
+    expected = "expected one that only places, trims or splits them, so that the loss can follow the answers"
+    raise ValueError(f"the chat template changes the letters of the messages, {expected}: {OTHER_FORM}")
 
 
 def _blocks(shown: str) -> tuple[str, list[tuple[int, int]]]:
@@ -985,10 +985,8 @@ def _encode_template(
     plain = render.text(messages)
     if OPEN in plain or CLOSE in plain:
         raise ValueError("the conversation holds U+FDD0 or U+FDD1, which are no characters of any text: remove them")
-    texts = []
-    _each_text([messages, render.tools], lambda text, place: texts.append(text))
     others = _patterns(tok, render.source, 0)[0]
-    if not any(answers) and not any(map(others.search, texts)):
+    if not any(answers) and not any(map(others.search, _texts([messages, render.tools]))):
         ids = tok.encode(plain, special=True)
         return ids, [False] * len(ids)
     seen = _follow(tok, render, messages, answers, plain)
@@ -1189,7 +1187,8 @@ def _front(fast: dict) -> int | None:
             names = [part["SpecialToken"]["id"] for part in before]
             front = [i for name in names for i in step["special_tokens"][name]["ids"]] + front
     if len(front) > 1:
-        raise ValueError(f"{len(front)} tokens go in front of a text, expected BOS alone: this tokenizer is not supported")
+        found = f"{len(front)} tokens go in front of a text"
+        raise ValueError(f"{found}, expected BOS alone: this tokenizer is not supported")
     return front[0] if front else None
 
 
@@ -1204,9 +1203,11 @@ def _templates(folder: Path, config: dict) -> dict[str, str]:
         given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
     if isinstance(given, str):
         given = {"default": given}
-    if not isinstance(given or {}, dict) or not all(isinstance(t, str) for pair in (given or {}).items() for t in pair):
-        raise ValueError(f"chat_template is {str(given)[:60]}, expected a text or a list of names and templates: {COPY}")
-    return given or {}
+    given = given or {}
+    if not isinstance(given, dict) or not all(isinstance(text, str) for text in (*given, *given.values())):
+        found = f"chat_template is {str(given)[:60]}"
+        raise ValueError(f"{found}, expected a text or a list of names and templates: {COPY}")
+    return given
 
 
 def _stops(folder: Path) -> list[int]:
@@ -1429,7 +1430,8 @@ def _sentencepiece_tokenizer(model: dict, normalizers: list, splits: list, setti
         prepare, scheme = None, splits[0]["prepend_scheme"]
     else:
         found = " + ".join(step["type"] for step in (*normalizers, *splits)) or "nothing"
-        raise ValueError(f"text is prepared by {found}, expected what Llama 2 or Mistral do: add the model's tokenizer.model")
+        expected = "expected what Llama 2 or Mistral do"
+        raise ValueError(f"text is prepared by {found}, {expected}: add the model's tokenizer.model")
     proto, ids = sentencepiece_bpe(vocab, order, prefix=scheme != "never")
     try:
         core = SentencePiece(proto, every=scheme == "always", metaspace=prepare is None, ids=ids)
