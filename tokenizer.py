@@ -60,7 +60,7 @@ NEVER = 1 << 62  # the turn of a merge that is in no list
 COPY = "copy the file again from the model's source"
 
 
-# --------------------------------------------------------------------------------------------------------- merge lists
+# ---------------------------------------------------------------------------------------------------------- merge lists
 
 
 def merge_order(vocab: dict[str, int], merges: list[tuple[str, str]], *, whole_words: bool) -> list[str]:
@@ -107,7 +107,7 @@ def _merge_alone(token: str, turn: dict[tuple[str, str], int]) -> tuple[list[str
     return parts, last
 
 
-# ----------------------------------------------------------------------------------------------------------- two cores
+# ------------------------------------------------------------------------------------------------------------ two cores
 
 Ranges = list[tuple[int, int]]  # stretches of a text: first character, character after the last
 
@@ -270,7 +270,7 @@ def _field(number: int, value: bytes | int | float) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
 @dataclass
@@ -479,7 +479,7 @@ def _split(text: str, matcher: Matcher, hidden: Ranges = ()) -> Iterator[tuple[i
         yield end, len(text), None
 
 
-# ------------------------------------------------------------------------------------------------ chats, by any form
+# --------------------------------------------------------------------------------------------------- chats, by any form
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which the thoughts of an answer are given
 Loss = list[bool]
@@ -704,7 +704,7 @@ def _turn_end(tok: Tokenizer) -> int | None:
     return tok.added[max(found, key=len)] if found else None
 
 
-# ---------------------------------------------------------------------------------------------- following the answers
+# ------------------------------------------------------------------------------------------------ following the answers
 # The first and the last character of each word of an answer is replaced by a private one that names its place; what the
 # template does with the answer (trim, split, move) it does with these, and where they come out the answer stands. White
 # space is left as it is, since it may be trimmed, and what stands in the template as a constant, since answers may be
@@ -1110,7 +1110,7 @@ FORMS = {"plain": _plain, "chatml": _chatml, "llama3": _llama3, "mistral": _mist
 OTHER_FORM = f"choose --chat={'|'.join(FORMS)}"
 
 
-# ------------------------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------------------------- loading
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

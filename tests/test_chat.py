@@ -20,7 +20,7 @@ hf = pytest.importorskip("tokenizers", reason="the reference for tokenizer.json 
 transformers = pytest.importorskip("transformers", reason="the reference for chat templates")
 transformers.logging.set_verbosity_error()
 
-# ----------------------------------------------------------------------------------------------- templates of our own
+# ------------------------------------------------------------------------------------------------- templates of our own
 # Each is written for these tests after the habits of a family.
 
 SYSTEM_FIRST = "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}"
@@ -116,7 +116,8 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "json_header": (
-        "{% for m in messages %}{{ {'role': m.role, 'size': m.content | length} | tojson }}\n{{ m.content }}{{ eos_token }}\n"
+        "{% for m in messages %}{{ {'role': m.role, 'size': m.content | length} | tojson }}\n"
+        "{{ m.content }}{{ eos_token }}\n"
         "{% endfor %}{% if add_generation_prompt %}{{ {'role': 'assistant'} | tojson(indent=1) }}\n{% endif %}"
     ),
     "lines": (
@@ -213,7 +214,7 @@ def test_templates_equal_transformers(tmp_path, name):
     check()
 
 
-# ------------------------------------------------------------------------------------------- what templates do besides
+# -------------------------------------------------------------------------------------------- what templates do besides
 
 
 def test_thoughts_leave_earlier_answers(tmp_path):
@@ -315,15 +316,18 @@ def test_answers_that_cannot_be_followed_are_refused(tmp_path, name):
     assert encode_chat(tok, messages[:-1], generate=True)[0] == text  # a prompt needs no loss
 
 
-@pytest.mark.parametrize(("template", "reason"), [
-    ("{% for m in messages %}{{ raise_exception('No system here!') }}{% endfor %}", "No system here!"),
-    ("{% for m in messages %}{{ m.content }", "unexpected"),
-    ("{{ messages[0].content.x.y }}", "undefined|no attribute"),
-    ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
-    ("{{ 1 + messages[0].content }}", "unsupported operand"),
-    ("{% for i in range(10 ** 9) %}{{ i }}{% endfor %}", "Range too big"),
-    ("{% set _ = messages.append(1) %}", "unsafe"),
-])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ raise_exception('No system here!') }}{% endfor %}", "No system here!"),
+        ("{% for m in messages %}{{ m.content }", "unexpected"),
+        ("{{ messages[0].content.x.y }}", "undefined|no attribute"),
+        ("{{ messages[0].__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 + messages[0].content }}", "unsupported operand"),
+        ("{% for i in range(10 ** 9) %}{{ i }}{% endfor %}", "Range too big"),
+        ("{% set _ = messages.append(1) %}", "unsafe"),
+    ],
+)
 def test_templates_that_fail_are_one_sentence(tmp_path, template, reason):
     tok = chat_tokenizer(tmp_path, template)
     with pytest.raises(ValueError, match=reason) as e:
@@ -332,7 +336,7 @@ def test_templates_that_fail_are_one_sentence(tmp_path, template, reason):
     assert encode_chat(tok, talk("q", "a"), form="plain")
 
 
-# ----------------------------------------------------------------------------------------------- where templates stand
+# ------------------------------------------------------------------------------------------------ where templates stand
 
 
 def marked(text: str) -> str:
@@ -382,7 +386,8 @@ def test_places_and_names_of_templates(tmp_path):
 
 TOOL_USE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}{% for call in m.tool_calls %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}{% for call in m.tool_calls %}"
     "<tool_call>\n{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}\n</tool_call>"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -395,7 +400,9 @@ def test_tools_and_calls(tmp_path):
     tools = [{"type": "function", "function": {"name": "add", "description": "say </s>", "parameters": {}}}]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
     messages = [
-        *talk("2+3?"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "5"}
+        *talk("2+3?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
     ]
     plain = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     ids, mask = encode_chat(tok, messages, tools=plain, generate=True)
@@ -448,10 +455,16 @@ def test_private_characters_of_the_text_itself(tmp_path):
 
 def test_the_token_that_ends_a_turn_stops(tmp_path):
     """A template's own end of turn is a stop id, whatever the files call EOS; a header that follows is none."""
-    for name, end in (("chatml", ["</s>", "<|im_end|>"]), ("zephyr", ["</s>"]), ("llama3_dates", ["</s>", "<|eot_id|>"])):
+    for name, end in (
+        ("chatml", ["</s>", "<|im_end|>"]),
+        ("zephyr", ["</s>"]),
+        ("llama3_dates", ["</s>", "<|eot_id|>"]),
+    ):
         tok = chat_tokenizer(tmp_path / name, TEMPLATES[name])
         assert tok.stop_ids == tuple(tok.added[token] for token in end)
-    headers = "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}{{ m.content }}{% endfor %}"
+    headers = (
+        "{% for m in messages %}{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}{{ m.content }}{% endfor %}"
+    )
     tok = chat_tokenizer(tmp_path / "h", headers)
     assert tok.stop_ids == (tok.added["</s>"],)
     assert spans(tok, *encode_chat(tok, talk("q", "a", "q", "a"))) == ["a", "a"]
@@ -460,7 +473,7 @@ def test_the_token_that_ends_a_turn_stops(tmp_path):
     assert spans(tok, *encode_chat(tok, talk("q", "a", "q", "a"))) == ["a<|im_start|>", "a"]
 
 
-# ------------------------------------------------------------------------------ the four forms, for bases without template
+# --------------------------------------------------------------------------- the four forms, for bases without template
 
 RENDERS = {
     "plain": "<|system|>\nS\n<|user|>\nq1\n<|assistant|>\na1</s>\n<|user|>\nq2\n<|assistant|>\na2</s>",
@@ -517,7 +530,7 @@ def test_prompt_is_a_prefix_and_nothing_is_injected(tmp_path, spm, kind, form): 
 
 
 def test_mistral_forms(tmp_path, spm):
-    """v0.1 has no control tokens: [INST] is text with spaces inside, and each part is a text of its own with a space in front."""
+    """v0.1 has no control tokens: [INST] is text with spaces inside; each part is a text with a space in front."""
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
     tok = load_tokenizer(write(tmp_path / "v3", tokenizer__model__v3=spm))
     inst, end = tok.added["[INST]"], tok.added["[/INST]"]
@@ -536,19 +549,22 @@ def test_plain_form_adds_bos_where_the_tokenizer_does(tmp_path):
     assert tok.decode(ids) == "<s><|user|>\nq\n<|assistant|>\na</s>" and spans(tok, ids, mask) == ["a</s>"]
 
 
-@pytest.mark.parametrize(("messages", "generate", "reason"), [
-    ([], False, "at least a user message"),
-    ("hello", False, "expected a list"),
-    ([{"role": "tool", "content": "x"}], False, "expected a role of system, user, assistant"),
-    ([{"role": "user"}], True, "a text as content"),
-    ([{"role": "user", "content": ["x"]}], True, "a text as content"),
-    (talk("q", " \n"), False, "message 1 of the role assistant is empty"),
-    (talk(""), True, "message 0 of the role user is empty"),
-    (talk("q") + talk("x", system="late"), True, "role system, expected it in the first message only"),
-    (talk("q"), False, "the last message has the role user, expected assistant"),
-    (talk("q", "a"), True, "the last message has the role assistant, expected user"),
-    ([{"role": "system", "content": "s"}], True, "the last message has the role system"),
-])
+@pytest.mark.parametrize(
+    ("messages", "generate", "reason"),
+    [
+        ([], False, "at least a user message"),
+        ("hello", False, "expected a list"),
+        ([{"role": "tool", "content": "x"}], False, "expected a role of system, user, assistant"),
+        ([{"role": "user"}], True, "a text as content"),
+        ([{"role": "user", "content": ["x"]}], True, "a text as content"),
+        (talk("q", " \n"), False, "message 1 of the role assistant is empty"),
+        (talk(""), True, "message 0 of the role user is empty"),
+        (talk("q") + talk("x", system="late"), True, "role system, expected it in the first message only"),
+        (talk("q"), False, "the last message has the role user, expected assistant"),
+        (talk("q", "a"), True, "the last message has the role assistant, expected user"),
+        ([{"role": "system", "content": "s"}], True, "the last message has the role system"),
+    ],
+)
 def test_bad_conversations(byte_level, messages, generate, reason):
     with pytest.raises(ValueError, match=reason):
         encode_chat(byte_level, messages, generate=generate)

@@ -1,4 +1,4 @@
-"""Tokenizer: ids equal to the reference libraries on tiny tokenizers made here, merge lists of every kind, formats, errors.
+"""Tokenizer: ids equal to the reference libraries on tiny tokenizers made here, merge lists, formats, errors.
 
 Run: python -m pytest tests/test_tokenizer.py
 """
@@ -28,27 +28,38 @@ CORPUS = [
 ] * 3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot|>", "<|eot|>x"]
 PIECES = (
-    lambda r: "".join(chr(r.choice((r.randrange(0xD800), r.randrange(0xE000, 0x110000)))) for _ in range(r.randrange(1, 9))),
+    lambda r: "".join(
+        chr(r.choice((r.randrange(0xD800), r.randrange(0xE000, 0x110000)))) for _ in range(r.randrange(1, 9))
+    ),
     lambda r: "".join(chr(r.randrange(0x80, 0x3000)) for _ in range(r.randrange(1, 9))),
     lambda r: "".join(chr(r.randrange(0xA1)) for _ in range(r.randrange(1, 20))),  # ASCII, control characters, C1
     lambda r: "".join(r.choice(" \t\n\r\x0b\x0c\x85\xa0\u2003\u3000\u200b") for _ in range(r.randrange(1, 20))),
     lambda r: r.choice(" \n\t") * r.randrange(1, 200),
     lambda r: str(r.randrange(10 ** r.randrange(1, 20))),
     lambda r: "".join(r.choice("٣४五½²Ⅷ0123456789") for _ in range(r.randrange(1, 9))),
-    lambda r: r.choice(("def f(x):\n    return x**2  # sq\n", "for(i=0;i<n;++i){a[i]+=b;}\n", "<a href='b'>&nbsp;</a>", "\\frac{1}{2}")),
+    lambda r: r.choice(
+        ("def f(x):\n    return x**2  # sq\n", "for(i=0;i<n;++i){a[i]+=b;}\n", "<a href='b'>&nbsp;</a>", "\\frac{1}{2}")
+    ),
     lambda r: r.choice(("'s", "'S", "'ſ", "'LL", "don't", "I'VE", "we'Re", "'tis", " 'd")),
-    lambda r: r.choice(("😀", "👨‍👩‍👧", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "🇩🇪", "❤️", "👍🏽", "각난닫", "日本語テスト", " мир", "مرحبا", "नमस्ते", "ภาษาไทย")),
-    lambda r: "".join(r.choice("aeioucnAEIU") + "".join(chr(r.randrange(0x300, 0x36F)) for _ in range(r.randrange(4))) for _ in range(4)),
+    lambda r: r.choice(
+        ("😀", "👨‍👩‍👧", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "🇩🇪", "❤️", "👍🏽", "각난닫", "日本語テスト", " мир", "مرحبا", "नमस्ते", "ภาษาไทย")
+    ),
+    lambda r: "".join(
+        r.choice("aeioucnAEIU") + "".join(chr(r.randrange(0x300, 0x36F)) for _ in range(r.randrange(4)))
+        for _ in range(4)
+    ),
     lambda r: unicodedata.normalize("NFD", r.choice(("éàü", "각난닫", "Ångström", "ệ"))),
     lambda r: "".join(r.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(r.randrange(1, 60))),
-    lambda r: r.choice(("the quick", " brown fox", " jumps", "Hello, world!", " internationalization", "__init__", "camelCaseName")),
+    lambda r: r.choice(
+        ("the quick", " brown fox", " jumps", "Hello, world!", " internationalization", "__init__", "camelCaseName")
+    ),
     lambda r: "".join(r.choice("!?.,;:-_=+*/\\|@#$%^&()[]{}<>~`\"'") for _ in range(r.randrange(1, 15))),
     lambda r: r.choice("\u2581\ufeff\ufffd\ufffe\uffff\u200d\u00ad\x00\x04\x1d\x7f\U00040000\U00100000"),
 )
 
 
 def texts(seed: int, count: int, special: list[str] = SPECIAL) -> list[str]:
-    """Random texts: Unicode, code, digits, emoji, control and white characters, combining marks, special tokens as text."""
+    """Random texts: Unicode, code, digits, emoji, control and white characters, combining marks, special tokens."""
     r = random.Random(seed)
     pieces = (*PIECES, lambda r: r.choice(special))
     return ["".join(r.choice(pieces)(r) for _ in range(r.randrange(1, 9))) for _ in range(count)]
@@ -71,15 +82,21 @@ def fast_byte_level(pre: str, *, size: int = 500, normalizer=None, alphabet: boo
     byte_level = hf.pre_tokenizers.ByteLevel
     steps = {
         "gpt2": byte_level(add_prefix_space=False),
-        "digits": hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]),
-        "numbers": hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=False), byte_level(add_prefix_space=False)]),
+        "digits": hf.pre_tokenizers.Sequence(
+            [hf.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+        ),
+        "numbers": hf.pre_tokenizers.Sequence(
+            [hf.pre_tokenizers.Digits(individual_digits=False), byte_level(add_prefix_space=False)]
+        ),
     }
     for name, pattern in (("llama3", LLAMA3), ("qwen", QWEN), ("partial", r"\p{L}+|\p{N}")):
         split = hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated")
         steps[name] = hf.pre_tokenizers.Sequence([split, byte_level(add_prefix_space=False, use_regex=False)])
     reference = hf.Tokenizer(hf.models.BPE())
     reference.normalizer, reference.pre_tokenizer, reference.decoder = normalizer, steps[pre], hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(vocab_size=size, initial_alphabet=list(CHAR_TO_BYTE) if alphabet else [], show_progress=False)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=list(CHAR_TO_BYTE) if alphabet else [], show_progress=False
+    )
     reference.train_from_iterator(CORPUS, trainer)
     reference.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in SPECIAL[:-1]])
     reference.add_tokens([hf.AddedToken("<think>", normalized=False), hf.AddedToken("Ångström", normalized=True)])
@@ -93,7 +110,10 @@ def load_fast(reference: "hf.Tokenizer", folder: Path, **files) -> Tokenizer:
 def agree(tok: Tokenizer, reference: "hf.Tokenizer", text: str) -> None:
     for special in (False, True):
         reference.encode_special_tokens = not special
-        assert tok.encode(text, special=special) == reference.encode(text, add_special_tokens=False).ids, (special, text)
+        assert tok.encode(text, special=special) == reference.encode(text, add_special_tokens=False).ids, (
+            special,
+            text,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- byte-level BPE
@@ -138,11 +158,13 @@ def test_normal_forms(tmp_path, form):
 
 
 def test_bytes_that_the_vocabulary_lacks_are_dropped_before_merging(tmp_path):
-    """SmolLM2's vocabulary lacks 21 bytes. Hugging Face drops them from a word, so that its neighbours merge across the gap."""
+    """SmolLM2's vocabulary lacks 21 bytes. Hugging Face drops them from a word: its neighbours merge across the gap."""
     reference = fast_byte_level("digits", alphabet=False)
     tok = load_fast(reference, tmp_path)
     assert tok.core.dropped and len(tok.encode("**")) == 1 and tok.encode("*\x04*") == tok.encode("**")
-    assert tok.encode("\x04's") == reference.encode("\x04's").ids != reference.encode("'s").ids  # but text is split before dropping
+    assert (
+        tok.encode("\x04's") == reference.encode("\x04's").ids != reference.encode("'s").ids
+    )  # but text is split before dropping
     for text in (*texts(1, 60), "a\x04b \x04c !\x04! 1\x042", "\x04", " \x04 ", "🏴󠁧󠁢󠁥󠁮󠁧󠁿\U00040000é"):
         agree(tok, reference, text)
 
@@ -161,7 +183,7 @@ def test_unknown_token_for_missing_bytes(tmp_path):
 
 
 def test_very_long_words_and_runs(tmp_path):
-    """tiktoken's regex engine fails on a million white characters in a row; from 400,000 on they take another way to the same ids."""
+    """tiktoken's regex engine fails on a million white characters in a row; from 400,000 on they take another way."""
     r = random.Random(0)
     reference = fast_byte_level("llama3")
     tok = load_fast(reference, tmp_path)
@@ -179,7 +201,7 @@ def test_very_long_words_and_runs(tmp_path):
 
 @st.composite
 def merge_lists(draw):
-    """A vocabulary over few letters with ids in any order and a merge list in any order, with repeats and tokens that no merge makes."""
+    """A vocabulary over few letters and a merge list, both in any order, with repeats and tokens that no merge makes."""
     letters = "abc"[: draw(st.integers(1, 3))]
     words = draw(st.lists(st.text(letters, min_size=2, max_size=5), max_size=14, unique=True))
     vocab = draw(st.permutations([*letters, *words]))
@@ -191,7 +213,7 @@ def merge_lists(draw):
 @settings(max_examples=250)
 @given(merge_lists(), st.booleans(), st.randoms(use_true_random=False))
 def test_any_merge_list_is_reproduced_or_refused(case, whole_words, r):
-    """Merging by rank equals merging by the list, whatever the list: inconsistent orders, several ways to a token, tokens out of reach."""
+    """By rank as by the list, whatever the list: inconsistent orders, several ways to a token, tokens out of reach."""
     letters, vocab, merges = case
     reference = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     try:
@@ -207,7 +229,7 @@ def test_any_merge_list_is_reproduced_or_refused(case, whole_words, r):
 
 
 def test_whole_words_that_ranks_would_also_merge_are_refused(tmp_path):
-    """ignore_merges takes a word that is a token; a token with no merge of its own must not be joined inside of longer words."""
+    """ignore_merges takes a word that is a token; one with no merge of its own is not to be joined in longer words."""
     fast = json.loads(fast_byte_level("llama3").to_str())
     fast["model"]["ignore_merges"] = True
     vocab = fast["model"]["vocab"]
@@ -223,7 +245,7 @@ def test_whole_words_that_ranks_would_also_merge_are_refused(tmp_path):
 
 
 def test_vocab_and_merges_files(tmp_path):
-    """The old pair of files says nothing of pre-tokenisation: the tokenizer's class does, and without a known one they are refused."""
+    """The old pair of files says nothing of pre-tokenisation: the tokenizer's class does, or they are refused."""
     reference = fast_byte_level("qwen", normalizer=hf.normalizers.NFC())
     model = json.loads(reference.to_str())["model"]
     merges = "#version: 0.2\r\n" + "".join(" ".join(m) + "\r\n" for m in model["merges"])
@@ -249,7 +271,10 @@ def test_vocab_and_merges_files(tmp_path):
 def test_added_tokens_flags(tmp_path):
     reference = fast_byte_level("gpt2")
     flags = itertools.product((False, True), repeat=3)
-    tokens = [hf.AddedToken(f"<{i}>", lstrip=a, rstrip=b, single_word=c, normalized=bool(i % 2)) for i, (a, b, c) in enumerate(flags)]
+    tokens = [
+        hf.AddedToken(f"<{i}>", lstrip=a, rstrip=b, single_word=c, normalized=bool(i % 2))
+        for i, (a, b, c) in enumerate(flags)
+    ]
     reference.add_tokens(tokens)
     tok = load_fast(reference, tmp_path)
     r = random.Random(5)
@@ -258,7 +283,7 @@ def test_added_tokens_flags(tmp_path):
         agree(tok, reference, "".join(r.choice(parts) for _ in range(r.randrange(1, 12))))
 
 
-# -------------------------------------------------------------------------------------------------------- tiktoken files
+# ------------------------------------------------------------------------------------------------------- tiktoken files
 
 
 def tiktoken_file(size: int) -> bytes:
@@ -269,10 +294,13 @@ def tiktoken_file(size: int) -> bytes:
     return b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
 
 
-@pytest.mark.parametrize(("name", "size", "pattern", "special"), [
-    ("tokenizer.model", 128_000, LLAMA3, LLAMA3_SPECIAL),
-    ("qwen.tiktoken", 151_643, QWEN, QWEN_SPECIAL),
-])
+@pytest.mark.parametrize(
+    ("name", "size", "pattern", "special"),
+    [
+        ("tokenizer.model", 128_000, LLAMA3, LLAMA3_SPECIAL),
+        ("qwen.tiktoken", 151_643, QWEN, QWEN_SPECIAL),
+    ],
+)
 def test_tiktoken_files(tmp_path, name, size, pattern, special):
     data = tiktoken_file(size)
     tok = load_tokenizer(write(tmp_path, **{name: data}))
@@ -292,16 +320,27 @@ def test_tiktoken_files(tmp_path, name, size, pattern, special):
         assert (tok.bos_id, tok.eos_id, tok.adds_bos) == (None, 151_643, False)
 
 
-# --------------------------------------------------------------------------------------------------------- sentencepiece
+# -------------------------------------------------------------------------------------------------------- sentencepiece
 
 
 @pytest.fixture(scope="module")
 def spm() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20), model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True,
-        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-        control_symbols=["[INST]", "[/INST]"], hard_vocab_limit=False, minloglevel=2, num_threads=1, allow_whitespace_only_pieces=True,
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        control_symbols=["[INST]", "[/INST]"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        allow_whitespace_only_pieces=True,
     )
     return model.getvalue()
 
@@ -309,7 +348,12 @@ def spm() -> bytes:
 def test_sentencepiece_equals_reference(tmp_path, spm):
     tok = load_tokenizer(write(tmp_path, tokenizer__model=spm))
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
-    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.adds_bos) == (len(reference), reference.bos_id(), reference.eos_id(), True)
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.adds_bos) == (
+        len(reference),
+        reference.bos_id(),
+        reference.eos_id(),
+        True,
+    )
 
     @settings(max_examples=20)
     @given(seeds)
@@ -327,12 +371,16 @@ def test_sentencepiece_equals_reference(tmp_path, spm):
 
 
 def test_sentencepiece_space_in_front(tmp_path, spm):
-    """A space goes in front of a text; with legacy=true also in front of each text after a special token, as in LlamaTokenizer."""
+    """A space goes in front of a text; with legacy=true also in front of each text after a special token."""
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
     tok = load_tokenizer(write(tmp_path / "new", tokenizer__model=spm, tokenizer_config__json={"legacy": False}))
     old = load_tokenizer(write(tmp_path / "old", tokenizer__model=spm, tokenizer_config__json={"legacy": True}))
     first, second = reference.encode("the end"), reference.encode("of the fox")
-    assert tok.encode("the end</s>of the fox", special=True) == [*first, tok.eos_id, *tok.encode("of the fox", continued=True)]
+    assert tok.encode("the end</s>of the fox", special=True) == [
+        *first,
+        tok.eos_id,
+        *tok.encode("of the fox", continued=True),
+    ]
     assert old.encode("the end</s>of the fox", special=True) == [*first, tok.eos_id, *second]
     assert tok.encode("of the fox", continued=True) != second and tok.encode(" of the fox", continued=True) == second
     assert tok.decode(tok.encode("the end</s>of the fox", special=True)) == "the end</s>of the fox"
@@ -346,16 +394,22 @@ def test_tokenizer_json_of_sentencepiece_kind(tmp_path, spm, prepare):
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
     pieces = reference.id_to_piece(list(range(len(reference))))
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    markers = [p for i, p in enumerate(pieces) if reference.is_byte(i) or reference.is_control(i) or reference.is_unknown(i)]
+    markers = [
+        p for i, p in enumerate(pieces) if reference.is_byte(i) or reference.is_control(i) or reference.is_unknown(i)
+    ]
     ranked = [p for p in pieces if len(p) > 1 and p not in markers]
     merges = [(p[:k], p[k:]) for p in ranked for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]
     fast = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     escape = hf.normalizers.Replace(" ", "\u2581")
     if prepare in ("prepend", "bare"):
-        fast.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), escape]) if prepare == "prepend" else escape
+        fast.normalizer = (
+            hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), escape]) if prepare == "prepend" else escape
+        )
     else:
         fast.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme=prepare, split=False)
-    fast.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")])
+    fast.add_special_tokens(
+        [hf.AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")]
+    )
     fast.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tok = load_fast(fast, tmp_path)
     assert tok.adds_bos and tok.bos_id == 1 and tok.vocab_size == len(pieces)
@@ -365,7 +419,7 @@ def test_tokenizer_json_of_sentencepiece_kind(tmp_path, spm, prepare):
             assert tok.encode(text) == reference.encode(text)
 
 
-# ---------------------------------------------------------------------------------------------- decoding, BOS, EOS, stops
+# -------------------------------------------------------------------------------------------- decoding, BOS, EOS, stops
 
 
 def test_stream_prints_what_decode_says(tmp_path, spm):
@@ -373,7 +427,11 @@ def test_stream_prints_what_decode_says(tmp_path, spm):
     for tok in (byte, load_tokenizer(write(tmp_path / "s", tokenizer__model=spm))):
         r = random.Random(7)
         for n in range(60):
-            ids = [r.randrange(tok.vocab_size + 3) for _ in range(n)] if n % 2 else tok.encode("héllo 😀 the end", bos=True)
+            ids = (
+                [r.randrange(tok.vocab_size + 3) for _ in range(n)]
+                if n % 2
+                else tok.encode("héllo 😀 the end", bos=True)
+            )
             for skip in (False, True):
                 push = tok.stream(skip_special=skip)
                 parts = [push(id_) for id_ in ids] + [push(None)]
@@ -388,9 +446,12 @@ def test_bos_eos_and_stops_come_from_the_files(tmp_path):
     plain = load_fast(reference, tmp_path / "plain")
     assert (plain.bos_id, plain.eos_id, plain.stop_ids, plain.adds_bos) == (None, None, (), False)
     assert plain.encode("a", bos=True, eos=True) == plain.encode("a")
-    reference.post_processor = hf.processors.Sequence([
-        hf.processors.ByteLevel(), hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", id_("<s>"))]),
-    ])
+    reference.post_processor = hf.processors.Sequence(
+        [
+            hf.processors.ByteLevel(),
+            hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", id_("<s>"))]),
+        ]
+    )
     generation = {"eos_token_id": [id_("</s>"), id_("<|eot|>")]}
     config = {"eos_token": {"content": "</s>"}}
     tok = load_fast(reference, tmp_path / "a", tokenizer_config__json=config, generation_config__json=generation)
@@ -411,7 +472,7 @@ def test_halves_of_surrogate_pairs(tmp_path):
     assert tok.decode(tok.encode("a\ud83db")) == "a\ufffdb"
 
 
-# ------------------------------------------------------------------------------------------------------------------ errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_missing_files_are_named(tmp_path):
@@ -425,8 +486,24 @@ def test_damaged_files(tmp_path, spm):
     fast, ranks = fast_byte_level("gpt2").to_str(), tiktoken_file(2000)
     whole = tiktoken_file(128_000)
     cases = {
-        "tokenizer.json": [b"", fast[: len(fast) // 2], "[1]", "{}", b"\xff\xfe", "version https://git-lfs.github.com/spec/v1\n"],
-        "tokenizer.model": [b"", b"\n\xffgarbage", b"\n\x03abc\x12\x02de\x1a\x02fg", ranks, whole[: len(whole) // 2], whole[:-20], b"IQ== x\n", b"<html>"],
+        "tokenizer.json": [
+            b"",
+            fast[: len(fast) // 2],
+            "[1]",
+            "{}",
+            b"\xff\xfe",
+            "version https://git-lfs.github.com/spec/v1\n",
+        ],
+        "tokenizer.model": [
+            b"",
+            b"\n\xffgarbage",
+            b"\n\x03abc\x12\x02de\x1a\x02fg",
+            ranks,
+            whole[: len(whole) // 2],
+            whole[:-20],
+            b"IQ== x\n",
+            b"<html>",
+        ],
         "qwen.tiktoken": [b"", ranks, whole.replace(b" 5\n", b" 6\n", 1)],
     }
     for name, contents in cases.items():
@@ -446,19 +523,25 @@ def test_a_sentencepiece_model_cut_off_anywhere_is_refused(tmp_path, spm):
             load_tokenizer(write(tmp_path, tokenizer__model=spm[:size]))
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda f: f["model"].update(type="WordPiece"), "the model is WordPiece"),
-    (lambda f: f["model"].update(dropout=0.1), "dropout"),
-    (lambda f: f["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    (lambda f: f["model"]["merges"].append(["q", "zz"]), "uses a token that the vocabulary lacks"),
-    (lambda f: f["model"]["merges"].append("a b c"), "expected two tokens"),
-    (lambda f: f["model"]["vocab"].update({"q": 1, "z": 1}), "have one id"),
-    (lambda f: f.update(normalizer={"type": "Lowercase"}), "the normalizer is Lowercase"),
-    (lambda f: f.update(pre_tokenizer=None), "the pre-tokenizer is none"),
-    (lambda f: f["pre_tokenizer"].update(add_prefix_space=True), "without a space in front"),
-    (lambda f: f.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 2}), r"Whitespace \+ Whitespace"),
-    (lambda f: f["model"].update(byte_fallback=True), "add the model's tokenizer.model"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: f["model"].update(type="WordPiece"), "the model is WordPiece"),
+        (lambda f: f["model"].update(dropout=0.1), "dropout"),
+        (lambda f: f["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda f: f["model"]["merges"].append(["q", "zz"]), "uses a token that the vocabulary lacks"),
+        (lambda f: f["model"]["merges"].append("a b c"), "expected two tokens"),
+        (lambda f: f["model"]["vocab"].update({"q": 1, "z": 1}), "have one id"),
+        (lambda f: f.update(normalizer={"type": "Lowercase"}), "the normalizer is Lowercase"),
+        (lambda f: f.update(pre_tokenizer=None), "the pre-tokenizer is none"),
+        (lambda f: f["pre_tokenizer"].update(add_prefix_space=True), "without a space in front"),
+        (
+            lambda f: f.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 2}),
+            r"Whitespace \+ Whitespace",
+        ),
+        (lambda f: f["model"].update(byte_fallback=True), "add the model's tokenizer.model"),
+    ],
+)
 def test_what_cannot_be_reproduced_is_refused(tmp_path, change, reason):
     fast = json.loads(fast_byte_level("gpt2").to_str())
     change(fast)

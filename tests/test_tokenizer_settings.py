@@ -30,7 +30,7 @@ TALKS = 5  # conversations with each tokenizer
 SEED = os.environ.get("RT_SEED")
 
 
-# ---------------------------------------------------------------------------------------------------- cases by themselves
+# -------------------------------------------------------------------------------------------------- cases by themselves
 
 FRONTS = {"none": None, "bytes": "ByteLevel", "<s> $A": ["<s>"], "$A </s>": ["</s>"], "<s> $A </s>": ["<s>", "</s>"]}
 CLASSES = (None, "PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer")
@@ -88,7 +88,9 @@ def test_stop_ids_of_every_file(tmp_path):
     eos = tok.eos_id
     for name, ids in (("config", [eos, 3]), ("hf_config", 5), ("generation_config", [7, 9])):
         write(tmp_path, **{f"{name}__json": {"eos_token_id": ids}})
-        assert load_tokenizer(tmp_path).stop_ids == tuple(dict.fromkeys([eos, *(ids if isinstance(ids, list) else [ids])]))
+        assert load_tokenizer(tmp_path).stop_ids == tuple(
+            dict.fromkeys([eos, *(ids if isinstance(ids, list) else [ids])])
+        )
     write(tmp_path, generation_config__json={"eos_token_id": None})
     assert load_tokenizer(tmp_path).stop_ids == (eos, 5)
     for bad in ("7", [None], [True], 1.5):
@@ -105,7 +107,7 @@ def test_special_tokens_map_goes_before_the_config_of_old_folders(tmp_path):
     assert load_tokenizer(tmp_path).roles["bos_token"] == reference_of(tmp_path).bos_token == "<|eot|>"
 
 
-# ------------------------------------------------------------------------------------------------- of sentencepiece's kind
+# ---------------------------------------------------------------------------------------------- of sentencepiece's kind
 
 
 def pieces_of(proto: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -186,7 +188,7 @@ def test_vocabularies_that_cannot_be_held_are_refused(tmp_path, spm):  # noqa: F
             load_tokenizer(write(tmp_path, tokenizer__json=model))
 
 
-# ------------------------------------------------------------------------------------------------------- drawn at random
+# ------------------------------------------------------------------------------------------------------ drawn at random
 
 BYTE_LEVEL = list(itertools.product(("gpt2", "digits", "llama3", "qwen"), (None, "NFC", "NFD", "NFKC")))
 NAMES = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<think>", "</think>", "[INST]", "[/INST]", "<x y>", "<|x|>"]
@@ -251,7 +253,10 @@ def draw_folder(draw, folder: Path, proto: bytes) -> None:
         fast["post_processor"] = json.loads(processor.__getstate__())
     spelled = {"content": "<s>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
     config = {"eos_token": draw(st.sampled_from(("</s>", "<|im_end|>")))}
-    for key, values in (("bos_token", ("<s>", None, spelled | {"__type": "AddedToken"})), ("add_bos_token", (True, False))):
+    for key, values in (
+        ("bos_token", ("<s>", None, spelled | {"__type": "AddedToken"})),
+        ("add_bos_token", (True, False)),
+    ):
         value = draw(st.sampled_from((*values, "absent")))
         config |= {} if value == "absent" else {key: value}
     write(folder, tokenizer__json=fast, tokenizer_config__json=config)
@@ -265,18 +270,39 @@ def draw_template(draw) -> tuple[str, dict[str, tuple]]:
         way = draw(st.sampled_from(list(WAYS)))
         parts[role] = head, WAYS[way], foot
         printed = [json.dumps(head), way.replace("C", "m['content']"), json.dumps(foot)]
-        shape = draw(st.sampled_from(("{{ A ~ (B) ~ C }}", "{{ A }}{{ B }}{{ C }}", "{% set x %}{{ B }}{% endset %}{{ A ~ x ~ C }}")))
+        shape = draw(
+            st.sampled_from(
+                ("{{ A ~ (B) ~ C }}", "{{ A }}{{ B }}{{ C }}", "{% set x %}{{ B }}{% endset %}{{ A ~ x ~ C }}")
+            )
+        )
         for name, text in zip("ABC", printed):
             shape = shape.replace(f"{name} ", f"{text} ").replace(f"({name})", f"({text})")
-        source += "{% " + ("if" if role == "system" else "elif") + f" m.role == '{role}' %}}{shape.replace('ROLE', role)}"
+        source += (
+            "{% " + ("if" if role == "system" else "elif") + f" m.role == '{role}' %}}{shape.replace('ROLE', role)}"
+        )
     source = "{% for m in messages %}" + source + "{% endif %}{% endfor %}"
     return source, parts
 
 
-ANSWERS = st.sampled_from((
-    "the cat", "a1", " the quick fox. ", "two\nlines\n", "<think>\nhmm\n</think>\n\nfirst", "user", "the end</think>x",
-    "x", "\n\nnaïve café 日本語", "Ångström e\u0301", "1234", "a <x y> b", "assistant: hello", "😀 👍🏽", "def f(x):\n    return x\t",
-))
+ANSWERS = st.sampled_from(
+    (
+        "the cat",
+        "a1",
+        " the quick fox. ",
+        "two\nlines\n",
+        "<think>\nhmm\n</think>\n\nfirst",
+        "user",
+        "the end</think>x",
+        "x",
+        "\n\nnaïve café 日本語",
+        "Ångström e\u0301",
+        "1234",
+        "a <x y> b",
+        "assistant: hello",
+        "😀 👍🏽",
+        "def f(x):\n    return x\t",
+    )
+)
 
 
 @st.composite
