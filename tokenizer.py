@@ -109,7 +109,9 @@ def _merge_alone(token: str, turn: dict[tuple[str, str], int]) -> tuple[list[str
 
 # ------------------------------------------------------------------------------------------------------------ two cores
 
-Ranges = list[tuple[int, int]]  # stretches of a text: first character, character after the last
+Range = tuple[int, int]  # a stretch of a text: first character, character after the last
+Ranges = list[Range]
+Encoded = tuple[list[int], list[bool]]  # ids, and whether each carries loss
 
 
 class ByteBPE:
@@ -131,7 +133,7 @@ class ByteBPE:
     def encode(self, text: str, continued: bool = False) -> list[int]:
         return list(map(self.ids.__getitem__, self._ranks(text)))
 
-    def encode_masked(self, text: str, ranges: Ranges, continued: bool = False) -> tuple[list[int], list[bool]]:
+    def encode_masked(self, text: str, ranges: Ranges, continued: bool = False) -> Encoded:
         """Ids, and whether each stands for a character in one of the ranges."""
         ranks = self._ranks(text)
         ends = list(itertools.accumulate(map(self.sizes.__getitem__, ranks)))
@@ -174,7 +176,8 @@ def _encoding(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
 def _ranges(name: str) -> str:
     """The characters of a class such as \\p{L}, as tiktoken's engine sees it, as ranges for a set of Python's re."""
     every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
-    found = bytes(_encoding(name, {bytes([b]): b for b in range(256)}).encode_ordinary(every)).decode()
+    every_byte = {bytes([b]): b for b in range(256)}
+    found = bytes(_encoding(name, every_byte).encode_ordinary(every)).decode()
     groups = itertools.groupby(enumerate(found), lambda pair: ord(pair[1]) - pair[0])
     runs = ([char for _, char in run] for _, run in groups)
     return "".join(rf"\U{ord(run[0]):08x}-\U{ord(run[-1]):08x}" for run in runs)
@@ -195,6 +198,9 @@ def python_pattern(pattern: str) -> re.Pattern:
     return re.compile(re.sub(r"\\[pP]\{.*?\}|\\.|\[|\]", spell, pattern))
 
 
+NO_SPACE = b"\x1a\x02\x18\x00"  # behind a model: normalizer_spec { add_dummy_prefix: false }
+
+
 class SentencePiece:
     """A sentencepiece model.
 
@@ -204,15 +210,14 @@ class SentencePiece:
 
     def __init__(self, proto: bytes, *, every: bool, metaspace: bool = False, ids: list[int] | None = None):
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        no_space = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }
-        self.bare = sentencepiece.SentencePieceProcessor(model_proto=proto + no_space)
+        self.bare = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_SPACE)
         self.every, self.metaspace, self.ids = every, metaspace, ids
 
     def encode(self, text: str, continued: bool = False) -> list[int]:
         numbers = self._model(text, continued).encode(text)
         return numbers if self.ids is None else [self.ids[number] for number in numbers]
 
-    def encode_masked(self, text: str, ranges: Ranges, continued: bool = False) -> tuple[list[int], list[bool]]:
+    def encode_masked(self, text: str, ranges: Ranges, continued: bool = False) -> Encoded:
         """Ids, and whether each stands for a character in one of the ranges."""
         offsets = self._model(text, continued).encode(text, return_type="offset_mapping")["offsets"]
         # the space in front and all but the last byte of a character that is no piece have no width
@@ -250,7 +255,9 @@ def sentencepiece_bpe(vocab: dict[str, int], order: list[str], *, prefix: bool) 
     pieces = {unknown: UNKNOWN} | pieces | dict.fromkeys(BYTE_PIECES, BYTE)
     proto = b""
     for token, kind in pieces.items():
-        proto += _field(1, _field(1, token.encode()) + _field(2, -float(rank.get(token, 0))) + _field(3, kind))
+        score = -float(rank.get(token, 0))
+        piece = _field(1, token.encode()) + _field(2, score) + _field(3, kind)
+        proto += _field(1, piece)
     trainer = _field(3, 2) + _field(35, 1) + _field(45, unknown.encode())  # model_type BPE, byte_fallback, unk_piece
     # add_dummy_prefix, then spaces are kept as they are, and escaped
     normalizer = _field(1, b"identity") + _field(3, int(prefix)) + _field(4, 0) + _field(5, 1)
@@ -292,15 +299,20 @@ class Settings:
     @property
     def roles(self) -> dict[str, str]:
         """The special tokens that have a role: bos_token, pad_token, ..."""
-        given = {k: _content(v) for k, v in self.config.items() if k.endswith("_token") and isinstance(v, (str, dict))}
+        given = {key: value for key, value in self.config.items() if key.endswith("_token")}
         extra = self.config.get("extra_special_tokens")
-        return given | ({k: _content(v) for k, v in extra.items()} if isinstance(extra, dict) else {})
+        if isinstance(extra, dict):
+            given |= extra
+        return {key: _content(value) for key, value in given.items() if isinstance(value, (str, dict))}
 
     @property
     def special(self) -> set[str]:
         """All special tokens that the settings name."""
+        found = set(self.roles.values())
         extra = self.config.get("extra_special_tokens") or self.config.get("additional_special_tokens")
-        return {*self.roles.values(), *(map(_content, extra) if isinstance(extra, list) else ())}
+        if isinstance(extra, list):
+            found.update(map(_content, extra))
+        return found
 
 
 class Tokenizer:
@@ -325,13 +337,18 @@ class Tokenizer:
         ordinary = {i: t for i, t in added.items() if not t.get("special")}
         self.matchers = [[_matcher(t, late, prepare) for late in (False, True)] for t in (ordinary, added)]
         self.roles, self.templates = settings.roles, settings.templates
-        self.bos_id, self.eos_id = (self.added.get(self.roles.get(name)) for name in ("bos_token", "eos_token"))
-        if settings.front is not None:
-            self.bos_id = settings.front
-        wanted = settings.front is not None if settings.fast else settings.config.get("add_bos_token")
-        self.adds_bos = bool(wanted) and self.bos_id is not None
-        stops = (self.eos_id, _turn_end(self), *settings.stops)
-        self.stop_ids = tuple(dict.fromkeys(id_ for id_ in stops if id_ is not None))
+        self.bos_id = self.added.get(self.roles.get("bos_token"))
+        self.eos_id = self.added.get(self.roles.get("eos_token"))
+        self.adds_bos = bool(settings.config.get("add_bos_token")) and self.bos_id is not None
+        if settings.fast:
+            self.adds_bos = settings.front is not None
+            self.bos_id = settings.front if self.adds_bos else self.bos_id
+        self.stop_ids = tuple(settings.stops)
+        if self.eos_id is not None and self.eos_id not in self.stop_ids:
+            self.stop_ids = self.eos_id, *self.stop_ids
+        end = _turn_end(self)
+        if end is not None and end not in self.stop_ids:
+            self.stop_ids = *self.stop_ids, end
 
     @property
     def chat_form(self) -> str:
@@ -357,12 +374,15 @@ class Tokenizer:
                 continue
             ready = self.prepare(text[start:stop]) if self.prepare else text[start:stop]
             for a, b, id_ in _split(ready, late):
-                ids += self.core.encode(ready[a:b], continued or start + a > 0) if id_ is None else [id_]
+                if id_ is not None:
+                    ids.append(id_)
+                else:
+                    ids += self.core.encode(ready[a:b], continued or start + a > 0)
         if bos and self.bos_id is not None and not (special and ids[:1] == [self.bos_id]):
             ids = [self.bos_id, *ids]
         return ids + [self.eos_id] if eos and self.eos_id is not None else ids
 
-    def encode_masked(self, text: str, ranges: Ranges, hidden: Ranges) -> tuple[list[int], list[bool]]:
+    def encode_masked(self, text: str, ranges: Ranges, hidden: Ranges) -> Encoded:
         """The ids of encode(text, special=True), and whether each stands for a character in one of the ranges.
 
         hidden: where no special token is found.
@@ -444,18 +464,24 @@ def _within(ranges: Ranges, start: int, stop: int) -> Ranges:
     return [(max(a, start) - start, min(b, stop) - start) for a, b in ranges if a < stop and start < b]
 
 
+def _either(texts: Iterable[str]) -> str:
+    """A pattern for any of the texts, the longest first; one that never matches without any."""
+    return "|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)"
+
+
 Matcher = tuple[re.Pattern, dict[str, dict]] | None
 
 
 def _matcher(added: dict[int, dict], late: bool, prepare: Callable[[str], str] | None) -> Matcher:
     """For _split: the longest token at the leftmost place, of those to be found before or late, that is, prepared."""
-    tokens = {t["content"]: t | {"id": i} for i, t in added.items() if bool(t.get("normalized")) == late}
-    if late and prepare:
-        tokens = {prepare(content): t for content, t in tokens.items()}
-    tokens.pop("", None)
-    if not tokens:
-        return None
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))), tokens
+    tokens = {}
+    for i, token in added.items():
+        content = token["content"]
+        if late and prepare:
+            content = prepare(content)
+        if content and bool(token.get("normalized")) == late:
+            tokens[content] = token | {"id": i}
+    return (re.compile(_either(tokens)), tokens) if tokens else None
 
 
 def _split(text: str, matcher: Matcher, hidden: Ranges = ()) -> Iterator[tuple[int, int, int | None]]:
@@ -465,7 +491,8 @@ def _split(text: str, matcher: Matcher, hidden: Ranges = ()) -> Iterator[tuple[i
         token, (start, stop) = matcher[1][match[0]], match.span()
         if any(a < stop and start < b for a, b in hidden):
             continue
-        if token.get("single_word") and re.search(r"\w", text[max(0, start - 1) : start] + text[stop : stop + 1]):
+        beside = text[max(0, start - 1) : start] + text[stop : stop + 1]
+        if token.get("single_word") and re.search(r"\w", beside):
             continue
         if token.get("lstrip"):
             start = end + len(text[end:start].rstrip())
@@ -482,18 +509,18 @@ def _split(text: str, matcher: Matcher, hidden: Ranges = ()) -> Iterator[tuple[i
 # --------------------------------------------------------------------------------------------------- chats, by any form
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which the thoughts of an answer are given
-Loss = list[bool]
+Messages = list[dict]
 
 
 def encode_chat(
     tok: Tokenizer,
-    messages: list[dict],
+    messages: Messages,
     *,
     form: str | None = None,
     generate: bool = False,
     tools: list[dict] | None = None,
     last_only: bool = False,
-) -> tuple[list[int], Loss]:
+) -> Encoded:
     """Ids of a conversation and a mask of the loss: the assistant's answers, each with the stop id behind it.
 
     messages: {"role": str, "content": str}, and what the template reads beside these (reasoning_content, tool_calls);
@@ -538,7 +565,7 @@ def _template(tok: Tokenizer, form: str | None, tools: list[dict] | None) -> str
     return None
 
 
-def _check(messages: list[dict], generate: bool, strict: bool) -> None:
+def _check(messages: Messages, generate: bool, strict: bool) -> None:
     """Refuse what is no conversation. strict: for FORMS, which know three roles; a template has its own rules."""
     roles = ("system", "user", "assistant")
     if not isinstance(messages, list) or not messages:
@@ -569,7 +596,7 @@ def _check_last(role: str, generate: bool) -> None:
         raise ValueError(f"the last message has the role {role}, expected assistant: mend the conversation")
 
 
-def _refuse_unused(messages: list[dict], tools: list[dict] | None, source: str, name: str) -> None:
+def _refuse_unused(messages: Messages, tools: list[dict] | None, source: str, name: str) -> None:
     """Refuse what changes a conversation but has no place in this form or template, which would lose it."""
     if tools is not None and "tools" not in source:
         raise ValueError(f"tools are given, but {name} has no place for them: leave them out or name another (--chat)")
@@ -582,8 +609,11 @@ def _refuse_unused(messages: list[dict], tools: list[dict] | None, source: str, 
                 )
 
 
-def _without_loss(messages: list[dict]) -> list[dict]:
-    return [{k: v for k, v in m.items() if k != "loss" and v is not None} for m in messages]
+def _without_loss(messages: Messages) -> Messages:
+    kept = []
+    for message in messages:
+        kept.append({key: value for key, value in message.items() if key != "loss" and value is not None})
+    return kept
 
 
 Place = tuple[int | str, ...]  # the way to a text in a conversation: (3, "content")
@@ -654,7 +684,7 @@ def _constants(source: str) -> tuple[str, ...]:
     """The texts that a template may compare content with or split it at."""
     tree = _compile(source, False).environment.parse(source)
     values = (node.value for node in tree.find_all(jinja2.nodes.Const))
-    return tuple(sorted({v for v in values if isinstance(v, str) and v.strip()}, key=len, reverse=True))
+    return tuple({value for value in values if isinstance(value, str) and value.strip()})
 
 
 @dataclass(frozen=True)
@@ -667,7 +697,7 @@ class Render:
     generate: bool
     now: datetime  # one moment for all renders of a conversation
 
-    def text(self, messages: list[dict], tools=None, marked: bool = False) -> str:
+    def text(self, messages: Messages, tools=None, marked: bool = False) -> str:
         values = self.roles | {
             "messages": [_with_thoughts(m) for m in messages],
             "tools": tools or self.tools,
@@ -771,15 +801,11 @@ class Marked:
 
     def plain(self, shown: str) -> str:
         """The private characters put back."""
-        return shown.translate({ord(char): self.texts[n][i] for char, (n, i) in self.owner.items()})
+        own = {ord(char): self.texts[number][i] for char, (number, i) in self.owner.items()}
+        return shown.translate(own)
 
 
 NOTHING = re.compile("(?!)")
-
-
-def _either(texts: Iterator[str]) -> str:
-    """A pattern for any of the texts, the longest first; one that never matches without any."""
-    return "|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)"
 
 
 @functools.lru_cache(maxsize=16)
@@ -797,7 +823,7 @@ def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, ...]:
     return tuple(map(re.compile, (_either(special), _either(hide), _either(constants), words)))
 
 
-def _mark(render: Render, messages: list[dict], answers: list[bool], patterns: tuple, plain: str) -> tuple[Marked, str]:
+def _mark(render: Render, messages: Messages, answers: list[bool], patterns: tuple, plain: str) -> tuple[Marked, str]:
     """The conversation with marks, and what the template makes of it."""
     others, hide, keep, words = patterns
     texts = _texts([messages, render.tools])
@@ -822,7 +848,7 @@ class Followed:
 
     plain: str
     shown: str  # with private characters where answers stand
-    blocks: list[tuple[int, int]]  # start and stop of what stood in {% generation %}
+    blocks: Ranges  # start and stop of what stood in {% generation %}
     marked: Marked
 
 
@@ -837,7 +863,7 @@ class Piece:
     last: int  # the character after it, as stop
 
 
-def _follow(tok: Tokenizer, render: Render, messages: list[dict], answers: list[bool], plain: str) -> Followed:
+def _follow(tok: Tokenizer, render: Render, messages: Messages, answers: list[bool], plain: str) -> Followed:
     """The first way of marking that the template does not notice. ValueError if it notices all."""
     for way in range(3):
         try:
@@ -851,7 +877,7 @@ def _follow(tok: Tokenizer, render: Render, messages: list[dict], answers: list[
     raise ValueError(f"the chat template changes the letters of the messages, {expected}: {OTHER_FORM}")
 
 
-def _blocks(shown: str) -> tuple[str, list[tuple[int, int]]]:
+def _blocks(shown: str) -> tuple[str, Ranges]:
     """The text without OPEN and CLOSE, and where the outermost of them stood."""
     blocks, kept, depth, start = [], "", 0, 0
     for part in re.split(f"([{OPEN}{CLOSE}])", shown):
@@ -893,7 +919,7 @@ def _same(written: str, printed: str) -> bool:
     return "".join(printed.split()) in ["".join(way.split()) for way in ways]
 
 
-def _grow(piece: Piece, seen: Followed, without: Callable[[int, str], int]) -> tuple[int, int]:
+def _grow(piece: Piece, seen: Followed, without: Callable[[int, str], int]) -> Range:
     """Start and stop of a piece with the characters at its ends that carry no mark.
 
     A constant counts as a whole or not at all. White space counts if it is the answer's: the conversation becomes
@@ -902,21 +928,21 @@ def _grow(piece: Piece, seen: Followed, without: Callable[[int, str], int]) -> t
     text, changed = seen.marked.texts[piece.text], seen.marked.changed[piece.text]
     constants = [(a, b) for number, a, b in seen.marked.constants if number == piece.text]
 
-    size = _common(text[piece.last :], changed[piece.last :], seen.plain[piece.stop :])
-    size = min([size, *(a - piece.last for a, b in constants if a < piece.last + size < b)])
-    behind = len(text[piece.last :][:size].rstrip())
-    if size > behind:
-        at = piece.last + behind
-        behind += min(size - behind, without(piece.text, text[:at] + text[at:].lstrip()))
+    behind = _common(text[piece.last :], changed[piece.last :], seen.plain[piece.stop :])
+    end = piece.last + behind
+    end = min([end, *(a for a, b in constants if a < end < b)])
+    solid = piece.last + len(text[piece.last : end].rstrip())
+    if solid < end:
+        end = min(end, solid + without(piece.text, text[:solid] + text[solid:].lstrip()))
 
-    head, printed = text[: piece.first], seen.plain[max(0, piece.start - piece.first) : piece.start]
-    size = _common(head[::-1], changed[: piece.first][::-1], printed[::-1])
-    size = min([size, *(piece.first - b for a, b in constants if a < piece.first - size < b)])
-    before = len(head[len(head) - size :].lstrip())
-    if size > before:
-        at = piece.first - before
-        before += min(size - before, without(piece.text, text[:at].rstrip() + text[at:]))
-    return piece.start - before, piece.stop + behind
+    printed = seen.plain[max(0, piece.start - piece.first) : piece.start]
+    before = _common(text[: piece.first][::-1], changed[: piece.first][::-1], printed[::-1])
+    begin = piece.first - before
+    begin = max([begin, *(b for a, b in constants if a < begin < b)])
+    solid = piece.first - len(text[begin : piece.first].lstrip())
+    if begin < solid:
+        begin = max(begin, solid - without(piece.text, text[:solid].rstrip() + text[solid:]))
+    return piece.start - (piece.first - begin), piece.stop + (end - piece.last)
 
 
 def _common(written: str, changed: str, printed: str) -> int:
@@ -925,7 +951,7 @@ def _common(written: str, changed: str, printed: str) -> int:
     return sum(1 for _ in itertools.takewhile(bool, alike))
 
 
-def _loss_ranges(tok: Tokenizer, render: Render, messages: list[dict], seen: Followed) -> list[tuple[int, int]]:
+def _loss_ranges(tok: Tokenizer, render: Render, messages: Messages, seen: Followed) -> Ranges:
     """The stretches of the rendered conversation that carry loss: answers, and the stop token behind each."""
 
     def without(number: int, text: str) -> int:
@@ -940,18 +966,20 @@ def _loss_ranges(tok: Tokenizer, render: Render, messages: list[dict], seen: Fol
     pieces = itertools.groupby(_pieces(seen), lambda piece: seen.marked.places[piece.text][0])
     for i, group in pieces:
         grown = [_grow(piece, seen, without) for piece in group]
-        ranges += [_calls(render, messages[:i], seen, grown, stop)] if messages[i].get("tool_calls") else grown
+        if messages[i].get("tool_calls"):
+            grown = [_calls(render, messages[:i], seen, grown, stop)]
+        ranges += grown
     if seen.blocks:
         return [at for block in seen.blocks for at in _written(block, ranges, seen, stop)]
     return [at for start_stop in ranges for at in _with_stop(start_stop, seen, stop)]
 
 
-def _with_stop(at: tuple[int, int], seen: Followed, stop: re.Pattern) -> list[tuple[int, int]]:
+def _with_stop(at: Range, seen: Followed, stop: re.Pattern) -> Ranges:
     match = stop.match(seen.shown, at[1])
     return [at, match.span(1)] if match else [at]
 
 
-def _written(block, ranges: list[tuple[int, int]], seen: Followed, stop: re.Pattern) -> list[tuple[int, int]]:
+def _written(block, ranges: Ranges, seen: Followed, stop: re.Pattern) -> Ranges:
     """What stood in {% generation %}, if an answer is in it, without white space around or behind the stop token."""
     inside = [at for at in ranges if block[0] <= at[0] < block[1]]
     if not inside:
@@ -965,7 +993,7 @@ def _written(block, ranges: list[tuple[int, int]], seen: Followed, stop: re.Patt
     return _with_stop((start, end + len(rest.rstrip())), seen, stop)
 
 
-def _calls(render: Render, before: list[dict], seen: Followed, grown: list, stop: re.Pattern) -> tuple[int, int]:
+def _calls(render: Render, before: Messages, seen: Followed, grown: list, stop: re.Pattern) -> Range:
     """All that an answer with tool calls writes: from where a prompt for it ends to its stop token."""
     start, end = grown[0][0], grown[-1][1]
     try:
@@ -979,8 +1007,8 @@ def _calls(render: Render, before: list[dict], seen: Followed, grown: list, stop
 
 
 def _encode_template(
-    tok: Tokenizer, render: Render, messages: list[dict], answers: list[bool]
-) -> tuple[list[int], Loss]:
+    tok: Tokenizer, render: Render, messages: Messages, answers: list[bool]
+) -> Encoded:
     """Ids and loss of a conversation that a template renders."""
     plain = render.text(messages)
     if OPEN in plain or CLOSE in plain:
@@ -1003,8 +1031,8 @@ Parts = Iterator[tuple[str | int, int | None]]  # a text or an id, and the messa
 
 
 def _encode_form(
-    tok: Tokenizer, form: str, messages: list[dict], answers: list[bool], generate: bool
-) -> tuple[list[int], Loss]:
+    tok: Tokenizer, form: str, messages: Messages, answers: list[bool], generate: bool
+) -> Encoded:
     ids, mask = [], []
     for part, answer in FORMS[form](tok, messages, generate):
         # Mistral's tokenizer takes each part as a text of its own, the others the whole as one
@@ -1023,7 +1051,7 @@ def _ids(tok: Tokenizer, form: str, *names: str) -> list[int]:
     return [tok.added[name] for name in names]
 
 
-def _plain(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
+def _plain(tok: Tokenizer, messages: Messages, generate: bool) -> Parts:
     """The form of the paper's data: <|user|> and its like are plain text on a line of their own, EOS ends an answer."""
     if tok.eos_id is None:
         found = "this tokenizer has no EOS, expected one for the chat form plain"
@@ -1044,7 +1072,7 @@ def _plain(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
         yield text + "<|assistant|>\n", None
 
 
-def _chatml(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
+def _chatml(tok: Tokenizer, messages: Messages, generate: bool) -> Parts:
     """SmolLM2 and Qwen. An answer is encoded apart from its header, as when it is generated."""
     start, end = _ids(tok, "chatml", "<|im_start|>", "<|im_end|>")
     for i, m in enumerate(messages):
@@ -1059,7 +1087,7 @@ def _chatml(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
         yield "assistant\n", None
 
 
-def _llama3(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
+def _llama3(tok: Tokenizer, messages: Messages, generate: bool) -> Parts:
     """Llama 3's headers, without the dates that later versions begin with."""
     bos, start, end, eot = _ids(
         tok, "llama3", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -1078,7 +1106,7 @@ def _llama3(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
         yield from ((start, None), ("assistant", None), (end, None), ("\n\n", None))
 
 
-def _mistral(tok: Tokenizer, messages: list[dict], generate: bool) -> Parts:
+def _mistral(tok: Tokenizer, messages: Messages, generate: bool) -> Parts:
     """Mistral Instruct.
 
     v0.1 has no token [INST]: it is text, with spaces inside, and the system message goes before the first question;
@@ -1251,13 +1279,13 @@ def _load_model(path: Path, settings: Settings, fast: dict) -> Tokenizer:
     if data[0] != 0x0A:
         return _load_tiktoken(data, settings)
     try:
-        core = SentencePiece(data, every=settings.config.get("legacy", False)) if _is_whole(data) else None
+        if not _is_whole(data):
+            raise RuntimeError
+        space = b"" if settings.config.get("add_prefix_space") is not False else NO_SPACE
+        core = SentencePiece(data + space, every=settings.config.get("legacy", False))
     except RuntimeError:
-        core = None
-    if core is None:
-        raise ValueError(
-            f"not a whole sentencepiece model of pieces, trainer_spec and normalizer_spec, as expected: {COPY}"
-        )
+        expected = "pieces, trainer_spec and normalizer_spec, as expected"
+        raise ValueError(f"not a whole sentencepiece model of {expected}: {COPY}") from None
     model = core.model
     names = model.id_to_piece(list(range(model.get_piece_size())))
     pieces = {i: _spelled(name) for i, name in enumerate(names)}
@@ -1305,8 +1333,9 @@ def _load_tiktoken(data: bytes, settings: Settings) -> Tokenizer:
             found = f"line {number} is {line[:40]!r}"
             raise ValueError(f"{found}, expected a token in base64 and its rank: {COPY}") from None
     size = len(tokens)
-    in_order = list(tokens.values()) == list(range(size)) and all(bytes([b]) in tokens for b in range(256))
-    if size not in (128_000, 151_643) or not in_order:
+    in_order = list(tokens.values()) == list(range(size))
+    has_bytes = all(bytes([b]) in tokens for b in range(256))
+    if size not in (128_000, 151_643) or not in_order or not has_bytes:
         expected = "128,000 (Llama 3) or 151,643 (Qwen) in the order of their ranks"
         raise ValueError(f"{size:,} tokens, expected {expected}: {COPY}")
     llama = size == 128_000
@@ -1361,7 +1390,7 @@ def _load_json(path: Path, settings: Settings, fast: dict) -> Tokenizer:
     return _byte_tokenizer(model, _pattern(splits), settings, NORMAL_FORMS[forms[0]] if forms else None)
 
 
-def _steps(step: dict | None, key: str) -> list[dict]:
+def _steps(step: dict | None, key: str) -> Messages:
     """The steps of a normalizer, pre-tokenizer or post-processor, with sequences laid flat."""
     if step and step["type"] == "Sequence":
         return [inner for s in step[key] for inner in _steps(s, key)]
@@ -1401,10 +1430,17 @@ def _byte_tokenizer(model: dict, pattern: str, settings: Settings, prepare: Call
     if len(singles) < 256 and unknown is not None and model.get("fuse_unk"):
         found = "the vocabulary lacks bytes and fuse_unk is set, expected one or the other"
         raise ValueError(f"{found}: this tokenizer is not supported")
-    spelled = {t: bytes(map(CHAR_TO_BYTE.get, t)) if CHAR_TO_BYTE.keys() >= set(t) else t.encode() for t in vocab}
+    spelled = {token: _bytes_of(token) for token in vocab}
     core = ByteBPE(pattern, {spelled[token]: vocab[token] for token in (*singles, *order)}, unknown=unknown)
     pieces = {i: spelled[token] for token, i in vocab.items()}
     return _tokenizer(core, pieces, _named(vocab, settings), settings, prepare)
+
+
+def _bytes_of(token: str) -> bytes:
+    """The bytes that a token of byte-level BPE stands for; those of its letters where it is not written so."""
+    if CHAR_TO_BYTE.keys() >= set(token):
+        return bytes(map(CHAR_TO_BYTE.get, token))
+    return token.encode()
 
 
 def _named(vocab: dict[str, int], settings: Settings) -> dict[int, dict]:
