@@ -281,6 +281,16 @@ def test_special_tokens_in_content_are_text(tmp_path):
         assert not any(none) and (name in NO_PREFIX or ids[: len(prompt)] == prompt), name
 
 
+def test_special_tokens_in_other_fields_are_text(tmp_path):
+    """Neither a role nor a field that a template happens to print."""
+    template = "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ m.name ~ eos_token }}{% endfor %}"
+    tok = chat_tokenizer(tmp_path, template)
+    messages = [{"role": "tool</s>", "content": "x", "name": "</s>"}, *talk("q", "a")]
+    ids, mask = encode_chat(tok, messages)
+    assert ids.count(tok.eos_id) == 3 and tok.decode(ids) == "tool</s>:x</s></s>user:q</s>assistant:a</s>"
+    assert spans(tok, ids, mask) == ["a</s>"]
+
+
 def test_a_template_that_looks_for_a_special_token_gets_it_from_answers(tmp_path):
     """A special <think> in an answer is told from text where the template splits answers at it."""
     reference = fast_byte_level("qwen")

@@ -84,13 +84,14 @@ def test_bos_that_the_text_has_is_not_doubled(tmp_path):
 
 def test_stop_ids_of_every_file(tmp_path):
     """generation_config.json, else what a converted folder keeps of the model's config, else config.json."""
-    tok = chat_tokenizer(tmp_path, None)
-    eos = tok.eos_id
-    for name, ids in (("config", [eos, 3]), ("hf_config", 5), ("generation_config", [7, 9])):
+    eos = chat_tokenizer(tmp_path, None).eos_id
+    for name, ids, stops in (
+        ("config", [eos - 1, eos], (eos - 1, eos)),
+        ("hf_config", 5, (eos, 5)),
+        ("generation_config", [7, 9], (eos, 7, 9)),
+    ):
         write(tmp_path, **{f"{name}__json": {"eos_token_id": ids}})
-        assert load_tokenizer(tmp_path).stop_ids == tuple(
-            dict.fromkeys([eos, *(ids if isinstance(ids, list) else [ids])])
-        )
+        assert load_tokenizer(tmp_path).stop_ids == stops
     write(tmp_path, generation_config__json={"eos_token_id": None})
     assert load_tokenizer(tmp_path).stop_ids == (eos, 5)
     for bad in ("7", [None], [True], 1.5):
@@ -163,6 +164,16 @@ def test_tokenizer_model_beside_tokenizer_json(tmp_path, spm):  # noqa: F811
     text = "the end<|im_end|>of the fox <|im_start|>"
     assert tok.encode(text, special=True) == fast.encode(text).ids
     assert tok.decode(fast.encode(text).ids) == text
+
+
+def test_no_space_in_front_where_the_config_says_so(tmp_path, spm):  # noqa: F811
+    config = {"add_prefix_space": False}
+    tok = load_tokenizer(write(tmp_path, tokenizer__model=spm, tokenizer_config__json=config))
+    never = fast_sentencepiece(spm, "never")  # what LlamaTokenizer makes of this setting
+    never.encode_special_tokens = True
+    for text in (*texts(9, 30), "the end", " x", ""):
+        assert tok.encode(text) == tok.encode(text, continued=True) == never.encode(text).ids or "\u2581" in text
+        assert tok.decode(tok.encode(text)) == text or "\u2581" in text
 
 
 def test_tokens_that_no_merge_makes_are_ordinary(tmp_path, spm):  # noqa: F811
