@@ -1021,7 +1021,11 @@ def _encode_template(
     ranges = _loss_ranges(tok, render, messages, seen)
     if any(answers) and not ranges:
         raise ValueError(f"the chat template prints none of the answers: {OTHER_FORM}")
-    hidden = [(i, i + 1) for i, char in enumerate(seen.shown) if char in seen.marked.hidden]
+    hidden = []
+    for i, char in enumerate(seen.shown):
+        if char in seen.marked.hidden:
+            start = hidden.pop()[0] if hidden and hidden[-1][1] == i else i
+            hidden.append((start, i + 1))
     return tok.encode_masked(plain, ranges, hidden)
 
 
@@ -1155,6 +1159,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return load(path, _settings(folder, fast), fast)
     except ValueError as e:
         raise ValueError(f"tokenizer in {folder} ({path.name}): {e}") from None
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as e:  # JSON of another shape
+        found = f"the files are not built as expected ({type(e).__name__}: {e})"
+        raise ValueError(f"tokenizer in {folder} ({path.name}): {found}: {COPY}") from None
 
 
 def _find(folder: Path) -> tuple[Path, Callable]:
@@ -1186,8 +1193,9 @@ def _settings(folder: Path, fast: dict) -> Settings:
     kind = str(config.get("tokenizer_class")).removesuffix("Fast")
     settings = Settings(CLASS_ROLES.get(kind, {}) | config, fast=bool(fast))
     settings.added = {t["id"]: t for t in fast.get("added_tokens") or []}
+    special = settings.special
     for content, i in _json_if_there(folder / "added_tokens.json").items():
-        settings.added[i] = {"content": content, "special": content in settings.special}
+        settings.added[i] = {"content": content, "special": content in special}
     settings.added |= {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
     settings.front = _front(fast)
     settings.templates = _templates(folder, config)
@@ -1223,7 +1231,7 @@ def _front(fast: dict) -> int | None:
 def _templates(folder: Path, config: dict) -> dict[str, str]:
     """Chat templates by name: of the .jinja files if there are any, else of tokenizer_config.json."""
     files = [folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))]
-    found = {p.name.removesuffix(".jinja"): _bytes(p).decode("utf-8", "replace") for p in files if p.exists()}
+    found = {path.name.removesuffix(".jinja"): _text(path) for path in files if path.exists()}
     if found:
         return {"default" if name == "chat_template" else name: source for name, source in found.items()}
     given = config.get("chat_template") or _json_if_there(folder / "chat_template.json").get("chat_template")
@@ -1257,6 +1265,13 @@ def _bytes(path: Path) -> bytes:
         found = "a Git LFS pointer (run git lfs pull)" if data else "empty"
         raise ValueError(f"{path.name} is {found}, expected the content: {COPY}")
     return data
+
+
+def _text(path: Path) -> str:
+    try:
+        return _bytes(path).decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path.name} is not UTF-8 ({e}), expected a text: {COPY}") from None
 
 
 def _json(path: Path) -> dict:

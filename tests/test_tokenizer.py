@@ -201,7 +201,7 @@ def test_very_long_words_and_runs(tmp_path):
 
 @st.composite
 def merge_lists(draw):
-    """A vocabulary over few letters and a merge list, both in any order, with repeats and tokens that no merge makes."""
+    """A vocabulary over few letters and a merge list, in any order, with repeats and tokens that no merge makes."""
     letters = "abc"[: draw(st.integers(1, 3))]
     words = draw(st.lists(st.text(letters, min_size=2, max_size=5), max_size=14, unique=True))
     vocab = draw(st.permutations([*letters, *words]))
@@ -514,6 +514,43 @@ def test_damaged_files(tmp_path, spm):
     folder = write(tmp_path / "config", tokenizer__json=fast, tokenizer_config__json='{"eos_token": ')
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         load_tokenizer(folder)
+
+
+def other_shapes(value, r: random.Random):
+    """A copy with one value somewhere in it replaced by one of another type."""
+    other = r.choice((None, 3, -1, "x", [], {}, [3], {"a": None}, True, 1e300, ["x", "y"], "\ud800"))
+    if not isinstance(value, (dict, list)) or not value or r.random() < 0.1:
+        return other
+    key = r.choice(list(value)) if isinstance(value, dict) else r.randrange(len(value))
+    copy = value.copy()
+    copy[key] = other_shapes(value[key], r)
+    return copy
+
+
+def test_json_of_another_shape_is_one_sentence(tmp_path):
+    """Whatever value of a tokenizer's files is of another type: it loads, or a ValueError names the folder."""
+    template = [{"name": "default", "template": "x"}]
+    config = {"eos_token": "</s>", "chat_template": template, "bos_token": {"content": "<s>"}}
+    files = {
+        "tokenizer": json.loads(fast_byte_level("digits", size=300).to_str()),
+        "tokenizer_config": config | {"added_tokens_decoder": {"1": {"content": "x", "special": True}}},
+        "special_tokens_map": {"pad_token": {"content": "<s>"}},
+        "added_tokens": {"<a>": 900},
+        "generation_config": {"eos_token_id": [1, 2]},
+        "config": {"eos_token_id": 3},
+    }
+    r, refused = random.Random(0), 0
+    for _ in range(200):
+        name = r.choice(list(files))
+        changed = files | {name: other_shapes(files[name], r)}
+        for file, content in changed.items():
+            (tmp_path / f"{file}.json").write_text(json.dumps(content))
+        try:
+            load_tokenizer(tmp_path).encode("the <s> x", special=True)
+        except ValueError as e:
+            refused += 1
+            assert str(tmp_path) in str(e)
+    assert 20 < refused < 180
 
 
 def test_a_sentencepiece_model_cut_off_anywhere_is_refused(tmp_path, spm):

