@@ -27,6 +27,7 @@ from pathlib import Path
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.sandbox
 import sentencepiece
 import tiktoken
@@ -669,9 +670,9 @@ def _raise(message):
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(source: str, marked: bool) -> jinja2.Template:
+def _compile(source: str, blocks: bool) -> jinja2.Template:
     """The template in an environment as transformers sets it up."""
-    extensions = [_MarkedGeneration if marked else _Generation, jinja2.ext.loopcontrols]
+    extensions = [_MarkedGeneration if blocks else _Generation, jinja2.ext.loopcontrols]
     settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": extensions}
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**settings)
     environment.filters["tojson"] = _to_json
@@ -697,7 +698,7 @@ class Render:
     generate: bool
     now: datetime  # one moment for all renders of a conversation
 
-    def text(self, messages: Messages, tools=None, marked: bool = False) -> str:
+    def text(self, messages: Messages, tools=None, blocks: bool = False) -> str:
         values = self.roles | {
             "messages": [_with_thoughts(m) for m in messages],
             "tools": tools or self.tools,
@@ -706,7 +707,7 @@ class Render:
             "strftime_now": lambda form: self.now.strftime(form),
         }
         try:
-            return _compile(self.source, marked).render(values)
+            return _compile(self.source, blocks).render(values)
         except Exception as e:  # a template is a program of somebody else: any error may come out of it
             found = f"the chat template refuses the conversation: {e or type(e).__name__}"
             raise ValueError(f"{found}: mend the conversation, or {OTHER_FORM}") from None
@@ -823,11 +824,13 @@ def _patterns(tok: Tokenizer, source: str, way: int) -> tuple[re.Pattern, ...]:
     return tuple(map(re.compile, (_either(special), _either(hide), _either(constants), words)))
 
 
-def _mark(render: Render, messages: Messages, answers: list[bool], patterns: tuple, plain: str) -> tuple[Marked, str]:
-    """The conversation with marks, and what the template makes of it."""
+def _mark(
+    render: Render, messages: Messages, answers: list[bool], patterns: tuple, blocks: bool
+) -> tuple[Marked, str]:
+    """The conversation with marks, and what the template makes of it. blocks: mark {% generation %} too."""
     others, hide, keep, words = patterns
     texts = _texts([messages, render.tools])
-    taken = set(plain).union(*texts)
+    taken = set(render.source).union(*texts)
     stride = 1 + sum(map(len, texts)) // 200_000
     marked = Marked((char for char in PRIVATE if char not in taken), stride)
 
@@ -838,7 +841,7 @@ def _mark(render: Render, messages: Messages, answers: list[bool], patterns: tup
         only_constants = not words.search(keep.sub(" ", hide.sub(" ", text)))
         return marked.mark(text, place, hide, (NOTHING if only_constants else keep, words))
 
-    shown = render.text(_each_text(messages, change), _each_text(render.tools, change, ("tools",)), marked=True)
+    shown = render.text(_each_text(messages, change), _each_text(render.tools, change, ("tools",)), blocks)
     return marked, shown
 
 
@@ -865,9 +868,9 @@ class Piece:
 
 def _follow(tok: Tokenizer, render: Render, messages: Messages, answers: list[bool], plain: str) -> Followed:
     """The first way of marking that the template does not notice. ValueError if it notices all."""
-    for way in range(3):
+    for way, blocks in itertools.product(range(3), (True, False)):
         try:
-            marked, shown = _mark(render, messages, answers, _patterns(tok, render.source, way), plain)
+            marked, shown = _mark(render, messages, answers, _patterns(tok, render.source, way), blocks)
         except ValueError:
             continue  # the template refuses the marks
         shown, blocks = _blocks(shown)
@@ -912,10 +915,11 @@ def _pieces(seen: Followed) -> list[Piece]:
 
 
 def _same(written: str, printed: str) -> bool:
-    """Whether a template that leaves out of a text, spaces it anew, or writes it as JSON prints it so."""
+    """Whether a template that leaves out of a text, spaces it anew, or writes it as JSON or HTML prints it so."""
     if written == printed or not printed.strip():
         return True
-    ways = (written, json.dumps(written, ensure_ascii=False)[1:-1])
+    escaped = jinja2.filters.FILTERS["escape"](written)
+    ways = (written, str(escaped), json.dumps(written, ensure_ascii=False)[1:-1])
     return "".join(printed.split()) in ["".join(way.split()) for way in ways]
 
 
