@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-import runtime
+from data.records import read_records, settle_bad
 
 NAMES = ("perplexity", "perplexity_dense")  # of eval.py's own results, which no task may have
 TABLES = {".csv": ",", ".tsv": "\t"}  # --custom files with a header -> what parts their fields
 CHOICE = re.compile(r"(choice|option|ending|sol)?[ _]?([a-z]|\d+)", re.IGNORECASE)  # a column of choices in them
-BAD_ROWS = 10  # bad rows of a file that are shown; the others are counted
 
 # Where published files lie under --data
 BOOLQ, BOOLQ_SUPERGLUE = "boolq/{split}.jsonl", "boolq/superglue/{split}.jsonl"
@@ -94,7 +93,7 @@ class Task:
     description: str = ""  # stands before the shots
     in_order: bool = False  # the shots are the first of the pool, whatever --fewshot_by says
     spare: bool = False  # lm-eval draws one shot more and leaves out the item itself: tasks without a test split
-    load: "Callable[[Path], list] | None" = None  # reads a file into (place, row) pairs; None: read_rows
+    load: "Callable[[Path, list[str]], list] | None" = None  # reads a file as read_rows does, which None means
 
     @property
     def generates(self) -> bool:
@@ -333,26 +332,31 @@ def labels_of(path: str) -> str:
     return path.replace(".jsonl", "-labels.lst")
 
 
-def read_rows(path: Path) -> list[tuple[str, dict | list]]:
-    """Rows of a published .jsonl, .tsv or .csv file (the latter without header), each with its place in words."""
+def read_rows(path: Path, bad: list[str]) -> list[tuple[str, dict | list]]:
+    """Rows of a published .jsonl, .tsv or .csv file (the latter without header), each with its place in words.
+
+    Lines that are no row go to `bad`.
+    """
     if path.suffix == ".jsonl":
-        return with_labels(path, runtime.read_records(path))
+        return with_labels(path, read_records(path, bad), len(bad))
     try:
-        return read_csv(path) if path.suffix == ".csv" else read_tsv(path)
+        return read_csv(path) if path.suffix == ".csv" else read_tsv(path, bad)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); expected the published one: fetch it "
                          "again") from None
 
 
-def with_labels(path: Path, rows: list) -> list[tuple[str, dict]]:
+def with_labels(path: Path, rows: list, n_bad: int) -> list[tuple[str, dict]]:
     """Rows joined with the labels of the file beside theirs, if there is one."""
     labels = Path(labels_of(str(path)))
     if not labels.is_file():
         return rows
     values = labels.read_text(encoding="utf-8").split()
-    if len(values) != len(rows):
-        raise ValueError(f"{labels} holds {len(values)} labels, {path.name} {len(rows)} rows; expected as many: fetch "
-                         "both again")
+    if len(values) != len(rows) + n_bad:
+        raise ValueError(f"{labels} holds {len(values)} labels, {path.name} {len(rows) + n_bad} rows; expected as many: "
+                         "fetch both again")
+    if n_bad:  # which labels are theirs is not known
+        return rows
     return [(place, {"label": value, **row}) for (place, row), value in zip(rows, values)]
 
 
@@ -363,28 +367,27 @@ def read_csv(path: Path, delimiter: str = ",") -> list[tuple[str, list[str]]]:
         return [(f"{path}, line {reader.line_num}", row) for row in reader if row]
 
 
-def read_tsv(path: Path) -> list[tuple[str, dict]]:
+def read_tsv(path: Path, bad: list[str]) -> list[tuple[str, dict]]:
     """Lines split at tabs, by the header's names; no quoting, since GLUE's texts hold lone quotes."""
     header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     rows, names = [], header.split("\t")
     for number, line in enumerate(lines, 2):
         values = line.split("\t")
         if len(values) != len(names):
-            raise ValueError(f"{path}, line {number} has {len(values)} fields, expected {', '.join(names)}: mend or "
-                             "delete the line")
+            bad.append(f"{path}, line {number} has {len(values)} fields, expected {', '.join(names)}: mend or delete it")
+            continue
         rows.append((f"{path}, line {number}", dict(zip(names, values))))
     return rows
 
 
-def read_custom(path: Path) -> list[tuple[str, dict]]:
+def read_custom(path: Path, bad: list[str]) -> list[tuple[str, dict]]:
     """Rows of a --custom file: JSON lines, a JSON list, or a table under a header."""
     suffix = path.suffix.lower()
     if suffix in TABLES:
         return read_table(path, TABLES[suffix])
-    if suffix not in (".jsonl", ".json"):
-        raise ValueError(f"--custom={path} ends in {suffix or 'nothing'}; expected .jsonl, .json, .csv or .tsv: convert "
-                         "the file")
-    return runtime.read_records(path)
+    if suffix not in (".jsonl", ".json", ".gz"):
+        raise ValueError(f"--custom={path} ends in {suffix or 'nothing'}; expected .jsonl, .json, .csv or .tsv: convert it")
+    return read_records(path, bad)
 
 
 def read_table(path: Path, delimiter: str) -> list[tuple[str, dict]]:
@@ -404,21 +407,18 @@ def read_table(path: Path, delimiter: str) -> list[tuple[str, dict]]:
     return [(place, dict(zip_longest(header, fields))) for place, fields in records[1:]]
 
 
-def read_questions(path: Path, task: Task) -> list[Question]:
-    """Every row of a file as a Question. Raises ValueError naming all bad rows, the first ten by line."""
+def read_questions(path: Path, task: Task, skip_bad: bool = False) -> list[Question]:
+    """Every row of a file as a Question. Raises ValueError listing bad rows by line, or leaves them out and says so."""
     questions, bad = [], []
-    for place, row in (task.load or read_rows)(path):
+    for place, row in (task.load or read_rows)(path, bad):
         try:
             questions.append(checked(task, task.read(row)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"there is no field {error}" if isinstance(error, KeyError) else error
-            bad.append(f"{place}: {reason}")
-    if bad:
-        more = [f"and {len(bad) - BAD_ROWS} rows more"] if len(bad) > BAD_ROWS else []
-        mend = "mend or delete them" if task.load else "expected rows as published: mend or delete them, or fetch again"
-        raise ValueError("\n".join([*bad[:BAD_ROWS], *more]) + f"; {mend}")
+            bad.append(f"{place}: {reason}; mend or delete it" + ("" if task.load else ", or fetch the file again"))
+    settle_bad(bad, skip_bad)
     if not questions:
-        raise ValueError(f"{path} holds no row; expected at least one: " + ("check it" if task.load else "fetch it again"))
+        raise ValueError(f"{path} holds no row; expected at least one: check the file")
     return questions
 
 
