@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -35,19 +35,42 @@ from torch import Tensor
 import runtime
 from data.records import Example, Form, read_records, settle_bad
 from data.records import encode as encode_record
-from data.tasks import GROUPS, NAMES, Task, chat_prompt, draw_shots, locate, mmlu, plain_prompt, read_questions, tasks_named
+from data.rows import (
+    NEW_TOKENS,
+    Item,
+    Row,
+    answer_item,
+    chat_context,
+    common_prefix,
+    encode,
+    encode_pairs,
+    rows_of,
+    window_items,
+)
+from data.tasks import (
+    GROUPS,
+    NAMES,
+    Task,
+    chat_prompt,
+    draw_shots,
+    locate,
+    mmlu,
+    plain_prompt,
+    read_questions,
+    tasks_named,
+)
 from model import KVCache, Transformer, decode, load_model, load_routers, pad
 from recipe.cost import kv_bytes
-from recipe.passes import generator, route_logits
-from router import mean_order, parse_layers, quantile_cut, random_route, set_cuts, static_route
-from tokenizer import Tokenizer, encode_chat, load_tokenizer
+from recipe.forced import Control, make_control
+from recipe.passes import route_logits
+from router import quantile_cut, set_cuts
+from tokenizer import Tokenizer, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
 MIN_PREFIX = 16  # tokens that must be common to all items before computing them apart pays
 MIN_BATCH, MIN_BATCHES = 4096, 8  # small tasks are cut too, to give every rank a batch, but not below so many tokens
 MIN_TOKENS, FULL = 512, 0.8  # from so many tokens on, a batch ends before an item of which a fifth would be pads
 CALIBRATION_ROUNDS = 4  # how often routes and cuts follow each other
-NEW_TOKENS = 256  # lm-eval's max_gen_toks for Hugging Face models
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-eval tasks/gsm8k/gsm8k.yaml
 STOP_TAIL = 16  # last tokens of an answer that are searched for a stop text
 STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # the same file
@@ -65,9 +88,13 @@ class EvalConfig:
     model: str = field(metadata={"help": "checkpoint folder"})
     tasks: tuple[str, ...] = setting((), "names as above, by comma")
     data: str = setting("data/eval", "folder of the data sets, as data/fetch.py fills it")
-    custom: tuple[str, ...] = setting((), "more tasks: .jsonl, .json or .csv files of question, choices, answer; answer "
-                                          "is a 0-based number or a choice")
-    perplexity: str | None = setting(None, "file whose answers are scored: rows of any form that train.py reads, or .txt")
+    custom: tuple[str, ...] = setting(
+        (),
+        "more tasks: .jsonl, .json or .csv files of question, choices, answer; answer is a 0-based number or a choice",
+    )
+    perplexity: str | None = setting(
+        None, "file whose answers are scored: rows of any form that train.py reads, or .txt"
+    )
     perplexity_split: str | None = setting(None, "of that file only the rows with this `split`")
     rolling: bool = setting(False, "score all of each text in windows: word and byte perplexity (always so for .txt)")
     skip_bad: bool = setting(False, "leave out rows that cannot be used, and say which, instead of refusing the file")
@@ -75,14 +102,19 @@ class EvalConfig:
     routers: str | None = setting(None, "router file")
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
-    calibrate: int | None = setting(None, "first move the cuts until the contexts of each task's first N items, without "
-                                          "labels, realise --budget")
-    control: str = setting("none", "forced routes: greedy, fisher or similarity (the router file's drop orders) at "
-                                   "--budget, static:LAYERS to skip (both_sequence: 5.attn,7.mlp), random:SEED at "
-                                   "--budget, mean:FILE.json of a routed run")
+    calibrate: int | None = setting(
+        None, "first move the cuts until the contexts of each task's first N items, without labels, realise --budget"
+    )
+    control: str = setting(
+        "none",
+        "forced routes: greedy, fisher or similarity (the router file's drop orders) at "
+        "--budget, static:LAYERS to skip (both_sequence: 5.attn,7.mlp), random:SEED at "
+        "--budget, mean:FILE.json of a routed run",
+    )
     fewshot: int | None = setting(None, "examples before each item; none: the paper's number per task")
-    fewshot_by: Literal["index", "first", "harness"] = setting("index", "by seed and item, in file order, or as lm-eval "
-                                                                        "draws them")
+    fewshot_by: Literal["index", "first", "harness"] = setting(
+        "index", "by seed and item, in file order, or as lm-eval draws them"
+    )
     apply_chat_template: bool = setting(False, "put each prompt into the model's chat template, as lm-eval does")
     system_instruction: str = setting("", "stands before the task's own description")
     fewshot_as_multiturn: bool = setting(True, "with a chat template each shot is a turn; false: all in one message")
@@ -96,40 +128,13 @@ class EvalConfig:
     against: str | None = setting(None, "--out of another run on the same items, to compare with")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = setting("auto", "auto, float32, bfloat16, float16")
-    threads: int | None = setting(None, "of a process on the CPU; none: all cores, also under torchrun: their number "
-                                        "moves last bits")
+    threads: int | None = setting(
+        None, "of a process on the CPU; none: all cores, also under torchrun: their number moves last bits"
+    )
 
 
 # -----------------------------------------------------------------------------
-# From words to rows
-
-
-class Row(NamedTuple):
-    """A choice of an item in tokens: the log-probabilities of target[p] for p in `at` count, after all that precedes."""
-
-    item: int
-    choice: int
-    context: array  # one object for all rows that share it; what a sequence router reads
-    target: array  # empty: an answer is generated
-    at: Sequence[int]
-
-    @property
-    def width(self) -> int:
-        return len(self.context) + (len(self.target) or NEW_TOKENS)
-
-
-@dataclass
-class Item:
-    """A question in rows, or a text, or a window of one."""
-
-    index: int
-    rows: list[Row]
-    gold: int | str | None = None  # the right choice, or the right answer's text
-    sizes: Sequence[int] = ()  # the choices' lengths in characters
-    truncated: bool = False
-    spanning: bool = False  # a token spans context and choice
-    domain: str | None = None  # what a file of texts says of the row
-    counts: dict = field(default_factory=dict)  # of a text: words and bytes that its log-probability stands for
+# Tasks in rows
 
 
 @dataclass
@@ -150,65 +155,15 @@ class ReadyTask:
         return self.task.name
 
 
-def encode(tok: Tokenizer, text: str) -> list[int]:
-    """Tokens of a prompt. Special tokens in it count as such, and a BOS that it begins with is the only one: lm-eval."""
-    begins = tok.bos_id is not None and text.startswith(tok.decode([tok.bos_id]))
-    return tok.encode(text, bos=tok.adds_bos and not begins, special=True)
-
-
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all rows share: that of the least and the greatest row."""
-    low, high = min(rows), max(rows)
-    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
-
-
-def encode_pairs(tok: Tokenizer, contexts: Sequence[str], choices: Sequence[str]) -> tuple[list[tuple], bool]:
-    """Tokens of each context and of the choice after it, and whether a token spans both.
-
-    As in lm-eval (api/model.py, _encode_pair) trailing spaces go to the choice, and the choice is what the whole text
-    has beyond as many tokens as the context alone. Where a choice has no token so, each choice of its context is what
-    follows the tokens that the context alone and all the whole texts have in common.
-    """
-    alone = {context: encode(tok, context.rstrip()) for context in set(contexts)}
-    wholes = [encode(tok, context + choice) for context, choice in zip(contexts, choices)]
-    starts = {context: len(ids) for context, ids in alone.items()}
-    short = {context for context, whole in zip(contexts, wholes) if len(whole) <= starts[context]}
-    for context in short:
-        starts[context] = common_prefix([alone[context], *(w for c, w in zip(contexts, wholes) if c == context)])
-    pairs = [(alone[context][:starts[context]], whole[starts[context]:]) for context, whole in zip(contexts, wholes)]
-    return pairs, bool(short)
-
-
-def rows_of(item: int, pairs: Sequence[tuple[list[int], list[int]]], limit: int, share: bool) -> tuple[list[Row], bool]:
-    """Rows of (context, choice) pairs, and whether one was cut from the left to `limit` + 1 tokens, as in lm-eval.
-
-    Where contexts differ (partial scoring) and `share` allows it, their common beginning is the context of all, and the
-    rest of each stands before its choice, unscored.
-    """
-    kept = [context[max(0, len(context) + len(target) - limit - 1):] for context, target in pairs]
-    common = common_prefix(kept) if share else 0
-    rows, known = [], {}
-    for choice, (context, (_, target)) in enumerate(zip(kept, pairs)):
-        at = common or len(context)
-        head, before = array("i", context[:at]), context[at:]
-        head = known.setdefault(head.tobytes(), head)
-        scored = range(len(before), len(before) + len(target))
-        rows.append(Row(item, choice, head, array("i", before + target), scored))
-    return rows, any(len(short) < len(context) for short, (context, _) in zip(kept, pairs))
-
-
-def chat_context(tok: Tokenizer, cfg: EvalConfig, messages: list[dict]) -> str:
-    """A conversation as the chat template writes it, up to where the answer begins."""
-    return tok.decode(encode_chat(tok, messages, form=cfg.chat, generate=True)[0])
-
-
 def prompts(task: Task, contexts: Sequence[str], shots: Sequence, tok: Tokenizer, cfg: EvalConfig) -> list[str]:
     """The whole text before each choice."""
     if not cfg.apply_chat_template:
         return [plain_prompt(task, shots, context, cfg.system_instruction) for context in contexts]
-    talks = {context: chat_prompt(task, shots, context, cfg.system_instruction, cfg.fewshot_as_multiturn)
-             for context in contexts}
-    texts = {context: chat_context(tok, cfg, messages) for context, messages in talks.items()}
+    talks = {
+        context: chat_prompt(task, shots, context, cfg.system_instruction, cfg.fewshot_as_multiturn)
+        for context in contexts
+    }
+    texts = {context: chat_context(tok, messages, cfg.chat) for context, messages in talks.items()}
     return [texts[context] for context in contexts]
 
 
@@ -216,21 +171,28 @@ def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Run", cfg: E
     """Read a task and turn its items into rows. limit: context length."""
     ready = ReadyTask(task, str(paths[0]), task.shots if cfg.fewshot is None else cfg.fewshot)
     start, digest = time.perf_counter(), hashlib.sha256()
-    questions = read_questions(paths[0], task, cfg.skip_bad)[:cfg.limit]
+    questions = read_questions(paths[0], task, cfg.skip_bad)[: cfg.limit]
     pool = read_questions(paths[1], task, cfg.skip_bad) if ready.shots else []
     drawn = draw_shots(task, questions, pool, ready.shots, cfg.fewshot_by, cfg.seed)
     for index, (question, shots) in enumerate(zip(questions, drawn)):
         texts, spanning = prompts(task, question.contexts, shots, run.tok, cfg), False
         if task.generates:
-            pairs, room, gold, sizes = [(encode(run.tok, texts[0]), [])], limit - NEW_TOKENS - 1, question.choices[0], []
+            pairs, room, gold, sizes = (
+                [(encode(run.tok, texts[0]), [])],
+                limit - NEW_TOKENS - 1,
+                question.choices[0],
+                [],
+            )
         else:
             space = "" if cfg.apply_chat_template else " "
             pairs, spanning = encode_pairs(run.tok, texts, [space + choice for choice in question.choices])
             room, gold, sizes = limit, question.gold, [len(choice) for choice in question.choices]
         longest = max(len(target) for _, target in pairs)
         if longest > limit:
-            raise ValueError(f"{paths[0]}, item {index}: a choice has {longest} tokens; expected at most {limit}, the "
-                             "context: raise --max_length or delete the item")
+            raise ValueError(
+                f"{paths[0]}, item {index}: a choice has {longest} tokens; expected at most {limit}, the "
+                "context: raise --max_length or delete the item"
+            )
         tokens = b"".join(array("i", [*context, -1, *target, -2]).tobytes() for context, target in pairs)
         digest.update(tokens + str(gold).encode())
         if not all(context and (target or task.generates) for context, target in pairs):
@@ -242,43 +204,6 @@ def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Run", cfg: E
     return ready
 
 
-# -----------------------------------------------------------------------------
-# Texts: the answers of rows, or all of each text in windows
-
-
-def windows(ids: list[int], prefix: int, limit: int) -> list[tuple[list[int], list[int]]]:
-    """(context, target) pairs that predict each token once: the first window after `prefix`, each later one after a
-    token or more of the one before, as many as fit (lm-eval utils.py, get_rolling_token_windows with context_len 1)."""
-    pairs = []
-    for start in range(0, len(ids), limit):
-        end = min(start + limit, len(ids))
-        pairs.append((ids[end - limit - 1:start] if start else [prefix], ids[start:end]))
-    return pairs
-
-
-def window_items(text: str, tok: Tokenizer, limit: int, domain: str | None, first: int) -> list[Item]:
-    """Windows of one text, numbered from `first`. Words and bytes, as lm-eval counts them, stand with the first one."""
-    prefix = tok.eos_id if tok.bos_id is None else tok.bos_id
-    if prefix is None or not text.strip():
-        raise ValueError("the text is empty" if prefix is not None else
-                         "this tokenizer has neither BOS nor EOS to stand before a text; name one in its config")
-    items = []
-    for number, (context, target) in enumerate(windows(encode(tok, text), prefix, limit), first):
-        row = Row(number, 0, array("i", context), array("i", target), range(len(target)))
-        items.append(Item(number, [row], domain=domain, counts={"words": 0, "bytes": 0}))
-    words, size = len(re.split(r"\s+", text)), len(text.encode("utf-8", "surrogatepass"))
-    items[0].counts = {"words": words, "bytes": size}
-    return items
-
-
-def answer_item(index: int, example: Example) -> Item:
-    """Answers of a row, after all that stands before the first of them."""
-    first = example.prompt
-    target = array("i", example.tokens[first:example.targets[-1] + 1])
-    row = Row(index, 0, array("i", example.tokens[:first]), target, [at - first for at in example.targets])
-    return Item(index, [row], domain=None if example.domain is None else str(example.domain))
-
-
 def texts_of(path: Path, split: str | None, bad: list[str]) -> list[tuple[str, dict]]:
     """Rows of a file of texts, of one split where one is named; a .txt file is one text."""
     if path.suffix.lower() == ".txt":
@@ -287,7 +212,9 @@ def texts_of(path: Path, split: str | None, bad: list[str]) -> list[tuple[str, d
         try:
             return [(str(path), {"text": path.read_bytes().decode("utf-8")})]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 (byte {error.start}); expected plain text: save it as UTF-8") from None
+            raise ValueError(
+                f"{path} is not UTF-8 (byte {error.start}); expected plain text: save it as UTF-8"
+            ) from None
     rows = [(place, row) for place, row in read_records(path, bad) if split is None or row.get("split") == split]
     if not rows and not bad:
         raise ValueError(f"{path} holds no row whose split is {split!r}; check --perplexity and --perplexity_split")
@@ -299,7 +226,7 @@ def prepare_texts(cfg: EvalConfig, tok: Tokenizer, limit: int) -> ReadyTask:
     start, path, bad = time.perf_counter(), Path(cfg.perplexity), []
     ready = ReadyTask(Task(NAMES[0], None, (), (), 0, ("nll",), ""), cfg.perplexity)
     rolling, form = cfg.rolling or path.suffix.lower() == ".txt", Form(tok, limit, cfg.chat, cfg.truncate)
-    for index, (place, row) in enumerate(texts_of(path, cfg.perplexity_split, bad)[:cfg.limit]):
+    for index, (place, row) in enumerate(texts_of(path, cfg.perplexity_split, bad)[: cfg.limit]):
         try:
             if not rolling:
                 example = encode_record(row, place, form)
@@ -384,7 +311,7 @@ class Run:
     model: Transformer
     tok: Tokenizer
     route: str = "off"
-    control: "Control | None" = None
+    control: Control | None = None
     max_batch_tokens: int = 16384
     task: str = ""
 
@@ -406,7 +333,7 @@ class Run:
 
     @property
     def caches(self) -> bool:
-        """A context may be computed apart from its choices: not by route mask, nor where the router averages over both."""
+        """A context may be computed apart from its choices: not by route mask, nor where routers average over both."""
         return self.route != "mask" and not (self.sequence and self.model.routing.pool == "all")
 
 
@@ -447,8 +374,11 @@ def finite(values: Tensor, model: Transformer) -> Tensor:
     if torch.isfinite(values).all():
         return values
     name = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-    remedy = ("the checkpoint itself may be damaged: convert it again" if name == "float32" else
-              "numbers overflow there: use --dtype=bfloat16 or --dtype=float32")
+    remedy = (
+        "the checkpoint itself may be damaged: convert it again"
+        if name == "float32"
+        else "numbers overflow there: use --dtype=bfloat16 or --dtype=float32"
+    )
     raise ValueError(f"the model's outputs are not finite in {name}, so nothing can be scored; {remedy}")
 
 
@@ -463,7 +393,7 @@ def log_probs(model: Transformer, h: Tensor, wanted: Sequence[int]) -> list[floa
 
 
 def cache_bytes(run: Run, length: int, executed: list[int]) -> int:
-    """Bytes of keys and values that `length` tokens leave: skipped (layer, token) pairs none, but for MLPs and kv=all."""
+    """Bytes of keys and values that `length` tokens leave: none where they were skipped, but for MLPs and kv=all."""
     model, skipped = run.model, 0
     if run.route != "off" and (run.sequence or model.routing.kv == "routed"):
         counts = [count for place, count in zip(model.routing.places, executed) if place.target != "mlp"]
@@ -495,7 +425,7 @@ def read_contexts(run: Run, contexts: Sequence[Row], width: int, prefix: Context
     tokens, lengths = pad(rows, run.device), [len(row) for row in rows]
     step = tokens.shape[1] if run.sequence or len(rows) > 1 else run.max_batch_tokens
     for a in range(0, tokens.shape[1], step):
-        piece, real = tokens[:, a:a + step], [min(length - a, step) for length in lengths]
+        piece, real = tokens[:, a : a + step], [min(length - a, step) for length in lengths]
         gates = forced(run, contexts, cache.lengths, piece.shape[1])
         h, gates = run.model.hidden(piece, lengths=real, cache=cache, route=run.route, gates=gates)
         for own, counts, length in zip(usage, executed_units(gates, len(rows)), real):
@@ -506,7 +436,9 @@ def read_contexts(run: Run, contexts: Sequence[Row], width: int, prefix: Context
     return Contexts(cache, h[torch.arange(len(rows), device=run.device), at], usage)  # (B,T,D) -> (B,D)
 
 
-def add_log_probs(run: Run, states: Tensor, rows: Sequence[Row], picks: list[tuple[int, int]], sums: list[float]) -> None:
+def add_log_probs(
+    run: Run, states: Tensor, rows: Sequence[Row], picks: list[tuple[int, int]], sums: list[float]
+) -> None:
     """Add to sums[row] the log-probability of its target's token at `place`, for each (row, place) of states (n,D)."""
     values = log_probs(run.model, states, [rows[row].target[place] for row, place in picks]) if picks else []
     for (row, _), value in zip(picks, values):
@@ -527,12 +459,14 @@ def score_cached(run: Run, rows: Sequence[Row], prefix: Contexts | None = None) 
     # a batch of several contexts was planned to fit
     size = max(1, run.max_batch_tokens // width) if len(firsts) == 1 else max(1, len(longer))
     for a in range(0, len(longer), size):
-        group = longer[a:a + size]
+        group = longer[a : a + size]
         cache = read.cache.clone() if a + size < len(longer) else read.cache
         cache.select([of[number] for number in group])
         tokens = pad([rows[number].target[:-1] for number in group], run.device)
         lengths = [len(rows[number].target) - 1 for number in group]
-        gates = None if run.sequence else forced(run, [rows[number] for number in group], cache.lengths, tokens.shape[1])
+        gates = (
+            None if run.sequence else forced(run, [rows[number] for number in group], cache.lengths, tokens.shape[1])
+        )
         h, gates = run.model.hidden(tokens, lengths=lengths, cache=cache, route=run.route, gates=gates)
         picks = [(number, place) for number in group for place in rows[number].at if place]
         line = {number: line for line, number in enumerate(group)}
@@ -552,12 +486,13 @@ def score_plain(run: Run, rows: Sequence[Row]) -> tuple[list[float], list[Usage]
     usage, sums = [Usage(row.item) for row in firsts], [0.0] * len(rows)
     size = max(1, run.max_batch_tokens // max(row.width for row in rows))
     for a in range(0, len(rows), size):
-        group = rows[a:a + size]
+        group = rows[a : a + size]
         whole, prompts = [row.context + row.target[:-1] for row in group], [len(row.context) for row in group]
         tokens = pad(whole, run.device)
         gates = forced(run, group, [0] * len(group), tokens.shape[1])
-        h, gates = run.model.hidden(tokens, lengths=list(map(len, whole)), prompt_lengths=prompts, route=run.route,
-                                    gates=gates)
+        h, gates = run.model.hidden(
+            tokens, lengths=list(map(len, whole)), prompt_lengths=prompts, route=run.route, gates=gates
+        )
         picks = [(number, place) for number, row in enumerate(group, a) for place in row.at]
         at = [number - a for number, _ in picks], [prompts[number - a] + place - 1 for number, place in picks]
         add_log_probs(run, h[at], rows, picks, sums)  # (B,T,D) -> (n,D)
@@ -629,7 +564,9 @@ def score_batch(run: Run, batch: Sequence[Item], prefix: Contexts | None = None)
         values |= {(row.item, row.choice): value for row, value in zip(part, found)}
         for own in needed:
             usage[own.item].append(own)
-    return [record(run, item, [values[item.index, row.choice] for row in item.rows], usage[item.index]) for item in batch]
+    return [
+        record(run, item, [values[item.index, row.choice] for row in item.rows], usage[item.index]) for item in batch
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -658,8 +595,13 @@ def choice_fields(logprobs: Sequence[float], item: Item) -> dict:
     """acc takes the likeliest choice, acc_norm the likeliest per character; of equals the first, as numpy's argmax."""
     norms = [value / size for value, size in zip(logprobs, item.sizes)]
     best, best_norm = logprobs.index(max(logprobs)), norms.index(max(norms))
-    return {"prediction": best, "gold": item.gold, "prediction_norm": best_norm, "acc": int(best == item.gold),
-            "acc_norm": int(best_norm == item.gold)}
+    return {
+        "prediction": best,
+        "gold": item.gold,
+        "prediction_norm": best_norm,
+        "acc": int(best == item.gold),
+        "acc_norm": int(best_norm == item.gold),
+    }
 
 
 def answer_fields(tok: Tokenizer, tokens: list[int], answer: str) -> dict:
@@ -667,8 +609,14 @@ def answer_fields(tok: Tokenizer, tokens: list[int], answer: str) -> dict:
     end = "" if tok.eos_id is None else tok.decode([tok.eos_id])
     text = cut_at_stop(tok.decode(tokens, skip_special=True), (*STOPS, end))
     gold, strict, flexible = normal(answer), extract(text, STRICT, 0), extract(text, FLEXIBLE, -1)
-    return {"prediction": strict, "gold": gold, "prediction_flexible": flexible, "text": text,
-            "exact_match_strict": int(normal(strict) == gold), "exact_match_flexible": int(normal(flexible) == gold)}
+    return {
+        "prediction": strict,
+        "gold": gold,
+        "prediction_flexible": flexible,
+        "text": text,
+        "exact_match_strict": int(normal(strict) == gold),
+        "exact_match_flexible": int(normal(flexible) == gold),
+    }
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:
@@ -692,84 +640,7 @@ def normal(answer: str) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Routes: controls that no router chose, and cuts that realise a budget
-
-
-@dataclass(frozen=True)
-class Control:
-    """Forced routes over the same places: static lists by task, or (no lists) routes by chance at `budget`.
-
-    lists: task -> an order of the places, and the capacity down to which it skips; the place at which that ends is
-    skipped for a share of the items, so that the average is the capacity asked for.
-    """
-
-    weights: Tensor  # what each place counts (R)
-    budget: float = 1.0
-    seed: str = ""
-    per_token: bool = False  # random routes are drawn for each token
-    lists: dict[str, tuple[list[int], float]] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Routes are for whole sequences."""
-        return not self.per_token
-
-    def gates(self, owner: tuple[str, int], start: int, stop: int) -> Tensor:
-        """Gates of an item (task, index): (R), or of its tokens start .. stop - 1: (R, stop - start)."""
-        if self.lists is not None:
-            order, budget = self.lists[owner[0]]
-            return static_route(order, self.weights, budget, generator("list", *owner))
-        rng = generator("random", self.seed, *owner)
-        route = random_route(self.weights, self.budget, rng, stop if self.per_token else None)
-        return route[:, start:] if self.per_token else route
-
-
-def make_control(text: str, model: Transformer, budget: float | None, orders: dict[str, list[str]],
-                 tasks: Sequence[str]) -> Control | None:
-    """--control for these tasks: none, static:LAYERS (skipped for everyone; of both: names such as 5.attn,7.mlp), one
-    of the router file's orders (a static list at capacity `budget`), random:SEED (at `budget`), or mean:FILE.json (the
-    average of a routed run's routes as a list, by task at its capacity)."""
-    kind, _, value = text.partition(":")
-    if kind == "none":
-        return None
-    weights, names = model.place_weights(), model.routing.names
-    if budget is None and (kind == "random" or kind in orders):
-        raise ValueError(f"--control={text} needs the capacity at which it skips: give --budget=0..1")
-    if kind == "random" and value.isdigit():
-        return Control(weights, budget, value, per_token=model.routing.unit == "token")
-    if kind in orders and not value:
-        found = [names.index(name) for name in orders[kind]], budget
-    elif kind == "static":
-        found = static_list(text, value, model)
-    elif kind == "mean":
-        return Control(weights, lists=mean_lists(text, value, weights, tasks))
-    else:
-        raise ValueError(f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, or an order "
-                         f"of the router file ({', '.join(orders) or 'this one holds none'})")
-    return Control(weights, lists=dict.fromkeys(tasks, found))
-
-
-def static_list(text: str, value: str, model: Transformer) -> tuple[list[int], float]:
-    """The places of static:LAYERS in front, and the capacity that is left without them."""
-    names, weights = model.routing.names, model.place_weights()
-    wanted = value.split(",") if model.routing.target == "both" else parse_layers(value, model.config.n_layers)[1]
-    skipped = {value} if isinstance(wanted, int) else set(map(str, wanted))
-    if not skipped <= set(names):
-        raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(names)}")
-    order = sorted(range(len(names)), key=lambda place: names[place] not in skipped)
-    return order, 1 - sum(weights[place].item() for place in order[:len(skipped)])
-
-
-def mean_lists(text: str, path: str, weights: Tensor, tasks: Sequence[str]) -> dict[str, tuple[list[int], float]]:
-    """Of each task the mean route of a run that wrote `path`, as an order, and its capacity."""
-    results, lists = read_report(path, "--control=mean").get("results", {}), {}
-    for task in tasks:
-        shares = results.get(task, {}).get("capacity_per_layer", ())
-        if len(shares) != len(weights):
-            raise ValueError(f"--control={text}: {task} has no {len(weights)} routed layers there; write it with the "
-                             "same --routers")
-        lists[task] = mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
-    return lists
+# Cuts that realise a budget on a task
 
 
 def calibrate(run: Run, items: Sequence[Item], budget: float, cuts: list[float], rt: runtime.Runtime) -> None:
@@ -784,6 +655,7 @@ def calibrate(run: Run, items: Sequence[Item], budget: float, cuts: list[float],
     offsets, rise = torch.tensor(cuts)[:, None], None
     for _ in range(CALIBRATION_ROUNDS if 0.0 < budget < 1.0 else 0):
         z = route_logits(run.model, contexts, rt)  # (R,N); +inf: a first token, which always executes
+        finite(z.nan_to_num(nan=math.nan, posinf=0.0), run.model)
         above = torch.where(z.isposinf(), z, z - offsets)
         found = quantile_cut(above, budget, run.model.place_weights())
         rise = found if rise is None else 0.5 * (rise + found)  # half way, so that two routes do not take turns
@@ -811,8 +683,13 @@ def text_result(records: Sequence[dict]) -> dict:
     result = {"loss": total / tokens, "perplexity": exp(total / tokens), "tokens": tokens}
     if "words" in records[0]:
         words, size = (sum(r[unit] for r in records) for unit in ("words", "bytes"))
-        result |= {"word_perplexity": exp(total / words), "byte_perplexity": exp(total / size),
-                   "bits_per_byte": total / size / math.log(2), "words": words, "bytes": size}
+        result |= {
+            "word_perplexity": exp(total / words),
+            "byte_perplexity": exp(total / size),
+            "bits_per_byte": total / size / math.log(2),
+            "words": words,
+            "bytes": size,
+        }
     return result
 
 
@@ -850,17 +727,23 @@ def summarise_group(names: Sequence[str], results: dict, records: dict, weights:
         pooled = sum((n - 1) * error**2 * n for n, error in zip(sizes, errors)) / (sum(sizes) - len(sizes))
         result["acc_stderr"] = math.sqrt(pooled / sum(sizes))
     accuracy = sum(results[name]["acc"] for name in names) / len(names)
-    return result | {"acc_subjects": accuracy, "subjects": len(names), "shots": results[names[0]]["shots"],
-                     "seconds": sum(results[name]["seconds"] for name in names)}
+    return result | {
+        "acc_subjects": accuracy,
+        "subjects": len(names),
+        "shots": results[names[0]]["shots"],
+        "seconds": sum(results[name]["seconds"] for name in names),
+    }
 
 
 def routes_of(shares: Sequence[Sequence[float]], within: Sequence[float]) -> dict:
     """How dynamic routes are. shares[task][place] of executing units; within[task]: variance between a task's items,
     mean over places."""
     constant = [share <= 0.01 or share >= 0.99 for row in shares for share in row]
-    return {"variance_within_tasks": sum(within) / len(within),
-            "variance_between_tasks": sum(map(variance, zip(*shares))) / len(shares[0]),
-            "constant_task_layer_pairs": sum(constant) / len(constant)}
+    return {
+        "variance_within_tasks": sum(within) / len(within),
+        "variance_between_tasks": sum(map(variance, zip(*shares))) / len(shares[0]),
+        "constant_task_layer_pairs": sum(constant) / len(constant),
+    }
 
 
 def outcomes(ready: ReadyTask, records: Sequence[dict]) -> dict:
@@ -884,12 +767,15 @@ def read_other(path: str, ready: Sequence[ReadyTask]) -> dict:
     other = read_report(path, "--against")["items"]
     common = [own for own in ready if own.name in other]
     if not common:
-        raise ValueError(f"--against={path} has none of the tasks scored here; it has {', '.join(other)}: score the same "
-                         "tasks")
+        raise ValueError(
+            f"--against={path} has none of the tasks scored here; it has {', '.join(other)}: score the same tasks"
+        )
     unlike = [own.name for own in common if own.sha != other[own.name]["sha"]]
     if unlike:
-        raise ValueError(f"--against={path} scored other items or prompts of {', '.join(unlike)}; give both runs the "
-                         "same --data, --limit, --fewshot, --fewshot_by and --seed")
+        raise ValueError(
+            f"--against={path} scored other items or prompts of {', '.join(unlike)}; give both runs the "
+            "same --data, --limit, --fewshot, --fewshot_by and --seed"
+        )
     return other
 
 
@@ -905,8 +791,14 @@ def compare(items: dict, other: dict) -> dict:
                 continue
             mean, error = mean_stderr(change)
             gained, lost = change.count(1.0), change.count(-1.0)
-            paired[name][metric] = {"difference": mean, "stderr": error, "gained": gained, "lost": lost,
-                                    "flips": gained + lost, "n": len(change)}
+            paired[name][metric] = {
+                "difference": mean,
+                "stderr": error,
+                "gained": gained,
+                "lost": lost,
+                "flips": gained + lost,
+                "n": len(change),
+            }
     return paired
 
 
@@ -926,9 +818,12 @@ def number(value: float | None, form: str = ".4f") -> str:
 
 
 def task_table(results: dict, bold: dict[str, str]) -> list[str]:
-    """Lines of Markdown; the paper's metric is bold. MMLU's subjects stand in --out alone, where their group is shown."""
+    """Lines of Markdown; the paper's metric is bold. Of MMLU's subjects only their group is shown, if there is one."""
     grouped_names = {name for group, names in GROUPS.items() if group in results for name in names}
-    lines, best = ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|" + "---:|" * 9], []
+    lines, best = (
+        ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|" + "---:|" * 9],
+        [],
+    )
     for name in [name for name in results if name not in grouped_names and name not in NAMES]:
         r, first = results[name], bold.get(name, "acc")
         generates, cells = "exact_match_strict" in r, []
@@ -950,11 +845,15 @@ def text_line(name: str, r: dict) -> str:
     """One line for a file of texts."""
     words = ""
     if "words" in r:
-        words = (f"word perplexity {r['word_perplexity']:.4f} | byte perplexity {r['byte_perplexity']:.4f} | "
-                 f"bits per byte {r['bits_per_byte']:.4f} | ")
-    return (f"\n{name.replace('_', ' ')} {r['perplexity']:.4f} | loss {r['loss']:.5f} | {words}{r['tokens']:,} "
-            f"{'tokens' if words else 'answer tokens'} | capacity {r['capacity']:.3f} | "
-            f"KV {r['kv_bytes'] / 1e6:.2f} MB/item | {r['seconds']:.1f} s")
+        words = (
+            f"word perplexity {r['word_perplexity']:.4f} | byte perplexity {r['byte_perplexity']:.4f} | "
+            f"bits per byte {r['bits_per_byte']:.4f} | "
+        )
+    return (
+        f"\n{name.replace('_', ' ')} {r['perplexity']:.4f} | loss {r['loss']:.5f} | {words}{r['tokens']:,} "
+        f"{'tokens' if words else 'answer tokens'} | capacity {r['capacity']:.3f} | "
+        f"KV {r['kv_bytes'] / 1e6:.2f} MB/item | {r['seconds']:.1f} s"
+    )
 
 
 def report_lines(report: dict, bold: dict[str, str]) -> list[str]:
@@ -967,8 +866,10 @@ def report_lines(report: dict, bold: dict[str, str]) -> list[str]:
             error = number(c["stderr"], ".5f") or "n/a"
             lines.append(f"\nagainst: {name} {metric} {c['difference']:+.5f} ± {error}{flips}, n {c['n']:,}")
     for name, r in report.get("domains", {}).items():
-        lines.append(f"{name.replace('_', ' '):<32} loss {r['loss']:.5f} | {r['n']} items, {r['tokens']:,} tokens | "
-                     f"capacity {r['capacity']:.3f}")
+        lines.append(
+            f"{name.replace('_', ' '):<32} loss {r['loss']:.5f} | {r['n']} items, {r['tokens']:,} tokens | "
+            f"capacity {r['capacity']:.3f}"
+        )
     if "routes" in report:
         routes = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in report["routes"].items()]
         lines.append(f"routes: {', '.join(routes)}")
@@ -992,18 +893,26 @@ def say_notes(ready: Sequence[ReadyTask], limit: int, data: str) -> None:
         cut = [item.index for item in own.items if item.truncated]
         spanning = [item.index for item in own.items if item.spanning]
         if cut:
-            say(f"note: {own.name}: {len(cut)} of {n} items are longer than {limit} tokens and lost their beginning "
-                f"({some(cut)})")
+            say(
+                f"note: {own.name}: {len(cut)} of {n} items are longer than {limit} tokens and lost their beginning "
+                f"({some(cut)})"
+            )
         if spanning:
-            say(f"note: {own.name}: {len(spanning)} of {n} items have a choice without a token of its own, since one "
-                f"spans it and the context; what the longer encoding adds is scored ({some(spanning)})")
+            say(
+                f"note: {own.name}: {len(spanning)} of {n} items have a choice without a token of its own, since one "
+                f"spans it and the context; what the longer encoding adds is scored ({some(spanning)})"
+            )
         if own.skipped:
-            say(f"note: {own.name}: {len(own.skipped)} of {n} items are skipped, nothing of them can be scored "
-                f"({some(own.skipped)})")
+            say(
+                f"note: {own.name}: {len(own.skipped)} of {n} items are skipped, nothing of them can be scored "
+                f"({some(own.skipped)})"
+            )
     val = [own for own in ready if own.task.read is mmlu and Path(own.source).parent.name == "val"]
     if val:
-        say(f"note: {len(val)} MMLU subjects have no test file in {data}, so their val files are scored, unlike "
-            "published numbers")
+        say(
+            f"note: {len(val)} MMLU subjects have no test file in {data}, so their val files are scored, unlike "
+            "published numbers"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -1037,19 +946,22 @@ class Samples:
         if self.path is None or not self.path.exists():
             return done
         data = self.path.read_bytes()
-        whole = data[:data.rfind(b"\n") + 1]
+        whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
                 same = stamps.get(record["task"]) == record["run"]
                 done.get(record["task"], {})[record["index"]] = record
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{self.path}, line {number} is not a sample line; expected what --samples writes: name "
-                                 "another") from None
+                raise ValueError(
+                    f"{self.path}, line {number} is not a sample line; expected what --samples writes: name another"
+                ) from None
             if not same:
-                raise ValueError(f"{self.path}, line {number} ({record['task']}) comes from a run with another model, "
-                                 "route, data, prompt, limit, dtype or batch size; repeat that command to go on, or give "
-                                 "another --samples")
+                raise ValueError(
+                    f"{self.path}, line {number} ({record['task']}) comes from a run with another model, "
+                    "route, data, prompt, limit, dtype or batch size; repeat that command to go on, or give "
+                    "another --samples"
+                )
         if whole != data:
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
@@ -1104,8 +1016,14 @@ def of_all_ranks(records: list[dict], rt: runtime.Runtime) -> list[dict]:
     return [record for part in everyone for record in part]
 
 
-def score_task(run: Run, ready: ReadyTask, done: dict[int, dict], save: Callable, progress: Progress, rt: runtime.Runtime,
-               ) -> list[dict]:
+def score_task(
+    run: Run,
+    ready: ReadyTask,
+    done: dict[int, dict],
+    save: Callable,
+    progress: Progress,
+    rt: runtime.Runtime,
+) -> list[dict]:
     """Records of all items, in order; those in `done` are there already. save(records) is called as batches end.
 
     Ranks take whole batches in turn, so that a record does not depend on how many there are.
@@ -1118,7 +1036,7 @@ def score_task(run: Run, ready: ReadyTask, done: dict[int, dict], save: Callable
     todo = [pair for pair in batches if any(item.index not in done for item in pair[0])]
     progress.step(sum(n_tokens(batch) for batch, _ in batches) - sum(n_tokens(batch) for batch, _ in todo))
     for a in range(0, len(todo), rt.world_size):
-        turn, records = todo[a:a + rt.world_size], []
+        turn, records = todo[a : a + rt.world_size], []
         if rt.rank < len(turn):
             batch, begin = turn[rt.rank]
             if begin is not None and prefix is None:
@@ -1136,17 +1054,22 @@ def score_task(run: Run, ready: ReadyTask, done: dict[int, dict], save: Callable
 def check(cfg: EvalConfig) -> None:
     """Refuse settings that contradict each other before anything is loaded."""
     if not cfg.tasks and not cfg.custom and cfg.perplexity is None:
-        raise ValueError("there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or "
-                         "--perplexity=FILE.jsonl")
+        raise ValueError(
+            "there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or --perplexity=FILE.jsonl"
+        )
     forced = cfg.route in ("mask", "gather") or cfg.control != "none" or cfg.budget is not None
     if cfg.routers is None and forced:
-        raise ValueError(f"--route={cfg.route} --control={cfg.control} --budget={cfg.budget} needs routed layers, and no "
-                         "router file was given: give --routers")
+        raise ValueError(
+            f"--route={cfg.route} --control={cfg.control} --budget={cfg.budget} needs routed layers, and no "
+            "router file was given: give --routers"
+        )
     moves = cfg.routers is not None and cfg.budget is not None and cfg.control == "none" and cfg.route != "off"
     if cfg.calibrate is not None and not moves:
-        raise ValueError(f"--calibrate={cfg.calibrate} moves the routers' cuts to a budget, and there is no router file, "
-                         "no budget, or a control in its place; give --routers and --budget, and neither --control nor "
-                         "--route=off")
+        raise ValueError(
+            f"--calibrate={cfg.calibrate} moves the routers' cuts to a budget, and there is no router file, "
+            "no budget, or a control in its place; give --routers and --budget, and neither --control nor "
+            "--route=off"
+        )
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
     for name in ("rolling", "truncate", "perplexity_split"):
@@ -1163,8 +1086,10 @@ def check(cfg: EvalConfig) -> None:
     for path in [Path(path).resolve() for path in (cfg.out, cfg.samples) if path]:
         folder = next(parent for parent in path.parents if parent.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"{path} cannot be written, {path if path.is_dir() else folder} is in the way; name a file "
-                             "in your own folder")
+            raise ValueError(
+                f"{path} cannot be written, {path if path.is_dir() else folder} is in the way; name a file "
+                "in your own folder"
+            )
 
 
 def context_limit(cfg: EvalConfig, run: Run, tasks: Sequence[Task]) -> int:
@@ -1174,16 +1099,18 @@ def context_limit(cfg: EvalConfig, run: Run, tasks: Sequence[Task]) -> int:
     if limit > longest:
         raise ValueError(f"--max_length is {limit}; this model's context is {longest}")
     if any(task.generates for task in tasks) and (limit <= NEW_TOKENS or run.route == "mask"):
-        raise ValueError(f"gsm8k generates {NEW_TOKENS} tokens; it needs a context beyond {limit} and a cache: "
-                         "--route=off or gather")
+        raise ValueError(
+            f"gsm8k generates {NEW_TOKENS} tokens; it needs a context beyond {limit} and a cache: --route=off or gather"
+        )
     if cfg.apply_chat_template and cfg.chat is None and not run.tok.template:
-        raise ValueError("--apply_chat_template, but this model has no chat template; name a form with --chat, or leave "
-                         "it away")
+        raise ValueError(
+            "--apply_chat_template, but this model has no chat template; name a form with --chat, or leave it away"
+        )
     return limit
 
 
 def begin(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Run, list[ReadyTask]]:
-    """The model, and all tasks in rows, so that whatever is wrong with any of them shows before anything is computed."""
+    """The model, and all tasks in rows: whatever is wrong with any of them shows before anything is computed."""
     tasks = tasks_named(cfg.tasks, cfg.custom)
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
@@ -1202,14 +1129,25 @@ def begin(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Run, list[ReadyTask]]:
         ready.append(replace(ready[-1], task=replace(ready[-1].task, name=NAMES[1])))
     stamp(cfg, run, rt, ready)
     say_notes(ready, limit, cfg.data)
+    if run.sequence and any(item.counts for item in ready[-1].items):
+        say("note: with --rolling a sequence router decides from what stands before each window, mostly one token")
     return run, ready
 
 
 def stamp(cfg: EvalConfig, run: Run, rt: runtime.Runtime, ready: Sequence[ReadyTask]) -> None:
     """Mark each task with a hash of all that decides its records."""
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
-    decides = [run.model.fingerprint, routers, run.route, cfg.budget, cfg.control, cfg.calibrate, str(rt.dtype),
-               rt.device.type, cfg.max_batch_tokens]
+    decides = [
+        run.model.fingerprint,
+        routers,
+        run.route,
+        cfg.budget,
+        cfg.control,
+        cfg.calibrate,
+        str(rt.dtype),
+        rt.device.type,
+        cfg.max_batch_tokens,
+    ]
     for own in ready:
         own.stamp = hashlib.sha256(repr([*decides, own.sha, own.name]).encode()).hexdigest()[:16]
 
@@ -1219,7 +1157,9 @@ def domain_results(ready: ReadyTask, records: Sequence[dict], weights: Sequence[
     domains = {item.index: item.domain for item in ready.items}
     found = {}
     for domain in sorted({domain for domain in domains.values() if domain is not None}):
-        found[f"{ready.name}/{domain}"] = summarise([r for r in records if domains[r["index"]] == domain], ("nll",), weights)
+        found[f"{ready.name}/{domain}"] = summarise(
+            [r for r in records if domains[r["index"]] == domain], ("nll",), weights
+        )
     return found
 
 
@@ -1248,12 +1188,17 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
         if own.name == NAMES[1]:
             how = replace(how, route="off", control=None)
         elif cfg.calibrate:
-            calibrate(run, own.items[:cfg.calibrate], cfg.budget, cuts, rt)
+            calibrate(run, own.items[: cfg.calibrate], cfg.budget, cuts, rt)
         resumed = len(done[own.name])
         mine = records[own.name] = score_task(how, own, done[own.name], samples.append, progress, rt)
         results[own.name] = summarise(mine, own.task.metrics, weights)
-        results[own.name] |= {"shots": own.shots, "seconds": own.seconds, "file": own.source, "resumed": resumed,
-                              "skipped": len(own.skipped)}
+        results[own.name] |= {
+            "shots": own.shots,
+            "seconds": own.seconds,
+            "file": own.source,
+            "resumed": resumed,
+            "skipped": len(own.skipped),
+        }
         items[own.name] = outcomes(own, mine)
         domains |= domain_results(own, mine, weights)
     samples.finish([record for part in records.values() for record in part])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+import runtime
 from data.records import read_records, settle_bad
 
 NAMES = ("perplexity", "perplexity_dense")  # of eval.py's own results, which no task may have
@@ -204,7 +205,10 @@ def table_row(row: dict) -> Question:
     if None in row or None in row.values():
         raise ValueError("the row has more or fewer fields than the header")
     if "choices" in row:
-        choices = json.loads(row["choices"])
+        try:
+            choices = json.loads(row["choices"])
+        except ValueError:
+            raise ValueError(f"choices is {row['choices']!r}, expected a JSON list") from None
         names = [""] * len(choices) if isinstance(choices, list) else []
     else:
         names = [name for name in row if name not in ("question", "answer") and row[name].strip()]
@@ -263,11 +267,15 @@ GROUPS = {f"mmlu_{area}": [f"mmlu_{subject}" for subject in subjects.split()] fo
 GROUPS["mmlu"] = [name for names in GROUPS.values() for name in names]
 
 
+def custom_name(path: str) -> str:
+    return Path(path.removesuffix(".gz")).stem
+
+
 def custom_task(path: str) -> Task:
     """The task of a --custom file; its own other rows are the few shots."""
     file = (str(Path(path).resolve()),)
     read = table_row if Path(path).suffix.lower() in TABLES else custom
-    return Task(Path(path).stem, read, file, file, 0, ACC_NORM, "--custom", spare=True, load=read_custom)
+    return Task(custom_name(path), read, file, file, 0, ACC_NORM, "--custom", spare=True, load=read_custom)
 
 
 def tasks_named(names: Sequence[str], files: Sequence[str] = ()) -> list[Task]:
@@ -280,12 +288,13 @@ def tasks_named(names: Sequence[str], files: Sequence[str] = ()) -> list[Task]:
             raise ValueError(f"--tasks names {name!r}, the nearest task is {near!r}; expected of {short}, mmlu_SUBJECT")
     owner: dict[str, str] = {}
     for file in files:
-        name = Path(file).stem
+        name = custom_name(file)
         if name in (*known, *NAMES):
             raise ValueError(f"--custom={file} would be the task {name!r}, which exists already: rename the file")
         if name in owner:
-            raise ValueError(f"--custom names {owner[name]} and {file}, which would both be the task {name!r}: "
-                             "rename one of them")
+            raise ValueError(
+                f"--custom names {owner[name]} and {file}, which would both be the task {name!r}: rename one of them"
+            )
         owner[name] = file
     chosen = [TASKS[part] for name in names for part in GROUPS.get(name, [name])]
     return list(dict.fromkeys(chosen)) + [custom_task(file) for file in files]
@@ -323,8 +332,8 @@ def locate(tasks: Sequence[Task], data: Path, shots: dict[str, int]) -> dict[str
     if len(missing) > 12:
         lines.append(f"  and {len(missing) - 12} tasks more")
     names = dict.fromkeys("mmlu" if task.read is mmlu else task.name for task, _ in missing)
-    raise FileNotFoundError("\n".join([f"under {data} these files are missing:", *lines, "check --data, or get them: "
-                                       f"python data/fetch.py --tasks={','.join(names)}"]))
+    lines.append(f"check --data, or get them: python data/fetch.py --tasks={','.join(names)}")
+    raise FileNotFoundError("\n".join([f"under {data} these files are missing:", *lines]))
 
 
 def labels_of(path: str) -> str:
@@ -342,8 +351,9 @@ def read_rows(path: Path, bad: list[str]) -> list[tuple[str, dict | list]]:
     try:
         return read_csv(path) if path.suffix == ".csv" else read_tsv(path, bad)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a readable {path.suffix} file ({error}); expected the published one: fetch it "
-                         "again") from None
+        raise ValueError(
+            f"{path} is not a readable {path.suffix} file ({error}); expected the published one: fetch it again"
+        ) from None
 
 
 def with_labels(path: Path, rows: list, n_bad: int) -> list[tuple[str, dict]]:
@@ -353,8 +363,10 @@ def with_labels(path: Path, rows: list, n_bad: int) -> list[tuple[str, dict]]:
         return rows
     values = labels.read_text(encoding="utf-8").split()
     if len(values) != len(rows) + n_bad:
-        raise ValueError(f"{labels} holds {len(values)} labels, {path.name} {len(rows) + n_bad} rows; expected as many: "
-                         "fetch both again")
+        raise ValueError(
+            f"{labels} holds {len(values)} labels, {path.name} {len(rows) + n_bad} rows; expected as many: "
+            "fetch both again"
+        )
     if n_bad:  # which labels are theirs is not known
         return rows
     return [(place, {"label": value, **row}) for (place, row), value in zip(rows, values)]
@@ -374,7 +386,9 @@ def read_tsv(path: Path, bad: list[str]) -> list[tuple[str, dict]]:
     for number, line in enumerate(lines, 2):
         values = line.split("\t")
         if len(values) != len(names):
-            bad.append(f"{path}, line {number} has {len(values)} fields, expected {', '.join(names)}: mend or delete it")
+            bad.append(
+                f"{path}, line {number} has {len(values)} fields, expected {', '.join(names)}: mend or delete it"
+            )
             continue
         rows.append((f"{path}, line {number}", dict(zip(names, values))))
     return rows
@@ -386,7 +400,9 @@ def read_custom(path: Path, bad: list[str]) -> list[tuple[str, dict]]:
     if suffix in TABLES:
         return read_table(path, TABLES[suffix])
     if suffix not in (".jsonl", ".json", ".gz"):
-        raise ValueError(f"--custom={path} ends in {suffix or 'nothing'}; expected .jsonl, .json, .csv or .tsv: convert it")
+        raise ValueError(
+            f"--custom={path} ends in {suffix or 'nothing'}; expected .jsonl, .json, .csv or .tsv: convert it"
+        )
     return read_records(path, bad)
 
 
@@ -395,15 +411,19 @@ def read_table(path: Path, delimiter: str) -> list[tuple[str, dict]]:
     try:
         records = read_csv(path, delimiter)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a readable table ({error}); expected UTF-8, and fields in double quotes where "
-                         "they hold one: save it again") from None
+        raise ValueError(
+            f"{path} is not a readable table ({error}); expected UTF-8, and fields in double quotes where "
+            "they hold one: save it again"
+        ) from None
     header = [name.strip() for name in records[0][1]] if records else []
     choices = [name for name in header if name not in ("question", "answer")]
     odd = [] if choices == ["choices"] else [name for name in choices if not CHOICE.fullmatch(name)]
     if not {"question", "answer"} <= set(header) or not choices or odd or len(set(header)) < len(header):
-        raise ValueError(f"{path} has the columns {', '.join(header) or 'none'}; expected question, answer, and choices "
-                         "named A, B, ... or choice1, choice2, ..., or one column choices of JSON lists: rename or "
-                         f"delete {', '.join(odd) or 'columns'}")
+        raise ValueError(
+            f"{path} has the columns {', '.join(header) or 'none'}; expected question, answer, and choices "
+            "named A, B, ... or choice1, choice2, ..., or one column choices of JSON lists: rename or "
+            f"delete {', '.join(odd) or 'columns'}"
+        )
     return [(place, dict(zip_longest(header, fields))) for place, fields in records[1:]]
 
 
@@ -416,7 +436,7 @@ def read_questions(path: Path, task: Task, skip_bad: bool = False) -> list[Quest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"there is no field {error}" if isinstance(error, KeyError) else error
             bad.append(f"{place}: {reason}; mend or delete it" + ("" if task.load else ", or fetch the file again"))
-    settle_bad(bad, skip_bad)
+    settle_bad(bad, skip_bad, runtime.print0)
     if not questions:
         raise ValueError(f"{path} holds no row; expected at least one: check the file")
     return questions
@@ -437,18 +457,26 @@ def checked(task: Task, question: Question) -> Question:
 # Prompts
 
 
-def draw_shots(task: Task, items: Sequence[Question], pool: Sequence[Question], n: int, by: str, seed: int,
-               ) -> list[list[Question]]:
+def draw_shots(
+    task: Task,
+    items: Sequence[Question],
+    pool: Sequence[Question],
+    n: int,
+    by: str,
+    seed: int,
+) -> list[list[Question]]:
     """n solved questions for each item: `index` by a generator of seed and index, `first` in file order, `harness` as
     lm-eval draws them (api/samplers.py: one generator runs through the task's items)."""
     if n == 0:
         return [[] for _ in items]
     need = n if task.in_order or (by != "index" and not task.spare) else n + 1
     if len(pool) < need:
-        raise ValueError(f"{task.name}: {n} shots need a pool of {need} and it holds {len(pool)}; lower --fewshot or "
-                         "fetch the whole file")
+        raise ValueError(
+            f"{task.name}: {n} shots need a pool of {need} and it holds {len(pool)}; lower --fewshot or "
+            "fetch the whole file"
+        )
     if by == "first" or task.in_order:
-        return [[shot for shot in pool[:n + 1] if shot != item][:n] for item in items]
+        return [[shot for shot in pool[: n + 1] if shot != item][:n] for item in items]
     if by == "index":
         return [draw_others(random.Random(f"{seed}/{index}"), pool, n, item) for index, item in enumerate(items)]
     rng = random.Random(seed)
