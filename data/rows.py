@@ -17,7 +17,7 @@ NEW_TOKENS = 256  # lm-eval's max_gen_toks for Hugging Face models
 
 
 class Row(NamedTuple):
-    """A choice of an item in tokens. The log-probabilities of target[p] count, for p in `at`, after all that precedes."""
+    """A choice of an item in tokens: what counts are the log-probabilities of target[p] for p in `at`."""
 
     item: int
     choice: int
@@ -49,7 +49,7 @@ class Item:
 
 
 def encode(tok: Tokenizer, text: str) -> list[int]:
-    """Tokens of a prompt, as lm-eval: special tokens in it count as such, and a BOS that it begins with is the only one."""
+    """Tokens of a prompt as in lm-eval: special tokens in it count as such; a BOS that it begins with is the only one."""
     begins = tok.bos_id is not None and text.startswith(tok.decode([tok.bos_id]))
     return tok.encode(text, bos=tok.adds_bos and not begins, special=True)
 
