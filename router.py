@@ -269,10 +269,10 @@ def cuts_for(budget: float, calibration: dict) -> list[float]:
     low = max((p for p in points if p[0] <= budget), key=lambda p: p[0], default=points[0])
     high = min((p for p in points if p[0] >= budget), key=lambda p: p[0], default=points[-1])
     share = 0.0 if high[0] == low[0] else (budget - low[0]) / (high[0] - low[0])
-    return [_between(cut_of(a), cut_of(b), share) for a, b in zip(low[1], high[1])]
+    return [between(cut_of(a), cut_of(b), share) for a, b in zip(low[1], high[1])]
 
 
-def _between(a: float, b: float, share: float) -> float:
+def between(a: float, b: float, share: float) -> float:
     """a + share (b - a), and a where an end is infinite."""
     return a if a == b or math.isinf(a) or math.isinf(b) else a + share * (b - a)
 

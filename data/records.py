@@ -116,10 +116,8 @@ def _read(path: Path) -> bytes:
         raise FileNotFoundError(f"{path} was not found, expected a .jsonl or .json file: check the path")
     content = path.read_bytes()
     if content.startswith(b"PAR1"):
-        raise ValueError(
-            f"{path} is a Parquet file, expected .jsonl or .json: write its rows as JSON lines first, e.g. "
-            "with pandas.read_parquet(...).to_json(..., orient='records', lines=True)"
-        )
+        raise ValueError(f"{path} is a Parquet file, expected .jsonl or .json: write its rows as JSON lines first, "
+                         "e.g. with pandas.read_parquet(...).to_json(..., orient='records', lines=True)")
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
@@ -138,9 +136,7 @@ def _list_of(path: Path, text: bytes) -> tuple[list, list[str]]:
             rows, faults = _lines_of(path, text)
             if any(isinstance(row, dict) for _, row in rows):
                 return rows, faults
-        raise ValueError(
-            f"{path} is not JSON ({error}), expected a list of objects: mend or replace the file"
-        ) from None
+        raise ValueError(f"{path} is not JSON ({error}), expected a list of objects: mend or replace the file") from None
     return [(f"{path}, item {number}", row) for number, row in enumerate(rows, 1)], []
 
 
@@ -165,10 +161,8 @@ def _not_rows(path: Path, text: bytes, fault: str) -> ValueError:
         whole = json.loads(text)
     except (ValueError, RecursionError):
         return ValueError(f"{fault}; no line of the file is")
-    return ValueError(
-        f"{path} holds one JSON object with the keys {sorted(whole)[:8]}, expected a list of rows or one row a "
-        "line: write the list that it holds as a file of its own"
-    )
+    return ValueError(f"{path} holds one JSON object with the keys {sorted(whole)[:8]}, expected a list of rows or one "
+                      "row a line: write the list that it holds as a file of its own")
 
 
 # -----------------------------------------------------------------------------
@@ -190,21 +184,16 @@ def to_messages(row: dict, place: str) -> tuple[list[dict], list | None] | str:
     elif isinstance(row.get("text"), str):
         turns, read = row["text"], ()
     else:
-        raise ValueError(
-            f"{place} has the keys {sorted(row)[:12]}; expected messages, conversations, instruction + "
-            "output, prompt + response, query + response, or text: convert the row"
-        )
+        raise ValueError(f"{place} has the keys {sorted(row)[:12]}; expected messages, conversations, instruction + "
+                         "output, prompt + response, query + response, or text: convert the row")
     if unread := [key for key in PROMPT_KEYS if key not in read and row.get(key)]:
-        raise ValueError(
-            f"{place}: {unread[0]!r} changes the prompt and is not read beside {_name(row, question)}; expected "
-            "it in the prompt itself: put it there, or delete the key"
-        )
+        raise ValueError(f"{place}: {unread[0]!r} changes the prompt and is not read beside {_name(row, question)}; "
+                         "expected it in the prompt itself: put it there, or delete the key")
     if isinstance(turns, str):
         return turns
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise ValueError(
-            f"{place}: no turn of the assistant, so there is nothing to predict: add the answer or delete it"
-        )
+        raise ValueError(f"{place}: no turn of the assistant, so there is nothing to predict: add the answer or delete "
+                         "it")
     return turns, _tools(row, place)
 
 
@@ -214,9 +203,7 @@ def _name(row: dict, question: str) -> str:
 
 def _turns(turns, place: str) -> list[dict]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(
-            f'{place}: messages is not a list of turns; expected [{{"role": ..., "content": ...}}, ...]: mend the row'
-        )
+        raise ValueError(f'{place}: messages is not a list of turns; expected [{{"role": ..., "content": ...}}, ...]: mend the row')
     return [_turn(turn, f"{place}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
@@ -224,18 +211,15 @@ def _turn(turn: dict, place: str) -> dict:
     said = turn.get("role", turn.get("from"))
     role, content = ROLES.get(str(said).lower()), turn.get("content", turn.get("value"))
     if role is None or not isinstance(content, str):
-        raise ValueError(
-            f"{place} has role {said!r} and content of type {type(content).__name__}; expected a role of "
-            f"{', '.join(ROLES)} and a text: mend the row"
-        )
+        raise ValueError(f"{place} has role {said!r} and content of type {type(content).__name__}; expected a role of "
+                         f"{', '.join(ROLES)} and a text: mend the row")
     message = {"role": role, "content": content}
     message |= {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key)}
     if not _carries_loss(turn, place):
         message["loss"] = False
     elif role != "assistant" and any(key in turn for key in LOSS_KEYS):
-        raise ValueError(
-            f"{place}: loss is asked for on a turn of the {role}; expected it on the assistant's: set it to 0"
-        )
+        raise ValueError(f"{place}: loss is asked for on a turn of the {role}; expected it on the assistant's: set it "
+                         "to 0")
     return message
 
 
@@ -252,9 +236,8 @@ def _pair(row: dict, question: str, answer: str, place: str) -> list[dict]:
     turns = []
     for earlier in row.get("history") or []:
         if not isinstance(earlier, (list, tuple)) or [type(text) for text in earlier] != [str, str]:
-            raise ValueError(
-                f"{place}: history holds {str(earlier)[:60]!r}, expected pairs [question, answer]: mend the row"
-            )
+            raise ValueError(f"{place}: history holds {str(earlier)[:60]!r}, expected pairs [question, answer]: mend "
+                             "the row")
         turns += [{"role": "user", "content": earlier[0]}, {"role": "assistant", "content": earlier[1]}]
     asked = row[question]
     if question == "instruction" and row.get("input"):
@@ -272,9 +255,8 @@ def _with_system(row: dict, turns: list[dict], place: str) -> list[dict]:
     if not isinstance(system, str):
         raise ValueError(f"{place}: system is a {type(system).__name__}, expected a text: mend the row")
     if turns[0]["role"] == "system":
-        raise ValueError(
-            f"{place}: a system message stands in the row and in its first turn, expected one: delete one of them"
-        )
+        raise ValueError(f"{place}: a system message stands in the row and in its first turn, expected one: delete one "
+                         "of them")
     return [{"role": "system", "content": system}, *turns]
 
 
@@ -288,6 +270,30 @@ def _tools(row: dict, place: str) -> list | None:
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{place}: tools is a {type(tools).__name__}, expected a list: mend the row")
     return tools
+
+
+def usable_rows(path: str | Path, bad: list[str]) -> list[tuple[str, dict]]:
+    """Rows of a file that hold a conversation or a text, with their places; what is wrong with others goes to `bad`."""
+    rows = []
+    for place, row in read_records(path, bad):
+        try:
+            to_messages(row, place)
+        except ValueError as error:
+            bad.append(str(error))
+        else:
+            rows.append((place, row))
+    return rows
+
+
+def split_rows(rows: list[tuple[str, dict]]) -> tuple[list, list]:
+    """Rows to tune on, and rows whose "split" is heldout. Raises ValueError for any other split than these two."""
+    splits = [row.get("split") for _, row in rows]
+    if unknown := [split for split in splits if split not in (None, "train", "heldout")]:
+        counts = ", ".join(f"{split!r} {splits.count(split)}" for split in sorted({*splits}, key=str))
+        raise ValueError(f"rows have the split {unknown[0]!r} (all: {counts}); expected train or heldout: rename it, "
+                         "or delete these rows")
+    held = [row for row in rows if row[1].get("split") == "heldout"]
+    return [row for row in rows if row[1].get("split") != "heldout"], held
 
 
 # -----------------------------------------------------------------------------
@@ -304,16 +310,12 @@ def encode(row: dict, place: str, form: Form) -> Example | None:
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     if not targets:
-        raise ValueError(
-            f"{place}: no loss-carrying token among {len(ids)}; expected an answer that is not empty and on "
-            "which loss is taken: mend or delete the row"
-        )
+        raise ValueError(f"{place}: no loss-carrying token among {len(ids)}; expected an answer that is not empty and "
+                         "on which loss is taken: mend or delete the row")
     if len(ids) > form.limit:
         if not form.truncate:
-            raise ValueError(
-                f"{place}: {len(ids):,} tokens, expected at most {form.limit:,}: raise --max_length (up to the "
-                "model's context), cut examples with --truncate, or delete the row"
-            )
+            raise ValueError(f"{place}: {len(ids):,} tokens, expected at most {form.limit:,}: raise --max_length (up "
+                             "to the model's context), cut examples with --truncate, or delete the row")
         ids, targets = ids[: form.limit], [position for position in targets if position < form.limit]
         if not targets:
             return None
@@ -329,10 +331,8 @@ def _encode_turns(messages: list[dict], tools: list | None, form: Form) -> tuple
     template = form.tok.template if form.chat is None else ""
     needed = [key for message in messages for key in TEMPLATE_KEYS if key in message] + (["tools"] if tools else [])
     if unread := [key for key in needed if not re.search(rf"['\".]{key}\b|\b{key} ", template)]:
-        raise ValueError(
-            f"{unread[0]!r} stands in the row, and the chat form in use does not read it; expected a model whose "
-            "chat template does: delete the key, or put it into the text"
-        )
+        raise ValueError(f"{unread[0]!r} stands in the row, and the chat form in use does not read it; expected a "
+                         "model whose chat template does: delete the key, or put it into the text")
     if form.last_only:
         last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
         messages = [message if place == last else message | {"loss": False} for place, message in enumerate(messages)]

@@ -122,8 +122,9 @@ def prefill_ceiling(config: ModelConfig, routing: RouterConfig, gates: Tensor, t
     return prefill_flops(config, tokens) / prefill_flops(config, tokens, Executed.of(config, routing, shares))
 
 
-def decode_ceiling(config: ModelConfig, routing: RouterConfig, itemsize: int, context: int, gates: Tensor,
-                   steps: list[Tensor]) -> float:
+def decode_ceiling(
+    config: ModelConfig, routing: RouterConfig, itemsize: int, context: int, gates: Tensor, steps: list[Tensor]
+) -> float:
     """By bytes, of a decode step: the mean over steps. gates: of the context, (R,B) or (R,B,T); steps: (R,B[,1])."""
     batch, held = gates.shape[1], None
     if routing.unit == "token" and routing.kv == "routed":

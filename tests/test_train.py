@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,43 +16,23 @@ from safetensors.torch import save_file
 import router
 import runtime
 import train
+from data.records import Form, encode
+from model import ModelConfig, load_model
 from recipe import calibrate, controls, fit, measure, orders, passes, trunk
-from model import ModelConfig, Transformer, load_model
 from recipe.cost import prefill_flops
+from recipe.passes import Workload
 from router import capacity
+from tiny import write_base
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 
 
-def byte_tokenizer() -> dict:
-    """The smallest tokenizer.json that knows every byte: 256 tokens, no merges."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelled = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
-    special = [{"id": 256 + i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-               for i, c in enumerate(("<s>", "</s>"))]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                      "byte_fallback": False, "ignore_merges": False, "vocab": {spelled[b]: b for b in range(256)}, "merges": []}}
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A random Llama of four layers with a byte tokenizer, and a data file; layers differ in how much they matter."""
-    folder = tmp_path_factory.mktemp("base")
-    config = ModelConfig(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=258, max_seq_len=128,
-                         norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True)
-    torch.manual_seed(0)
-    model = Transformer(config)
-    for layer, block in enumerate(model.layers):
-        block.attention.wo.weight.data *= 2.0 + layer % 3
-    model.tok_embeddings.weight.data.normal_(std=0.5)  # a new model holds no values yet
-    save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}))
+    folder = write_base(tmp_path_factory.mktemp("base"))
     lines = []
     for i in range(44):
         ask, answer = ("add " if i % 2 else "say ") + "x" * (i % 7), "yes " * (1 + i % 3)
@@ -68,13 +47,16 @@ def settings(base, out, **changes):
 
 
 def tuner(base, **changes):
-    """A tuner before its first step."""
+    """A run before its first step."""
     cfg = settings(base, "unused", **{"trunk_gb": 0, **changes})  # nothing is written
     model = load_model(cfg.model)
-    sets = train.load_data(cfg, train.load_tokenizer(cfg.model), model.config.max_seq_len)
-    made = train.Tuner(cfg, CPU, model, sets[0], sets[1])
-    made.begin()
-    return made
+    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
+    return train.begin(cfg, CPU, model, data, train.plan(cfg, data))
+
+
+def workload(made, trunk=None):
+    """The selection set of a run."""
+    return Workload(made.model, made.data.select, CPU, trunk)
 
 
 def gradients(made) -> torch.Tensor:
@@ -159,42 +141,9 @@ def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
 # ---------------------------------------------------------------------------------------------------------------------- data
 
 
-@pytest.mark.parametrize("record", [
-    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "domain": "x"},
-    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": "1"},
-    {"instruction": "q", "input": "", "output": "a"}, {"instruction": "q", "output": "a"},
-    {"prompt": "q", "response": "a"}, {"query": "q", "response": "a", "type": "GSM"},
-])
-def test_every_native_form_is_the_same_conversation(record):
-    assert train.to_messages(record, "here") == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-def test_alpaca_input_follows_the_instruction():
-    assert train.to_messages({"instruction": "q", "input": "i", "output": "a"}, "here")[0]["content"] == "q\n\ni"
-
-
-def test_prompt_ends_before_the_first_loss_carrying_token(base):
-    tok = train.load_tokenizer(base)
-    example = train.encode({"prompt": "question", "response": "answer"}, "here", tok, chat=None, limit=128, truncate=False)
-    assert example.targets == list(range(example.prompt, example.targets[-1] + 1)) and "question" in tok.decode(example.tokens[:example.prompt])
-    assert tok.decode(example.tokens[example.prompt:]).strip().startswith("answer")
-    text = train.encode({"text": "0123456789"}, "here", tok, chat=None, limit=128, truncate=False)  # no prompt: its first half is seen, its second predicted
-    assert text.prompt == 5 and text.targets == [5, 6, 7, 8, 9]
-
-
-def test_long_examples_are_refused_or_cut(base):
-    tok = train.load_tokenizer(base)
-    record = {"prompt": "q" * 20, "response": "a" * 60}
-    with pytest.raises(ValueError, match=r"file, line 3: \d+ tokens, expected at most 60.*--truncate"):
-        train.encode(record, "file, line 3", tok, chat=None, limit=60, truncate=False)
-    example = train.encode(record, "here", tok, chat=None, limit=60, truncate=True)
-    assert len(example.tokens) == 60 and max(example.targets) == 59
-    assert train.encode(record, "here", tok, chat=None, limit=10, truncate=True) is None
-
-
 def test_collated_positions_predict_their_labels(base):
-    tok = train.load_tokenizer(base)
-    examples = [train.encode({"prompt": "q" * n, "response": "ab"}, "here", tok, chat=None, limit=128, truncate=False) for n in (1, 9)]
+    tok = load_tokenizer(base)
+    examples = [encode({"prompt": "q" * n, "response": "ab"}, "here", Form(tok, 128)) for n in (1, 9)]
     batch = passes.collate(examples, CPU.device, multiple=16)
     assert batch.tokens.shape[1] % 16 == 0 and batch.lengths == [len(e.tokens) for e in examples]
     assert torch.equal(batch.tokens.flatten()[batch.at + 1], batch.labels) and len(batch.labels) == sum(len(e.targets) for e in examples)
@@ -207,7 +156,7 @@ def test_collated_positions_predict_their_labels(base):
 def test_paper_recipe_begins_dense(base, granularity):
     """Zero routers and a threshold of 0.5 execute everything: the first step's model is the base model, bit for bit."""
     made = tuner(base, recipe="paper", granularity=granularity)
-    batch = passes.collate(made.train[:4], CPU.device)
+    batch = passes.collate(made.data.train[:4], CPU.device)
     h, gates, _ = passes.states(made.model, batch, route="mask")
     dense, _, _ = passes.states(made.model, batch, route="off")
     assert capacity(gates, torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]) == 1.0
@@ -219,7 +168,7 @@ def test_only_routers_change(base, granularity, recipe):
     made = tuner(base, recipe=recipe, granularity=granularity)
     frozen = {name: p.clone() for name, p in made.model.named_parameters() if "router" not in name}
     before = made.stacked()
-    made.step()
+    train.step(made)
     assert not torch.equal(before, made.stacked())
     for name, p in made.model.named_parameters():
         assert "router" in name or (torch.equal(p, frozen[name]) and p.grad is None and not p.requires_grad)
@@ -230,7 +179,7 @@ def test_no_graph_below_the_lowest_router(base):
     grads = {}
     for layer, block in enumerate(made.model.layers):
         block.register_forward_hook(lambda _, args, out, layer=layer: grads.setdefault(layer, []).append(out[0].requires_grad))
-    made.step()
+    train.step(made)
     assert not any(grads[0] + grads[1]) and any(grads[2]) and any(grads[3])
 
 
@@ -243,7 +192,7 @@ def test_no_graph_below_the_lowest_router(base):
 ])
 def test_accumulation_does_not_change_the_gradient(base, changes):
     made = [tuner(base, micro_batch=n, **changes) for n in (8, 3, 1)]
-    rows = [m.step() for m in made]
+    rows = [train.step(m) for m in made]
     for m, row in zip(made[1:], rows[1:]):
         torch.testing.assert_close(gradients(m), gradients(made[0]), rtol=2e-4, atol=1e-6)
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["capacity"] == pytest.approx(rows[0]["capacity"], abs=1e-6)
@@ -260,7 +209,7 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
         for w in made.weights:  # routes that differ by layer and sequence
             w.data.normal_(std=2.0)
         weights = made.stacked()
-        row = made.step()
+        row = train.step(made)
         return gradients(made), row["capacity"], made, weights
 
     without, kept, _, _ = first_gradient(0.5, 0.0)
@@ -269,7 +218,7 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
     over, _, made, weights = first_gradient(kept - 0.01, 3.0)
     torch.testing.assert_close(within, without)
     made.put(weights)  # reference: autograd of lambda * capacity over the whole batch at once
-    whole = sorted((made.train[i] for i in train.global_batch(len(made.train), 8, made.cfg.seed, 0)), key=lambda e: -len(e.tokens))
+    whole = sorted((made.data.train[i] for i in train.global_batch(len(made.data.train), 8, made.cfg.seed, 0)), key=lambda e: -len(e.tokens))
     gates = passes.states(made.model, passes.collate(whole, CPU.device), route="mask")[1]
     expected = torch.cat(torch.autograd.grad(3.0 * capacity(gates, weights=made.model.place_weights()), made.weights))
     torch.testing.assert_close(over - without, expected, rtol=1e-3, atol=1e-6)
@@ -279,8 +228,9 @@ def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
     """KL between the model with a gate at 1 and at 1 - e is e^2 times the cost, up to sampling and third order."""
     monkeypatch.setattr(measure, "LABEL_SAMPLES", 600)
     made = tuner(base, recipe="paper", layers="0-3")
-    examples = made.train[:2]
-    costs, inputs = measure.measure_costs(made.model, examples, CPU, 3)
+    examples = made.data.train[:2]
+    measured = measure.measure_costs(Workload(made.model, examples, CPU), 3)
+    costs, inputs = measured.costs, measured.inputs
     assert costs.shape == (4, 2) and inputs.shape == (4, 2, 32)
     batch, e = passes.collate(passes.by_length(examples, 4)[0], CPU.device), 0.05
     dense = passes.states(made.model, batch, route="off")[0]
@@ -314,9 +264,9 @@ def test_drawn_labels_follow_the_model(base):
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "both_sequence"])
 def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, granularity):
     made = tuner(base, granularity=granularity, layers="0-3", budget=0.5)
-    z, weights = passes.route_logits(made.model, made.select, CPU), made.model.place_weights()
+    z, weights = passes.route_logits(workload(made)), made.model.place_weights()
     assert (capacity((z >= made.state.cut).float(), weights=weights) - 0.5).abs() < 0.02
-    beside = controls.Controls(made.model, made.select, CPU)
+    beside = controls.Controls(workload(made))
     static = [beside.static(order, 0.5) for order in made.state.orders.values()]
     # first tokens always execute, so a token router at the same capacity closes a few units of the next layer instead
     assert made.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.01)
@@ -328,8 +278,8 @@ def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, g
 def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill):
     """Against whole forward passes of one example at a time, at a working point where everyone skips one layer."""
     made, closed = tuner(base, granularity=granularity, layers="1-3", steps=0), (1,)
-    examples, n_places = made.train[:5], 6 if granularity == "both_sequence" else 3
-    benefits, inputs = measure.measure_benefits(made.model, examples, CPU, closed, made.trunk, distill)
+    examples, n_places = made.data.train[:5], 6 if granularity == "both_sequence" else 3
+    benefits, inputs = measure.measure_benefits(Workload(made.model, examples, CPU, made.work.trunk), closed, distill)
     assert benefits.shape == (n_places, 5) and inputs.shape == (n_places, 5, 32) and (benefits.abs() > 1e-4).all()
     for n, example in enumerate(e for group in passes.by_length(examples, passes.EVAL_BATCH) for e in group):
         batch, losses = passes.collate([example], CPU.device), {}
@@ -337,7 +287,7 @@ def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granul
         for place in range(n_places):
             for opened in (True, False):
                 dropped = tuple(sorted({*closed, place} if not opened else {*closed} - {place}))
-                losses[opened] = passes.evaluate(made.model, [example], CPU, route="gather", skipped=dropped, teacher=teacher)["loss"]
+                losses[opened] = passes.evaluate(Workload(made.model, [example], CPU), passes.skip_everywhere(dropped), teacher)["loss"]
             assert benefits[place, n].item() == pytest.approx((losses[False] - losses[True]) * len(example.targets) ** 0.5, rel=1e-3, abs=1e-5)
 
 
@@ -356,7 +306,7 @@ def test_order_prior_is_the_static_order():
     torch.manual_seed(0)
     inputs = torch.randn(4, 30, 16) * 0.1 + torch.randn(4, 1, 16)  # a strong mean, as normalised inputs have
     order = [2, 0, 3, 1]
-    weights = fit.order_prior(fit.ranks_of(order)[:, None].expand(4, 30), inputs)
+    weights = fit.order_prior(order, inputs)
     z = torch.einsum("rnd,rd->rn", inputs, weights)
     for closed in range(1, 4):
         opened = z >= router.quantile_cut(z, 1 - closed / 4)
@@ -366,49 +316,49 @@ def test_order_prior_is_the_static_order():
 def test_greedy_order_drops_what_costs_least_each_time(base):
     made = tuner(base, layers="0-3", recipe="paper")
     for guess in ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]):  # six tries see all four layers in the first round, so the guess does not matter there
-        order = orders.greedy_order(made.model, made.train, CPU, guess, 0.5)
-        loss = [passes.evaluate(made.model, made.train, CPU, route="gather", skipped=(place,))["loss"] for place in range(4)]
+        order = orders.greedy_order(Workload(made.model, made.data.train, CPU), torch.tensor(guess), 0.5)
+        loss = [passes.evaluate(Workload(made.model, made.data.train, CPU), passes.skip_everywhere((place,)))["loss"] for place in range(4)]
         assert order[0] == min(range(4), key=lambda place: loss[place]) and sorted(order) == [0, 1, 2, 3]
-    everything = orders.greedy_order(made.model, made.train, CPU, guess, 1.0)
-    pairs = {place: passes.evaluate(made.model, made.train, CPU, route="gather", skipped=(order[0], place))["loss"] for place in range(4) if place != order[0]}
+    everything = orders.greedy_order(Workload(made.model, made.data.train, CPU), torch.tensor(guess), 1.0)
+    pairs = {place: passes.evaluate(Workload(made.model, made.data.train, CPU), passes.skip_everywhere((order[0], place)))["loss"] for place in range(4) if place != order[0]}
     assert everything[:2] == order[:2] and pairs[order[1]] <= min(pairs.values()) + 0.02
 
 
 def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
     made = tuner(base, layers="0-3", recipe="paper")
     made.model.layers[2].attention.wo.weight.data *= 1e-4  # changes nothing any more
-    assert orders.similarity_order(made.model, made.train, CPU)[0] == 2
+    assert measure.measure_costs(Workload(made.model, made.data.train, CPU), 0).turned.argsort()[0] == 2
     made.model.layers[2].attention.wo.weight.data *= 1e4
 
 
 def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
     made = tuner(base, layers="2-3", recipe="paper")
     monkeypatch.setattr(trunk.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
-    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, 1e9)
-    batch = passes.collate(made.train[:3], torch.device("cpu"))
-    assert not cache.place and not (tmp_path / "trunk.bin").exists()
-    torch.testing.assert_close(cache(made.model, made.train[:3], batch), made.model.trunk(batch.tokens))
+    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.data.train, 1e9)
+    batch = passes.collate(made.data.train[:3], torch.device("cpu"))
+    assert not cache.slots and not (tmp_path / "trunk.bin").exists()
+    torch.testing.assert_close(cache(made.model, made.data.train[:3], batch.tokens), made.model.trunk(batch.tokens))
 
 
 @pytest.mark.parametrize("limit, stored", [(1e9, True), (9000, True), (0, False)])
 def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     made = tuner(base, layers="2-3", recipe="paper", trunk_gb=0)
-    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)
-    group = made.train[:5]
+    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.data.train, limit)
+    group = made.data.train[:5]
     batch = passes.collate(group, torch.device("cpu"))
     fresh = made.model.trunk(batch.tokens)
-    torch.testing.assert_close(cache(made.model, group, batch), fresh)
-    again = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)  # another run in the same folder
-    mixed = passes.collate(made.train[3:9], torch.device("cpu"))  # some stored, some not
-    torch.testing.assert_close(again(made.model, made.train[3:9], mixed), made.model.trunk(mixed.tokens))
-    read = again(made.model, group, batch)
+    torch.testing.assert_close(cache(made.model, group, batch.tokens), fresh)
+    again = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.data.train, limit)  # another run in the same folder
+    mixed = passes.collate(made.data.train[3:9], torch.device("cpu"))  # some stored, some not
+    torch.testing.assert_close(again(made.model, made.data.train[3:9], mixed.tokens), made.model.trunk(mixed.tokens))
+    read = again(made.model, group, batch.tokens)
     for row, length in enumerate(batch.lengths):  # pads may differ: nothing reads them
         torch.testing.assert_close(read[row, :length], fresh[row, :length])
     size = (tmp_path / "trunk.bin").stat().st_size if (tmp_path / "trunk.bin").exists() else 0
-    assert size <= limit and bool(again.place) == stored
+    assert size <= limit and bool(again.slots) == stored
     if stored:
         made.model.fingerprint = "another base"
-        assert not trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit).done.any()
+        assert not trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.data.train, limit).sums.any()
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "both_sequence"])
@@ -417,14 +367,14 @@ def test_one_table_serves_every_budget(base, granularity):
     torch.manual_seed(1)
     for w in made.weights:  # routers that really tell inputs apart
         w.data.normal_(std=1.0)
-    table = calibrate.calibrate(made.model, made.select, CPU, 0.5)
+    table = calibrate.calibrate(workload(made), 0.5)
     assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(calibrate.BUDGETS)
-    n = passes.route_logits(made.model, made.select, CPU).shape[1] * 4
+    n = passes.route_logits(workload(made)).shape[1] * 4
     for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
         router.set_cuts(made.model, router.cuts_for(budget, table))
-        kept = passes.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
+        kept = passes.evaluate(workload(made))["capacity"]
         if "token" in granularity:  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
-            assert kept == pytest.approx(max(budget, len(made.select) * 4 / n), abs=0.05)
+            assert kept == pytest.approx(max(budget, len(made.data.select) * 4 / n), abs=0.05)
         else:
             assert kept == pytest.approx(budget, abs=0.02 + 1.5 / n)
 
@@ -432,17 +382,16 @@ def test_one_table_serves_every_budget(base, granularity):
 def test_calibration_falls_back_on_the_best_static_order(base):
     """Routers that run the wrong layers: the table then holds the cuts of the order that loses least, and realises the budget all the same."""
     made = tuner(base, granularity="attn_sequence", layers="0-3")
-    order = min(made.state.orders.values(), key=lambda order: made.controls.static(order, 0.5))
-    inputs = made.inputs
-    wrong = fit.order_prior(fit.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
-    made.put(wrong)
-    table = calibrate.calibrate(made.model, made.select, CPU, 0.5, made.controls, {"worst": order[::-1], "best": order})
+    beside = controls.Controls(workload(made))
+    order = min(made.state.orders.values(), key=lambda order: beside.static(order, 0.5))
+    made.put(fit.order_prior(order[::-1], made.inputs))
+    table = calibrate.calibrate(workload(made), 0.5, beside, {"worst": order[::-1], "best": order})
     assert table["static"][0.5] == "best"
     router.set_cuts(made.model, router.cuts_for(0.5, table))
-    static = passes.evaluate(made.model, made.select, CPU, route="gather", skipped=tuple(order[:2]))
-    found = passes.evaluate(made.model, made.select, CPU, route="gather")
+    static = passes.evaluate(workload(made), passes.skip_everywhere(tuple(order[:2])))
+    found = passes.evaluate(workload(made))
     assert found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
-    assert not calibrate.calibrate(made.model, made.select, CPU, 0.5)["static"]
+    assert not calibrate.calibrate(workload(made), 0.5)["static"]
 
 
 def test_static_cuts_close_in_order_and_split_a_layer():
@@ -452,20 +401,25 @@ def test_static_cuts_close_in_order_and_split_a_layer():
     assert not (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.0, third))[:, None]).any() and (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 1.0, third))[:, None]).all()
 
 
+def loss_by_route(made, route: str) -> float:
+    """Mean loss of the selection set in one batch."""
+    batch = passes.collate(made.data.select, CPU.device)
+    return passes.head_losses(made.model, passes.states(made.model, batch, route=route)[0], batch.labels).mean().item()
+
+
 def test_evaluation_does_not_depend_on_the_route_mode(base):
     made = tuner(base, layers="0-3")
-    by_mask, by_gather = (passes.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
-    assert by_mask["loss"] == pytest.approx(by_gather["loss"], abs=1e-5) and by_mask["capacity_per_layer"] == by_gather["capacity_per_layer"]
-    closed = passes.evaluate(made.model, made.select, CPU, route="gather", skipped=(0, 2))
-    assert closed["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and closed["capacity"] == 0.5
-    assert passes.evaluate(made.model, made.select, CPU, route="gather", skipped=())["loss"] == pytest.approx(
-        passes.evaluate(made.model, made.select, CPU, route="off")["loss"], abs=1e-5)
+    assert passes.evaluate(workload(made))["loss"] == pytest.approx(loss_by_route(made, "mask"), abs=1e-5)
+    skipped = passes.evaluate(workload(made), passes.skip_everywhere((0, 2)))
+    assert skipped["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and skipped["capacity"] == 0.5
+    dense = passes.evaluate(workload(made), passes.skip_everywhere(()))["loss"]
+    assert dense == pytest.approx(loss_by_route(made, "off"), abs=1e-5)
 
 
 def test_static_control_interpolates_between_whole_layers(base):
     made = tuner(base, layers="0-3")
-    losses = [passes.evaluate(made.model, made.select, CPU, route="gather", skipped=closed)["loss"] for closed in ((2,), (2, 0))]
-    beside = controls.Controls(made.model, made.select, CPU)
+    losses = [passes.evaluate(workload(made), passes.skip_everywhere(closed))["loss"] for closed in ((2,), (2, 0))]
+    beside = controls.Controls(workload(made))
     assert beside.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
     assert beside.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
 
@@ -474,7 +428,7 @@ def test_static_control_interpolates_between_whole_layers(base):
 def test_share_saved_counts_flops(base, granularity, kv):
     """Two layers off for everyone save two layers; half of all tokens of every layer save less than half of them where keys and values stay."""
     made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
-    beside = controls.Controls(made.model, made.select, CPU)
+    beside = controls.Controls(workload(made))
     saved, ceiling = beside.share_saved([0.0, 1.0, 0.0, 1.0])
     assert ceiling > 1 and (saved < 0.5 if kv == "all" else saved == pytest.approx(0.5))
     assert beside.share_saved([1.0] * 4) == (0.0, 1.0)
@@ -485,7 +439,7 @@ def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
     for granularity, kv in (("attn_sequence", "routed"), ("attn_token", "all"), ("attn_token", "routed")):
         made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
         routing = made.model.routing
-        losses.append(passes.evaluate(made.model, made.select, CPU, route="gather", skipped=(1, 3))["loss"])
+        losses.append(passes.evaluate(workload(made), passes.skip_everywhere((1, 3)))["loss"])
         assert made.model.routing is routing and made.model.layers[1].routing is routing
     assert losses[0] == losses[1] == losses[2]
 
@@ -515,8 +469,8 @@ def test_run_writes_what_it_promises(base, tmp_path, granularity):
     assert list(log[0]) == ["step", "loss", "capacity", "lr", "grad_norm", "budget", "cut", "select_loss", "milliseconds", "tokens_per_second", "mfu"]
     assert "held-out loss" in train.show(summary)
     model = load_model(base, routers=tmp_path / "run/routers.safetensors")  # what was written is what was measured
-    held = train.load_data(cfg, train.load_tokenizer(base), 128)[2]
-    again = passes.evaluate(model, held, CPU, route="gather")
+    held = train.load_data(cfg, load_tokenizer(base), 128).held
+    again = passes.evaluate(Workload(model, held, CPU))
     assert again["loss"] == pytest.approx(summary["heldout_loss_routed"], abs=1e-6) and again["capacity"] == summary["capacity"]
     assert load_model(base, routers=tmp_path / "run/routers.safetensors", budget=0.9).routers()[0].cut < model.routers()[0].cut
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json"]
@@ -585,7 +539,7 @@ def test_a_finished_file_is_calibrated_on_other_data(base, tmp_path):
 def test_running_quantile_holds_the_budget(base, granularity):
     """Every gate that opens lowers the loss, so all logits rise while tuning; the cut rises with them."""
     made = tuner(base, layers="0-3", granularity=granularity, steps=30, lr=0.05, batch_size=16)
-    kept = [made.step()["capacity"] for _ in range(30)]
+    kept = [train.step(made)["capacity"] for _ in range(30)]
     assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.05) and made.state.cut > 0.0
 
 
@@ -608,7 +562,7 @@ def flags(base, out, **changes):
 
 
 KILLS = {
-    "in step 5": "import os, train\nstep = train.Tuner.step\ntrain.Tuner.step = lambda self: os.kill(os.getpid(), 9) if self.state.step == 4 else step(self)",
+    "in step 5": "import os, train\nstep = train.step\ntrain.step = lambda run: os.kill(os.getpid(), 9) if run.state.step == 4 else step(run)",
     "while writing the second checkpoint": "import os, runtime\nrename, count = os.replace, []\n"
         "def replace(a, b):\n    count.append(b)\n    os.kill(os.getpid(), 9) if sum('checkpoint' in str(p) for p in count) == 2 else rename(a, b)\nos.replace = replace",
     "before the summary": "import os, runtime\nruntime.write_json = lambda *a: os.kill(os.getpid(), 9)",
@@ -679,8 +633,8 @@ def test_wrong_settings_are_told_and_nothing_is_written(base, tmp_path, changes,
     ("{not json}\n", "line 2 is not JSON"),
     ('{"question": "q"}\n', r"line 2 has the keys \['question'\]; expected messages"),
     ('{"messages": "text"}\n', "line 2: messages is not a list of turns"),
-    ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 2: a turn has role 'tool'"),
-    ('{"messages": [{"role": "user", "content": null}]}\n', "line 2: a turn has role 'user' and content of type NoneType"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 2: no turn of the assistant"),
+    ('{"messages": [{"role": "user", "content": null}]}\n', "line 2, turn 1 has role 'user' and content of type NoneType"),
     ('{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: no turn of the assistant"),
     ('{"text": ""}\n', "line 2: no loss-carrying token"),
 ])

@@ -1,0 +1,246 @@
+"""Rows: every form that people publish becomes the same conversation, or is refused by name.  Run: python -m pytest
+tests/test_records.py
+"""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import write_tokenizer
+
+from data.records import LOSS_KEYS, PROMPT_KEYS, Form, encode, encode_all, read_records, settle_bad, to_messages
+from tokenizer import load_tokenizer
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SYSTEM = {"role": "system", "content": "s"}
+ROWS = [{"a": 1}, {"a": "é\u2028"}]
+FORMS = [
+    {"messages": CHAT, "domain": "x"},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": "1"},
+    {"instruction": "q", "input": "", "output": "a"},
+    {"instruction": "q", "output": "a", "system": "", "history": [], "text": "q a"},
+    {"instruction": "q", "response": "a"},
+    {"prompt": "q", "response": "a"},
+    {"prompt": "q", "completion": "a"},
+    {"query": "q", "response": "a", "type": "x"},
+    {"question": "q", "answer": "a"},
+]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def written(path, content: bytes):
+    path.write_bytes(content)
+    return path
+
+
+LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+LIST = json.dumps(ROWS, indent=1).encode()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.JSONL", "a.JSON", "rows", "a.jsonl.gz"])
+@pytest.mark.parametrize("content", [LINES, LIST, b"\xef\xbb\xbf" + LINES, b"\n" + LIST, gzip.compress(LINES)])
+def test_content_and_not_the_name_says_how_rows_are_written(tmp_path, name, content):
+    path = written(tmp_path / name, content)
+    rows = read_records(path)
+    assert [row for _, row in rows] == ROWS
+    assert all(place.startswith(f"{path}, ") for place, _ in rows)
+
+
+def test_places_count_lines_and_items(tmp_path):
+    assert [place.split(", ")[1] for place, _ in read_records(written(tmp_path / "a", LINES))] == ["line 1", "line 3"]
+    assert [place.split(", ")[1] for place, _ in read_records(written(tmp_path / "b", LIST))] == ["item 1", "item 2"]
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
+        (b'{"a": "\xff"}', "line 1 is not JSON"),
+        (b"7\n8", "line 1 is a JSON int"),
+        (b'[{"a": 1}, 3]', "item 2 is a JSON int"),
+        (b'[{"a": 1}', "expected a list of objects"),
+        (b'{\n"data": [{"a": 1}]\n}', "one JSON object with the keys .'data'."),
+        (b"\n \n", "no record"),
+        (b"", "no record"),
+        (b"[]", "no record"),
+        (b"PAR1\x00", "Parquet"),
+        (gzip.compress(LINES)[:-9], "cannot be unpacked"),
+        ('{"a": 1}'.encode("utf-16"), "UTF-16"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "line 1 is not JSON"),
+    ],
+)
+def test_what_holds_no_rows_is_refused_by_name(tmp_path, content, part):
+    path = written(tmp_path / "rows.jsonl", content)
+    with pytest.raises(ValueError, match=part) as error:
+        read_records(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="c.jsonl"):
+        read_records(tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_records(tmp_path)
+
+
+def test_bad_rows_are_all_collected_and_the_good_ones_kept(tmp_path):
+    bad = []
+    path = written(tmp_path / "rows.jsonl", b'{"a": 1}\n{"a"\n[2]\n{"a": 2}\n')
+    assert [row["a"] for _, row in read_records(path, bad)] == [1, 2]
+    assert len(bad) == 2 and any("line 2" in fault for fault in bad) and any("line 3" in fault for fault in bad)
+
+
+# -----------------------------------------------------------------------------
+# Forms
+
+
+@pytest.mark.parametrize("row", FORMS)
+def test_every_form_is_the_same_conversation(row):
+    assert to_messages(row, "here") == (CHAT, None)
+
+
+@pytest.mark.parametrize("row", [row for row in FORMS if "messages" not in row])
+def test_a_system_message_of_the_row_comes_first(row):
+    assert to_messages(row | {"system": "s"}, "here") == ([SYSTEM, *CHAT], None)
+
+
+def test_alpaca_input_and_history():
+    assert to_messages({"instruction": "q", "input": "i", "output": "a"}, "here")[0][0]["content"] == "q\n\ni"
+    row = {"instruction": "q", "output": "a", "history": [["q", "a"], ["q", "a"]]}
+    assert to_messages(row, "here")[0] == CHAT * 3
+
+
+def test_tools_may_be_a_list_or_its_json_text():
+    tools = [{"name": "f"}]
+    for written_so in (tools, json.dumps(tools)):
+        assert to_messages({"messages": CHAT, "tools": written_so}, "here") == (CHAT, tools)
+    with pytest.raises(ValueError, match="here: tools is not JSON"):
+        to_messages({"messages": CHAT, "tools": "f("}, "here")
+
+
+@given(st.sampled_from(FORMS), st.sampled_from(PROMPT_KEYS))
+def test_a_key_that_changes_the_prompt_is_used_or_refused_by_name(row, key):
+    """Whatever the form: a row with the key either gives another conversation, or an error that names the key."""
+    value = {"history": [["x", "y"]], "tools": [{"name": "f"}]}.get(key, "value")
+    try:
+        assert to_messages({**row, key: value}, "here") != (CHAT, None)
+    except ValueError as error:
+        assert repr(key) in str(error) and str(error).startswith("here")
+
+
+@pytest.mark.parametrize(
+    "row, part",
+    [
+        ({"foo": 1}, r"has the keys \['foo'\]"),
+        ({"messages": []}, "not a list of turns"),
+        ({"messages": "hello"}, "not a list of turns"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1 has role 'robot'"),
+        ({"messages": [{"role": "user", "content": None}]}, "content of type NoneType"),
+        ({"messages": CHAT[:1]}, "no turn of the assistant"),
+        ({"instruction": 3, "output": "a"}, "has the keys"),
+        ({"instruction": "q", "input": 7, "output": "a"}, "input is a int"),
+        ({"instruction": "q", "output": "a", "history": [["x"]]}, "expected pairs"),
+        ({"conversations": [SYSTEM, *CHAT], "system": "t"}, "expected one"),
+        ({"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}, "loss is asked for on a turn of the user"),
+        ({"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, "'weight' is 0.5"),
+    ],
+)
+def test_wrong_rows_name_place_and_reason(row, part):
+    with pytest.raises(ValueError, match=part) as error:
+        to_messages(row, "file, line 3")
+    assert str(error.value).startswith("file, line 3")
+
+
+# -----------------------------------------------------------------------------
+# Tokens
+
+
+def answers(tok, example) -> str:
+    return tok.decode([example.tokens[position] for position in example.targets], skip_special=True)
+
+
+def test_prompt_ends_before_the_first_loss_carrying_token(tok):
+    example = encode({"prompt": "question", "response": "answer"}, "here", Form(tok, 128))
+    assert example.targets == list(range(example.prompt, example.targets[-1] + 1))
+    assert "question" in tok.decode(example.tokens[: example.prompt]) and answers(tok, example) == "answer"
+
+
+def test_text_is_predicted_in_its_second_half(tok):
+    text = encode({"text": "0123456789"}, "here", Form(tok, 128))
+    assert text.prompt == 5 and text.targets == [5, 6, 7, 8, 9]
+
+
+def test_long_examples_are_refused_or_cut(tok):
+    row = {"prompt": "q" * 20, "response": "a" * 60}
+    with pytest.raises(ValueError, match=r"file, line 3: \d+ tokens, expected at most 60.*--truncate"):
+        encode(row, "file, line 3", Form(tok, 60))
+    example = encode(row, "here", Form(tok, 60, truncate=True))
+    assert len(example.tokens) == 60 and max(example.targets) == 59
+    assert encode(row, "here", Form(tok, 10, truncate=True)) is None
+
+
+@pytest.mark.parametrize("key", LOSS_KEYS)
+@pytest.mark.parametrize("value", [0, False])
+def test_loss_flags_of_a_turn(tok, key, value):
+    turns = [
+        CHAT[0],
+        {"role": "assistant", "content": "one", key: value},
+        CHAT[0],
+        {"role": "assistant", "content": "two"},
+    ]
+    assert answers(tok, encode({"messages": turns}, "here", Form(tok, 128))) == "two"
+    turns[3] |= {key: 1 - value}
+    assert answers(tok, encode({"messages": turns}, "here", Form(tok, 128))) == "two"
+    turns[3][key] = value
+    with pytest.raises(ValueError, match="no loss-carrying token"):
+        encode({"messages": turns}, "here", Form(tok, 128))
+
+
+def test_loss_on_the_last_answer_alone(tok):
+    row = {
+        "messages": [CHAT[0], {"role": "assistant", "content": "one"}, CHAT[0], {"role": "assistant", "content": "two"}]
+    }
+    assert answers(tok, encode(row, "here", Form(tok, 128))) == "onetwo"
+    last = encode(row, "here", Form(tok, 128, last_only=True))
+    assert answers(tok, last) == "two" and last.tokens == encode(row, "here", Form(tok, 128)).tokens
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls"])
+def test_what_the_chat_form_does_not_read_is_refused(tok, key):
+    row = {"messages": [CHAT[0], CHAT[1] | {key: "because"}]}
+    with pytest.raises(ValueError, match=f"here: '{key}' stands in the row"):
+        encode(row, "here", Form(tok, 128))
+    with pytest.raises(ValueError, match="here: 'tools' stands in the row"):
+        encode({"messages": CHAT, "tools": [{"name": "f"}]}, "here", Form(tok, 128))
+
+
+# -----------------------------------------------------------------------------
+# Many rows
+
+
+def test_bad_rows_are_listed_together_or_left_out_aloud(tok):
+    rows = [(f"line {i}", {"prompt": "q", "response": "" if i % 2 else "a"}) for i in range(40)]
+    bad, said = [], []
+    examples, cut = encode_all(rows, Form(tok, 128), bad)
+    assert len(examples) == 20 and cut == 0
+    with pytest.raises(
+        ValueError, match=r"20 rows cannot be used(.|\n)*line 1:(.|\n)*line 19:(.|\n)*and 10 more"
+    ) as error:
+        settle_bad(bad, skip=False)
+    assert "line 21" not in str(error.value) and "--skip_bad" in str(error.value)
+    settle_bad(bad, skip=True, say=said.append)
+    assert "20 bad rows are left out" in said[0]
+    settle_bad([], skip=False)
