@@ -60,10 +60,12 @@ from data.tasks import (
     tasks_named,
 )
 from model import KVCache, Transformer, decode, load_model, load_routers, pad
+from recipe.calibrate import settle
 from recipe.cost import kv_bytes
 from recipe.forced import Control, make_control
-from recipe.passes import route_logits
-from router import quantile_cut, set_cuts
+from recipe.passes import Workload, finite
+from router import set_cuts
+from runtime import Progress, collect
 from tokenizer import Tokenizer, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -148,6 +150,7 @@ class ReadyTask:
     skipped: list[int] = field(default_factory=list)  # numbers of items that cannot be scored
     sha: str = ""  # of every context and choice in tokens: with the same sha the same thing was scored
     stamp: str = ""  # of all that decides its records
+    resumed: int = 0  # records that an earlier run left
     seconds: float = 0.0
 
     @property
@@ -369,25 +372,12 @@ def executed_units(gates: Tensor | None, batch: int) -> list[list[int]]:
     return (gates.sum(-1) if gates.dim() == 3 else gates).T.int().tolist()
 
 
-def finite(values: Tensor, model: Transformer) -> Tensor:
-    """The values, if none is NaN or infinite. Raises ValueError with the remedy: a score of NaN would be a lie."""
-    if torch.isfinite(values).all():
-        return values
-    name = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
-    remedy = (
-        "the checkpoint itself may be damaged: convert it again"
-        if name == "float32"
-        else "numbers overflow there: use --dtype=bfloat16 or --dtype=float32"
-    )
-    raise ValueError(f"the model's outputs are not finite in {name}, so nothing can be scored; {remedy}")
-
-
 def log_probs(model: Transformer, h: Tensor, wanted: Sequence[int]) -> list[float]:
     """Log-probability (n) of one wanted token at each state h (n,D), fp32, a few positions at a time."""
     values = []
     for part, tokens in zip(h.split(HEAD_ROWS), torch.tensor(wanted, device=h.device).split(HEAD_ROWS)):
         # log_softmax as lm-eval: on a CPU its fp32 sums are off by about 1e-5 a token, which logsumexp would not share
-        logits = finite(model.head(part), model)  # (n,D) -> (n,V)
+        logits = finite(model.head(part), model, "scoring")  # (n,D) -> (n,V)
         values += logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
     return values
 
@@ -523,7 +513,7 @@ def generate_answers(run: Run, rows: Sequence[Row], prefix: Contexts | None) -> 
     read, answers = read_contexts(run, rows, max(row.width for row in rows), prefix), [[] for _ in rows]
 
     def choose(last: Tensor, going: list[int]) -> tuple[Tensor, list[int]]:
-        chosen, further = finite(run.model.head(last), run.model).argmax(-1), []
+        chosen, further = finite(run.model.head(last), run.model, "scoring").argmax(-1), []
         for index, (number, token) in enumerate(zip(going, chosen.tolist())):  # the one host sync of a step
             answers[number].append(token)
             tail = run.tok.decode(answers[number][-STOP_TAIL:])
@@ -647,19 +637,13 @@ def calibrate(run: Run, items: Sequence[Item], budget: float, cuts: list[float],
     """Set the cuts (R) and move them all by one amount, in logits, until the contexts of these items realise `budget`.
 
     No answer is looked at. A router that learned where layers matter runs more of them on one source than on another;
-    this holds the average where it is asked for. Deeper logits depend on the route, hence several rounds.
+    this holds the average where it is asked for.
     """
     set_cuts(run.model, cuts)
-    firsts, _ = grouped([row for item in items for row in item.rows])
-    contexts = [Example(row.context.tolist(), len(row.context), []) for row in firsts]
-    offsets, rise = torch.tensor(cuts)[:, None], None
-    for _ in range(CALIBRATION_ROUNDS if 0.0 < budget < 1.0 else 0):
-        z = route_logits(run.model, contexts, rt)  # (R,N); +inf: a first token, which always executes
-        finite(z.nan_to_num(nan=math.nan, posinf=0.0), run.model)
-        above = torch.where(z.isposinf(), z, z - offsets)
-        found = quantile_cut(above, budget, run.model.place_weights())
-        rise = found if rise is None else 0.5 * (rise + found)  # half way, so that two routes do not take turns
-        set_cuts(run.model, [cut + rise for cut in cuts])
+    if 0.0 < budget < 1.0:
+        firsts, _ = grouped([row for item in items for row in item.rows])
+        contexts = [Example(row.context.tolist(), len(row.context), []) for row in firsts]
+        settle(Workload(run.model, contexts, rt), budget, CALIBRATION_ROUNDS, base=cuts, memory=0.5)
 
 
 # -----------------------------------------------------------------------------
@@ -982,23 +966,6 @@ def sample_lines(records: Sequence[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
-class Progress:
-    """One line on stderr: overwritten on a terminal, every 20 seconds elsewhere. Work is counted in tokens."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.start = what, total, 0, time.perf_counter()
-        self.last = self.start
-
-    def step(self, n: int) -> None:
-        self.done += n
-        now = time.perf_counter()
-        if (now - self.last < 20 and self.done < self.total) or not self.done:
-            return
-        self.last = now
-        eta = (now - self.start) / self.done * (self.total - self.done)
-        say(f"{self.what} | {self.done:,}/{self.total:,} tokens | eta {eta / 60:.1f}m")
-
-
 def prefix_row(run: Run, items: Sequence[Item]) -> Row | None:
     """The beginning that all contexts share, as a context of its own, where computing it once pays."""
     if not run.shares or len(items) < 2:
@@ -1006,14 +973,6 @@ def prefix_row(run: Run, items: Sequence[Item]) -> Row | None:
     contexts = [row.context for item in items for row in item.rows]
     length = min(common_prefix(contexts), min(map(len, contexts)) - 1)
     return Row(0, 0, contexts[0][:length], array("i"), ()) if length >= MIN_PREFIX else None
-
-
-def of_all_ranks(records: list[dict], rt: runtime.Runtime) -> list[dict]:
-    if rt.world_size == 1:
-        return records
-    everyone: list = [None] * rt.world_size
-    dist.all_gather_object(everyone, records)
-    return [record for part in everyone for record in part]
 
 
 def score_task(
@@ -1034,7 +993,8 @@ def score_task(
     batches = [(batch, first) for batch in plan(whole, run.max_batch_tokens)]
     batches += [(batch, None) for batch in plan(cut, run.max_batch_tokens)]
     todo = [pair for pair in batches if any(item.index not in done for item in pair[0])]
-    progress.step(sum(n_tokens(batch) for batch, _ in batches) - sum(n_tokens(batch) for batch, _ in todo))
+    ready.resumed = len(done)
+    progress.total -= n_tokens(ready.items) - sum(n_tokens(batch) for batch, _ in todo)
     for a in range(0, len(todo), rt.world_size):
         turn, records = todo[a : a + rt.world_size], []
         if rt.rank < len(turn):
@@ -1042,10 +1002,10 @@ def score_task(
             if begin is not None and prefix is None:
                 prefix = read_contexts(run, [begin], begin.width)
             records = score_batch(run, batch, None if begin is None else prefix)
-        records = [record | {"run": ready.stamp} for record in of_all_ranks(records, rt)]
+        records = [r | {"run": ready.stamp} for part in collect([(rt.rank, records)], rt) for r in part]
         save([record for record in records if record["index"] not in done])
         done |= {record["index"]: record for record in records}
-        progress.step(sum(n_tokens(batch) for batch, _ in turn))
+        progress.step(sum(n_tokens(batch) for batch, _ in turn), note=ready.name)
     runtime.synchronize(run.device)
     ready.seconds += time.perf_counter() - start
     return [done[item.index] for item in ready.items]
@@ -1172,39 +1132,43 @@ def route_report(results: dict, domains: dict) -> dict:
     return {"routes": routes_of([r["capacity_per_layer"] for r in routed], [r["route_variance"] for r in routed])}
 
 
+def results_of(cfg: EvalConfig, ready: Sequence[ReadyTask], records: dict, weights: Sequence[float]) -> dict:
+    """Results by task, and of the groups that were asked for."""
+    results = {}
+    for own in ready:
+        results[own.name] = summarise(records[own.name], own.task.metrics, weights)
+        results[own.name] |= {"shots": own.shots, "seconds": own.seconds, "file": own.source}
+        results[own.name] |= {"resumed": own.resumed, "skipped": len(own.skipped)}
+    for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
+        results[group] = summarise_group(GROUPS[group], results, records, weights)
+    return results
+
+
 @torch.inference_mode()
 def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     """Everything that --out holds."""
     check(cfg)
     run, ready = begin(cfg, rt)
-    other = read_other(cfg.against, ready) if cfg.against else None
-    samples, progress = Samples(cfg.samples, rt), Progress("scoring", sum(n_tokens(own.items) for own in ready))
+    other = read_other(cfg.against, ready) if cfg.against else {}
+    samples = Samples(cfg.samples, rt)
     done = samples.resume({own.name: own.stamp for own in ready})
-    cuts = [router.cut.item() for router in run.model.routers()]
-    weights = run.model.place_weights().tolist() if run.model.routing else ()
-    results, items, records, domains = {}, {}, {}, {}
-    for own in ready:
-        how = replace(run, task=own.name)
-        if own.name == NAMES[1]:
-            how = replace(how, route="off", control=None)
-        elif cfg.calibrate:
-            calibrate(run, own.items[: cfg.calibrate], cfg.budget, cuts, rt)
-        resumed = len(done[own.name])
-        mine = records[own.name] = score_task(how, own, done[own.name], samples.append, progress, rt)
-        results[own.name] = summarise(mine, own.task.metrics, weights)
-        results[own.name] |= {
-            "shots": own.shots,
-            "seconds": own.seconds,
-            "file": own.source,
-            "resumed": resumed,
-            "skipped": len(own.skipped),
-        }
-        items[own.name] = outcomes(own, mine)
-        domains |= domain_results(own, mine, weights)
+    cuts, records = [router.cut.item() for router in run.model.routers()], {}
+    with Progress("scoring, in tokens", sum(n_tokens(own.items) for own in ready)) as progress:
+        for own in ready:
+            how = replace(run, task=own.name)
+            if own.name == NAMES[1]:
+                how = replace(how, route="off", control=None)
+            elif cfg.calibrate:
+                calibrate(run, own.items[: cfg.calibrate], cfg.budget, cuts, rt)
+            records[own.name] = score_task(how, own, done[own.name], samples.append, progress, rt)
     samples.finish([record for part in records.values() for record in part])
-    for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
-        results[group] = summarise_group(GROUPS[group], results, records, weights)
 
+    weights = run.model.place_weights().tolist() if run.model.routing else ()
+    results, items = (
+        results_of(cfg, ready, records, weights),
+        {own.name: outcomes(own, records[own.name]) for own in ready},
+    )
+    domains = {name: r for own in ready for name, r in domain_results(own, records[own.name], weights).items()}
     report = {"model": cfg.model, "fingerprint": run.model.fingerprint, "route": run.route, "results": results}
     report |= {"items": items, "settings": asdict(cfg), "torch": torch.__version__}
     report |= {"device": runtime.device_name(rt.device), "dtype": str(rt.dtype).removeprefix("torch.")}

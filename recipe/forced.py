@@ -8,8 +8,8 @@ from torch import Tensor
 
 import runtime
 from model import Transformer
-from recipe.passes import generator
 from router import mean_order, parse_layers, random_route, static_route
+from runtime import generator
 
 
 @dataclass(frozen=True)

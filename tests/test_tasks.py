@@ -1,4 +1,4 @@
-"""Tasks: published rows, custom files, shots and prompts, on made-up rows.  Run: python -m pytest tests/test_tasks.py"""
+"""Tasks: published rows, custom files, shots, prompts, on made-up rows.  Run: python -m pytest tests/test_tasks.py"""
 
 import csv
 import json
