@@ -107,7 +107,7 @@ class Task:
 
 
 def text(row: dict, key: str, empty: bool = False) -> str:
-    """A field that must be text. Raises KeyError or ValueError naming it."""
+    """A field that must be text, to be put into a prompt. Raises KeyError or ValueError naming it."""
     value = row[key]
     if not isinstance(value, str) or not (empty or value.strip()):
         raise ValueError(f"{key} is {value!r}, expected text")
@@ -141,7 +141,7 @@ def lettered(row: dict, form: str) -> Question:
     """ARC and OpenBookQA: question.stem, question.choices[].{text, label}, answerKey; 3 to 5 letters or digits."""
     choices = row["question"]["choices"]
     gold = pick(text(row, "answerKey").strip(), [choice["label"] for choice in choices])
-    return ask(form.format(text(row["question"], "stem")), [text(choice, "text") for choice in choices], gold)
+    return ask(form.format(text(row["question"], "stem")), [choice["text"] for choice in choices], gold)
 
 
 def arc(row: dict) -> Question:
@@ -153,8 +153,8 @@ def openbookqa(row: dict) -> Question:
 
 
 def piqa(row: dict) -> Question:
-    choices = [text(row, key) for key in ("sol1", "sol2")]
-    return ask(f"Question: {text(row, 'goal')}\nAnswer:", choices, pick(str(row["label"]), ("0", "1")))
+    gold = pick(str(row["label"]), ("0", "1"))
+    return ask(f"Question: {text(row, 'goal')}\nAnswer:", (row["sol1"], row["sol2"]), gold)
 
 
 def winogrande(row: dict) -> Question:
