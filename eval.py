@@ -49,7 +49,9 @@ from data.rows import (
 )
 from data.tasks import (
     GROUPS,
+    LOSS,
     NAMES,
+    Question,
     Task,
     chat_prompt,
     draw_shots,
@@ -151,6 +153,7 @@ class ReadyTask:
     sha: str = ""  # of every context and choice in tokens: with the same sha the same thing was scored
     stamp: str = ""  # of all that decides its records
     resumed: int = 0  # records that an earlier run left
+    mute: bool = False  # the chat template has no place for a system message
     seconds: float = 0.0
 
     @property
@@ -158,51 +161,57 @@ class ReadyTask:
         return self.task.name
 
 
-def prompts(task: Task, contexts: Sequence[str], shots: Sequence, tok: Tokenizer, cfg: EvalConfig) -> list[str]:
-    """The whole text before each choice."""
+def prompt(ready: ReadyTask, context: str, shots: Sequence[Question], tok: Tokenizer, cfg: EvalConfig) -> str:
+    """The whole text before a choice."""
     if not cfg.apply_chat_template:
-        return [plain_prompt(task, shots, context, cfg.system_instruction) for context in contexts]
-    talks = {
-        context: chat_prompt(task, shots, context, cfg.system_instruction, cfg.fewshot_as_multiturn)
-        for context in contexts
-    }
-    texts = {context: chat_context(tok, messages, cfg.chat) for context, messages in talks.items()}
-    return [texts[context] for context in contexts]
+        return plain_prompt(ready.task, shots, context, cfg.system_instruction)
+    messages = chat_prompt(ready.task, shots, context, cfg.system_instruction, cfg.fewshot_as_multiturn)
+    try:
+        return chat_context(tok, messages, cfg.chat)
+    except ValueError:
+        if messages[0]["role"] != "system":
+            raise
+    ready.mute = True  # as lm-eval does: many templates have no place for a system message
+    return chat_context(tok, messages[1:], cfg.chat)
+
+
+def pairs_of(task: Task, question: Question, texts: dict[str, str], tok: Tokenizer, space: str) -> tuple[list, bool]:
+    """Tokens (context, choice), and whether a token spans both. texts: the whole text before a choice, by context."""
+    contexts = [texts[context] for context in question.contexts]
+    if task.generates:
+        return [(encode(tok, contexts[0]), [])], False
+    return encode_pairs(tok, contexts, [space + choice for choice in question.choices])
 
 
 def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Run", cfg: EvalConfig, limit: int) -> ReadyTask:
     """Read a task and turn its items into rows. limit: context length."""
     ready = ReadyTask(task, str(paths[0]), task.shots if cfg.fewshot is None else cfg.fewshot)
-    start, digest = time.perf_counter(), hashlib.sha256()
+    start, digest, space = time.perf_counter(), hashlib.sha256(), "" if cfg.apply_chat_template else " "
     questions = read_questions(paths[0], task, cfg.skip_bad)[: cfg.limit]
     pool = read_questions(paths[1], task, cfg.skip_bad) if ready.shots else []
     drawn = draw_shots(task, questions, pool, ready.shots, cfg.fewshot_by, cfg.seed)
     for index, (question, shots) in enumerate(zip(questions, drawn)):
-        texts, spanning = prompts(task, question.contexts, shots, run.tok, cfg), False
-        if task.generates:
-            pairs, room, gold, sizes = (
-                [(encode(run.tok, texts[0]), [])],
-                limit - NEW_TOKENS - 1,
-                question.choices[0],
-                [],
-            )
-        else:
-            space = "" if cfg.apply_chat_template else " "
-            pairs, spanning = encode_pairs(run.tok, texts, [space + choice for choice in question.choices])
-            room, gold, sizes = limit, question.gold, [len(choice) for choice in question.choices]
+        texts = {context: prompt(ready, context, shots, run.tok, cfg) for context in dict.fromkeys(question.contexts)}
+        pairs, spanning = pairs_of(task, question, texts, run.tok, space)
         longest = max(len(target) for _, target in pairs)
         if longest > limit:
             raise ValueError(
                 f"{paths[0]}, item {index}: a choice has {longest} tokens; expected at most {limit}, the "
                 "context: raise --max_length or delete the item"
             )
+        gold = question.choices[0] if task.generates else question.gold
         tokens = b"".join(array("i", [*context, -1, *target, -2]).tobytes() for context, target in pairs)
         digest.update(tokens + str(gold).encode())
         if not all(context and (target or task.generates) for context, target in pairs):
             ready.skipped.append(index)
             continue
+        room = limit - NEW_TOKENS - 1 if task.generates else limit
         rows, truncated = rows_of(index, pairs, room, run.shares and not task.generates)
-        ready.items.append(Item(index, rows, gold, sizes, truncated, spanning))
+        ready.items.append(Item(index, rows, gold, list(map(len, question.choices)), truncated, spanning))
+    if not ready.items:
+        raise ValueError(
+            f"{paths[0]}: no item can be scored, since their choices have no tokens; use another tokenizer"
+        )
     ready.sha, ready.seconds = digest.hexdigest()[:16], time.perf_counter() - start
     return ready
 
@@ -227,7 +236,7 @@ def texts_of(path: Path, split: str | None, bad: list[str]) -> list[tuple[str, d
 def prepare_texts(cfg: EvalConfig, tok: Tokenizer, limit: int) -> ReadyTask:
     """The file of --perplexity in rows, at most --limit of its rows."""
     start, path, bad = time.perf_counter(), Path(cfg.perplexity), []
-    ready = ReadyTask(Task(NAMES[0], None, (), (), 0, ("nll",), ""), cfg.perplexity)
+    ready = ReadyTask(Task(NAMES[0], None, (), (), 0, LOSS, ""), cfg.perplexity)
     rolling, form = cfg.rolling or path.suffix.lower() == ".txt", Form(tok, limit, cfg.chat, cfg.truncate)
     for index, (place, row) in enumerate(texts_of(path, cfg.perplexity_split, bad)[: cfg.limit]):
         try:
@@ -392,8 +401,9 @@ def cache_bytes(run: Run, length: int, executed: list[int]) -> int:
 
 
 def forced(run: Run, rows: Sequence[Row], starts: Sequence[int], width: int) -> Tensor | None:
-    """Gates of the control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`; else None."""
-    if run.control is None:
+    """Gates of the control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`; None without one, and
+    where a decision for whole sequences was made with the context."""
+    if run.control is None or (run.sequence and max(starts) > 0):
         return None
     gates = [run.control.gates((run.task, row.item), start, start + width) for row, start in zip(rows, starts)]
     return torch.stack(gates, dim=1).to(run.device)
@@ -452,20 +462,22 @@ def score_cached(run: Run, rows: Sequence[Row], prefix: Contexts | None = None) 
         group = longer[a : a + size]
         cache = read.cache.clone() if a + size < len(longer) else read.cache
         cache.select([of[number] for number in group])
-        tokens = pad([rows[number].target[:-1] for number in group], run.device)
-        lengths = [len(rows[number].target) - 1 for number in group]
-        gates = (
-            None if run.sequence else forced(run, [rows[number] for number in group], cache.lengths, tokens.shape[1])
-        )
-        h, gates = run.model.hidden(tokens, lengths=lengths, cache=cache, route=run.route, gates=gates)
+        h, counted = read_targets(run, [rows[number] for number in group], cache)
         picks = [(number, place) for number in group for place in rows[number].at if place]
         line = {number: line for line, number in enumerate(group)}
         at = [line[number] for number, _ in picks], [place - 1 for _, place in picks]
         add_log_probs(run, h[at], rows, picks, sums)  # (B,T,D) -> (n,D)
-        counted = executed_units(None if run.sequence else gates, len(group))
-        for number, counts, length in zip(group, counted, lengths):
-            read.usage[of[number]].add(counts, length)
+        for number, counts in zip(group, counted):
+            read.usage[of[number]].add(counts, len(rows[number].target) - 1)
     return sums, read.usage
+
+
+def read_targets(run: Run, rows: Sequence[Row], cache: KVCache) -> tuple[Tensor, list[list[int]]]:
+    """States (B,T,D) of all but the last token of each target, after the contexts in the cache; and what executed."""
+    tokens = pad([row.target[:-1] for row in rows], run.device)
+    lengths, gates = [len(row.target) - 1 for row in rows], forced(run, rows, cache.lengths, tokens.shape[1])
+    h, gates = run.model.hidden(tokens, lengths=lengths, cache=cache, route=run.route, gates=gates)
+    return h, executed_units(None if run.sequence else gates, len(rows))
 
 
 def score_plain(run: Run, rows: Sequence[Row]) -> tuple[list[float], list[Usage]]:
@@ -523,7 +535,7 @@ def generate_answers(run: Run, rows: Sequence[Row], prefix: Contexts | None) -> 
         return chosen, further
 
     def gates_of(going: list[int], lengths: list[int]) -> Tensor | None:
-        return None if run.sequence else forced(run, [rows[number] for number in going], lengths, 1)
+        return forced(run, [rows[number] for number in going], lengths, 1)
 
     for going, gates in decode(run.model, read.cache, read.last, choose, route=run.route, gates=gates_of):
         for number, counts in zip(going, executed_units(None if run.sequence else gates, len(going))):
@@ -684,7 +696,7 @@ def exp(value: float) -> float:
 def summarise(records: Sequence[dict], metrics: Sequence[str], weights: Sequence[float] = ()) -> dict:
     """Results of a task, or of a group together. weights: what each place counts in the capacity; (): all the same."""
     n, places = len(records), len(records[0]["executed"])
-    result = text_result(records) if metrics == ("nll",) else {}
+    result = text_result(records) if metrics == LOSS else {}
     for metric in metrics if not result else ():
         result[metric], result[f"{metric}_stderr"] = mean_stderr([r[metric] for r in records])
     if "exact_match_strict" in metrics:
@@ -732,7 +744,7 @@ def routes_of(shares: Sequence[Sequence[float]], within: Sequence[float]) -> dic
 
 def outcomes(ready: ReadyTask, records: Sequence[dict]) -> dict:
     """What --against compares of a task: its sha, and each item's outcome by metric."""
-    if ready.task.metrics == ("nll",):
+    if ready.task.metrics == LOSS:
         losses, tokens = [-sum(r["logprobs"]) for r in records], [r["tokens"] for r in records]
         return {"sha": ready.sha, "nll": losses, "tokens": tokens}
     return {"sha": ready.sha} | {metric: "".join(str(r[metric]) for r in records) for metric in ready.task.metrics}
@@ -886,6 +898,8 @@ def say_notes(ready: Sequence[ReadyTask], limit: int, data: str) -> None:
                 f"note: {own.name}: {len(spanning)} of {n} items have a choice without a token of its own, since one "
                 f"spans it and the context; what the longer encoding adds is scored ({some(spanning)})"
             )
+        if own.mute:
+            say(f"note: {own.name}: the chat template refuses a system message, so it is left out, as lm-eval does")
         if own.skipped:
             say(
                 f"note: {own.name}: {len(own.skipped)} of {n} items are skipped, nothing of them can be scored "
@@ -1118,7 +1132,7 @@ def domain_results(ready: ReadyTask, records: Sequence[dict], weights: Sequence[
     found = {}
     for domain in sorted({domain for domain in domains.values() if domain is not None}):
         found[f"{ready.name}/{domain}"] = summarise(
-            [r for r in records if domains[r["index"]] == domain], ("nll",), weights
+            [r for r in records if domains[r["index"]] == domain], LOSS, weights
         )
     return found
 

@@ -78,6 +78,7 @@ def ask(context: str, choices: Sequence[str], gold: int) -> Question:
 ACC = ("acc",)
 ACC_NORM = ("acc_norm", "acc")
 EXACT_MATCH = ("exact_match_strict", "exact_match_flexible")
+LOSS = ("nll",)  # of texts, which have no choices
 
 
 @dataclass(frozen=True)
