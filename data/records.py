@@ -136,7 +136,8 @@ def _list_of(path: Path, text: bytes) -> tuple[list, list[str]]:
             rows, faults = _lines_of(path, text)
             if any(isinstance(row, dict) for _, row in rows):
                 return rows, faults
-        raise ValueError(f"{path} is not JSON ({error}), expected a list of objects: mend or replace the file") from None
+        raise ValueError(f"{path} is not JSON ({error}), expected a list of objects: mend or "
+                         "replace the file") from None
     return [(f"{path}, item {number}", row) for number, row in enumerate(rows, 1)], []
 
 
@@ -203,7 +204,8 @@ def _name(row: dict, question: str) -> str:
 
 def _turns(turns, place: str) -> list[dict]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f'{place}: messages is not a list of turns; expected [{{"role": ..., "content": ...}}, ...]: mend the row')
+        raise ValueError(f"{place}: messages is not a list of turns; expected "
+                         '[{"role": ..., "content": ...}, ...]: mend the row')
     return [_turn(turn, f"{place}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
