@@ -104,6 +104,11 @@ def rows_of(item: int, pairs: Sequence[tuple[list[int], list[int]]], limit: int,
     return rows, any(starts)
 
 
+def has_template(tok: Tokenizer) -> bool:
+    """The checkpoint brings a chat template of its own."""
+    return bool(getattr(tok, "templates", None) or getattr(tok, "template", None))
+
+
 def chat_context(tok: Tokenizer, messages: list[dict], form: str | None) -> str:
     """A conversation as the chat template writes it, up to where the answer begins."""
     return tok.decode(encode_chat(tok, messages, form=form, generate=True)[0])
