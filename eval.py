@@ -234,6 +234,17 @@ def texts_of(path: Path, split: str | None, bad: list[str]) -> list[tuple[str, d
     return rows
 
 
+def row_items(index: int, place: str, row: dict, form: Form) -> list[Item]:
+    """The item of a row whose answers are scored; none where truncation leaves no answer."""
+    example = encode_record(row, place, form)
+    if example is None:
+        return []
+    item = answer_item(index, example)
+    if form.truncate and len(example.tokens) == form.limit:
+        item.truncated = len(encode_record(row, place, replace(form, limit=sys.maxsize)).tokens) > form.limit
+    return [item]
+
+
 def prepare_texts(cfg: EvalConfig, tok: Tokenizer, limit: int) -> ReadyTask:
     """The file of --perplexity in rows, at most --limit of its rows."""
     start, path, bad = time.perf_counter(), Path(cfg.perplexity), []
@@ -242,9 +253,9 @@ def prepare_texts(cfg: EvalConfig, tok: Tokenizer, limit: int) -> ReadyTask:
     for index, (place, row) in enumerate(texts_of(path, cfg.perplexity_split, bad)[: cfg.limit]):
         try:
             if not rolling:
-                example = encode_record(row, place, form)
-                ready.items += [answer_item(index, example)] if example else []
-                ready.skipped += [] if example else [index]
+                found = row_items(index, place, row, form)
+                ready.items += found
+                ready.skipped += [] if found else [index]
             elif isinstance(row.get("text"), str):
                 ready.items += window_items(row["text"], tok, limit, row.get("domain"), len(ready.items))
             else:
@@ -751,23 +762,19 @@ def outcomes(ready: ReadyTask, records: Sequence[dict]) -> dict:
     return {"sha": ready.sha} | {metric: "".join(str(r[metric]) for r in records) for metric in ready.task.metrics}
 
 
-def read_report(path: str, setting: str) -> dict:
-    """The JSON object that a run wrote with --out."""
-    report = runtime.read_json(path)
-    if not isinstance(report, dict) or "items" not in report:
-        raise ValueError(f"{setting}={path} has no field 'items'; expected a file that eval.py wrote with --out")
-    return report
-
-
 def read_other(path: str, ready: Sequence[ReadyTask]) -> dict:
     """Outcomes by item in another run's --out, which must have scored the same items."""
-    other = read_report(path, "--against")["items"]
+    other = runtime.read_json(path)
+    other = other.get("items") if isinstance(other, dict) else None
+    if not isinstance(other, dict):
+        raise ValueError(f"--against={path} has no field 'items'; expected a file that eval.py wrote with --out")
     common = [own for own in ready if own.name in other]
     if not common:
         raise ValueError(
             f"--against={path} has none of the tasks scored here; it has {', '.join(other)}: score the same tasks"
         )
-    unlike = [own.name for own in common if own.sha != other[own.name]["sha"]]
+    found = {name: entry.get("sha") for name, entry in other.items() if isinstance(entry, dict)}
+    unlike = [own.name for own in common if found.get(own.name) != own.sha]
     if unlike:
         raise ValueError(
             f"--against={path} scored other items or prompts of {', '.join(unlike)}; give both runs the "
@@ -781,7 +788,7 @@ def compare(items: dict, other: dict) -> dict:
     paired: dict = {}
     for name in [name for name in items if name in other]:
         paired[name] = {}
-        for metric in [metric for metric in items[name] if metric not in ("sha", "tokens")]:
+        for metric in [metric for metric in items[name] if metric not in ("sha", "tokens") and metric in other[name]]:
             change = [float(a) - float(b) for a, b in zip(items[name][metric], other[name][metric])]
             if metric == "nll":
                 paired[name]["loss"] = compare_losses(change, items[name]["tokens"])
@@ -817,10 +824,8 @@ def number(value: float | None, form: str = ".4f") -> str:
 def task_table(results: dict, bold: dict[str, str]) -> list[str]:
     """Lines of Markdown; the paper's metric is bold. Of MMLU's subjects only their group is shown, if there is one."""
     grouped_names = {name for group, names in GROUPS.items() if group in results for name in names}
-    lines, best = (
-        ["| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |", "|---|" + "---:|" * 9],
-        [],
-    )
+    header = "| task | shots | n | acc | ± | acc_norm | ± | capacity | KV MB/item | seconds |"
+    lines, best = [header, "|---|" + "---:|" * 9], []
     for name in [name for name in results if name not in grouped_names and name not in NAMES]:
         r, first = results[name], bold.get(name, "acc")
         generates, cells = "exact_match_strict" in r, []
@@ -890,9 +895,9 @@ def say_notes(ready: Sequence[ReadyTask], limit: int, data: str) -> None:
         cut = [item.index for item in own.items if item.truncated]
         spanning = [item.index for item in own.items if item.spanning]
         if cut:
+            end = "end" if own.task.metrics == LOSS else "beginning"
             say(
-                f"note: {own.name}: {len(cut)} of {n} items are longer than {limit} tokens and lost their beginning "
-                f"({some(cut)})"
+                f"note: {own.name}: {len(cut)} of {n} items are longer than {limit} tokens and lost their {end} ({some(cut)})"
             )
         if spanning:
             say(

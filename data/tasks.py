@@ -164,7 +164,7 @@ def winogrande(row: dict) -> Question:
     if not blank:
         raise ValueError("the sentence has no blank (_)")
     contexts = tuple(before + text(row, key) for key in ("option1", "option2"))
-    return Question(contexts, (after.strip(),) * 2, pick(row["answer"], ("1", "2")))
+    return Question(contexts, (after.strip(),) * 2, pick(str(row["answer"]), ("1", "2")))
 
 
 def hellaswag(row: dict) -> Question:
@@ -174,6 +174,8 @@ def hellaswag(row: dict) -> Question:
 
     begin, end = text(row, "ctx_a", empty=True), text(row, "ctx_b", empty=True)
     context = clean(f"{text(row, 'activity_label')}: {begin} {end.capitalize()}")
+    if not isinstance(row["endings"], list):
+        raise ValueError(f"endings is {row['endings']!r}, expected a list of texts")
     endings = [clean(ending) for ending in row["endings"]]
     return ask(context, endings, pick(str(row["label"]), list(map(str, range(len(endings))))))
 
@@ -362,7 +364,7 @@ def with_labels(path: Path, rows: list, n_bad: int) -> list[tuple[str, dict]]:
     labels = Path(labels_of(str(path)))
     if not labels.is_file():
         return rows
-    values = labels.read_text(encoding="utf-8").split()
+    values = labels.read_text(encoding="utf-8", errors="replace").split()
     if len(values) != len(rows) + n_bad:
         raise ValueError(
             f"{labels} holds {len(values)} labels, {path.name} {len(rows) + n_bad} rows; expected as many: "

@@ -83,12 +83,15 @@ def static_list(text: str, value: str, model: Transformer) -> tuple[list[int], f
 def mean_lists(text: str, path: str, weights: Tensor, tasks: Sequence[str]) -> dict[str, tuple[list[int], float]]:
     """Of each task the mean route of a run that wrote `path`, as an order, and its capacity."""
     report, lists = runtime.read_json(path), {}
-    results = report.get("results", {}) if isinstance(report, dict) else {}
+    results = report.get("results") if isinstance(report, dict) else None
     for task in tasks:
-        shares = results.get(task, {}).get("capacity_per_layer", ())
-        if len(shares) != len(weights):
+        entry = results.get(task) if isinstance(results, dict) else None
+        shares = entry.get("capacity_per_layer") if isinstance(entry, dict) else None
+        if not isinstance(shares, list) or len(shares) != len(weights):
             raise ValueError(
                 f"--control={text}: {task} has no {len(weights)} routed layers there; write it with the same --routers"
             )
+        if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares):
+            raise ValueError(f"--control={text}: {task} has the shares {shares} there; expected numbers from 0 to 1")
         lists[task] = mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
     return lists

@@ -503,6 +503,9 @@ def test_perplexity_scores_what_tuning_learns_of_every_row_form(base, tok, tmp_p
     cut = prepare_texts(base, tok, path, limit=40, truncate=True)
     assert len(cut.items) + len(cut.skipped) == len(FORMS) and cut.skipped
     assert all(len(item.rows[0].context + item.rows[0].target) <= 40 for item in cut.items)
+    assert [item.truncated for item in cut.items] == [
+        len(encode(row, "here", Form(tok, 1024)).tokens) > 40 for i, row in enumerate(FORMS) if i not in cut.skipped
+    ]
     assert len(prepare_texts(base, tok, path, limit=40, skip_bad=True).items) == 3
 
 
@@ -947,7 +950,9 @@ def test_misuse_is_refused_with_a_reason(base, data, tmp_path):
     refused("scored other items or prompts of rte", tasks=("rte",), limit=1, against=str(tmp_path / "other.json"))
     (data / "piqa/valid.jsonl").unlink()
     (data / "mmlu/data/dev/anatomy_dev.csv").unlink()
-    message = r"piqa: piqa/valid.jsonl  \(https://yonatanbisk.com/piqa\)\n  mmlu_anatomy: .*\n.*fetch.py --tasks=piqa,mmlu"
+    message = (
+        r"piqa: piqa/valid.jsonl  \(https://yonatanbisk.com/piqa\)\n  mmlu_anatomy: .*\n.*fetch.py --tasks=piqa,mmlu"
+    )
     refused(message, FileNotFoundError, tasks=("piqa", "mmlu_anatomy"))
     write_jsonl(tmp_path / "own.jsonl", [{"question": "q", "choices": "ab", "answer": 0}])
     refused("own.jsonl, line 1: choices is 'ab'", tasks=(), custom=(str(tmp_path / "own.jsonl"),))
