@@ -49,7 +49,7 @@ class Item:
 
 
 def encode(tok: Tokenizer, text: str) -> list[int]:
-    """Tokens of a prompt as in lm-eval: special tokens in it count as such, and a BOS that begins it is the only one."""
+    """Tokens of a prompt as in lm-eval: special tokens in it count as such, and one BOS is enough."""
     begins = tok.bos_id is not None and text.startswith(tok.decode([tok.bos_id]))
     return tok.encode(text, bos=tok.adds_bos and not begins, special=True)
 

@@ -1,4 +1,4 @@
-"""Scoring: spans, sharing, batching, ranks, resuming, errors, on made-up rows.  Run: python -m pytest tests/test_eval.py"""
+"""Scoring: spans, batches, ranks, resuming, errors, on made-up rows.  Run: python -m pytest tests/test_eval.py"""
 
 import json
 import math
@@ -23,6 +23,7 @@ from data.tasks import TASKS, chat_prompt, draw_shots, find, locate, read_questi
 from eval import EvalConfig, ReadyTask, Run
 from model import KVCache, Transformer, generate, load_model
 from recipe.forced import Control, make_control
+from recipe.results import mean_stderr
 from router import GRANULARITIES, RouterConfig, RouterMeta, save_routers
 from test_tasks import stem, write_data
 from tiny import CONFIG, byte_tokenizer, write_base, write_jsonl
@@ -656,7 +657,7 @@ def test_routes_are_told_apart_within_and_between_tasks():
 
 
 def test_standard_errors_and_pooling():
-    assert scoring.mean_stderr([1, 0, 1, 1]) == (0.75, pytest.approx(0.25)) and scoring.mean_stderr([1]) == (1.0, None)
+    assert mean_stderr([1, 0, 1, 1]) == (0.75, pytest.approx(0.25)) and mean_stderr([1]) == (1.0, None)
     blank = {"executed": [], "units": 0, "kv_bytes": 0, "truncated": False}
     records = {"a": [{"acc": v, **blank} for v in (1, 0, 1, 1)], "b": [{"acc": v, **blank} for v in (0, 0, 1)]}
     results = {name: scoring.summarise(part, ("acc",)) | {"shots": 5, "seconds": 1.0} for name, part in records.items()}
