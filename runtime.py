@@ -564,7 +564,7 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in REQUIREMENTS:
         return f"{error.name} cannot be imported ({error}): pip install -r requirements.txt"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         place = f"{error.filename} was not written, " if error.filename else ""
         return f"{place}disk full ({error.strerror}): free space and run the same command again"
     if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
@@ -632,35 +632,6 @@ def _fsync(path: Path) -> None:
 def write_json(path: str | Path, obj) -> None:
     """Write one JSON document atomically."""
     write_atomic(path, lambda p: p.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
-
-
-def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """Objects of a .jsonl file (one a line, empty lines skipped) or of a .json file (one list), each with its place in words.
-
-    Raises FileNotFoundError when the file is missing, ValueError naming file and line (or item) for what is not a JSON object.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise ValueError(f"{path} holds a JSON {type(records).__name__}, expected a list of objects: write a list, or one object a line as .jsonl")
-        places = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
-    else:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} was not found, expected a .jsonl or .json file: check the path")
-        places = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                try:
-                    places.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:  # not JSON, or not UTF-8
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}): mend or delete the line") from None
-    for place, record in places:
-        if not isinstance(record, dict):
-            raise ValueError(f"{place} is a JSON {type(record).__name__}, expected an object: mend or delete it")
-    if not places:
-        raise ValueError(f"{path} holds no record, expected at least one object: check the file")
-    return places
 
 
 def read_json(path: str | Path):

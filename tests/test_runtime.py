@@ -493,22 +493,6 @@ def test_read_json_of_other_files(tmp_path):
     assert runtime.read_json(tmp_path / "bom.json") == {"a": "é"}
 
 
-def test_read_records_gives_places_and_names_bad_lines(tmp_path):
-    lines, items = tmp_path / "a.jsonl", tmp_path / "a.json"
-    lines.write_text('{"a": "x\\u2028y"}\n\n{"a": "\u2028"}\n', encoding="utf-8")  # a line separator inside a string does not end a line
-    items.write_text('[{"a": 1}, {"a": 2}]')
-    assert [r for _, r in runtime.read_records(lines)] == [{"a": "x\u2028y"}, {"a": "\u2028"}]
-    assert [p for p, _ in runtime.read_records(lines)] == [f"{lines}, line 1", f"{lines}, line 3"]
-    assert runtime.read_records(items) == [(f"{items}, item 1", {"a": 1}), (f"{items}, item 2", {"a": 2})]
-    for name, content, part in (("b.jsonl", b'{"a": 1}\n{"a": \n', "line 2 is not JSON"), ("b.jsonl", b'{"a": "\xff"}', "line 1 is not JSON"), ("b.jsonl", b"[1]", "line 1 is a JSON list"),
-                                ("b.json", b'{"a": 1}', "expected a list"), ("b.json", b'[{"a": 1}, 3]', "item 2 is a JSON int"), ("b.jsonl", b"\n", "no record")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=part):
-            runtime.read_records(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="c.jsonl"):
-        runtime.read_records(tmp_path / "c.jsonl")
-
-
 def test_peaks_prefer_the_specific_name_and_never_guess():
     assert runtime.peak_flops("NVIDIA H100 PCIe") == 756e12 and runtime.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert runtime.peak_bandwidth("NVIDIA A100-SXM4-80GB") == 2.039e12
