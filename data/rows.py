@@ -111,7 +111,18 @@ def has_template(tok: Tokenizer) -> bool:
 
 def chat_context(tok: Tokenizer, messages: list[dict], form: str | None) -> str:
     """A conversation as the chat template writes it, up to where the answer begins."""
-    return tok.decode(encode_chat(tok, messages, form=form, generate=True)[0])
+    ids = encode_chat(tok, messages, form=form, generate=True)[0]
+    text = tok.decode(ids)
+    if tok.encode(text, special=True) == ids:
+        return text
+    # some sentencepiece models put a space in front of what follows a special token
+    parts, start = [], 0
+    for place, id_ in enumerate([*ids, None]):
+        if id_ is None or id_ in tok.special:
+            parts += [tok.decode(ids[start:place]), "" if id_ is None else tok.decode([id_])]
+            start = place + 1
+    exact = "".join(parts)
+    return exact if tok.encode(exact, special=True) == ids else text
 
 
 # -----------------------------------------------------------------------------

@@ -191,11 +191,16 @@ def test_nothing_left_to_score_skips_the_item_by_number(base, tok, tmp_path, cap
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("text", ["<s>Ann met Eve", "Ann met Eve", "<s><s>Ann", " <s>Ann", "</s>Ann"])
-def test_a_text_that_begins_with_bos_gets_no_second_one(base, tmp_path, text, adds):
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path, text, adds):
     """As lm-eval's tok_encode; against it where it is installed."""
-    write_base(tmp_path, replace(CONFIG, vocab_size=272))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_tokenizer(MERGES)))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds}
+    tokenizer, bos = byte_tokenizer(MERGES), {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text_itself, known = {"Sequence": {"id": "A", "type_id": 0}}, {"id": "<s>", "ids": [268], "tokens": ["<s>"]}
+    both = {"Sequence": {"id": "B", "type_id": 0}}
+    if adds:
+        own = {"single": [bos, text_itself], "pair": [text_itself, both], "special_tokens": {"<s>": known}}
+        tokenizer["post_processor"] = {"type": "TemplateProcessing", **own}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tok = load_tokenizer(tmp_path)
     ids = rows_module.encode(tok, text)
@@ -203,14 +208,7 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(base, tmp_path, text, ad
     assert ids.count(tok.bos_id) == wanted and tok.decode(ids).endswith(text)
     models, transformers = pytest.importorskip("lm_eval.models.huggingface"), pytest.importorskip("transformers")
     harness = object.__new__(models.HFLM)
-    harness.tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
-    )
-    if adds:
-        processors = pytest.importorskip("tokenizers").processors
-        harness.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tok.bos_id)]
-        )
+    harness.tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     harness.custom_prefix_token_id, harness.add_bos_token, harness.backend = None, None, "causal"
     assert harness.tok_encode(text) == ids
     assert harness._encode_pair(text + ":  ", "the end") == encode_pairs(tok, [text + ":  "], ["the end"])[0][0]
@@ -828,6 +826,32 @@ def test_chat_form_puts_the_prompt_into_the_template_and_scores_the_bare_choice(
             target = tok.encode(texts[0], special=True)[len(context) :]
             found = lines[own.name, item.index]["logprobs"][0]
             assert found == pytest.approx(direct(model, context, target), abs=1e-4)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_chat_context_is_the_rendered_text_for_sentencepiece_too(tmp_path, legacy):
+    """Some of these models put a space in front of what follows a special token; it must not get into the text."""
+    sentencepiece, jinja2 = pytest.importorskip("sentencepiece"), pytest.importorskip("jinja2")
+    words = "name a prime seven is and the moon of tin owl melts".split()
+    rng, prefix = random.Random(0), tmp_path / "tokenizer"
+    lines = [" ".join(rng.choices(words, k=8)).capitalize() + "." for _ in range(200)]
+    (tmp_path / "text").write_text("\n".join(lines))
+    own = {"model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(prefix), vocab_size=360, **own
+    )
+    template = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    template += "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {"add_bos_token": True, "legacy": legacy, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(tmp_path)
+    if not hasattr(tok, "templates"):
+        pytest.skip("this tokenizer does not render templates")
+    turns = [("user", "Name a prime."), ("assistant", "Seven."), ("user", " And  the next?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    values = {"messages": messages, "bos_token": "<s>", "eos_token": "</s>"}
+    assert rows_module.chat_context(tok, messages, None) == jinja2.Template(template).render(**values)
 
 
 def test_truncated_items_are_told(base, tmp_path, capsys):
