@@ -41,7 +41,7 @@ from data.rows import (
     answer_item,
     chat_context,
     common_prefix,
-    encode,
+    encode_prompt,
     encode_pairs,
     has_template,
     rows_of,
@@ -66,7 +66,7 @@ from recipe.calibrate import settle
 from recipe.cost import kv_bytes
 from recipe.forced import Control, make_control
 from recipe.passes import Workload, finite
-from recipe.results import compare, report_lines, routes_of, summarise, summarise_group
+from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
 from router import set_cuts
 from runtime import Progress, collect
 from tokenizer import Tokenizer, load_tokenizer
@@ -180,11 +180,11 @@ def pairs_of(task: Task, question: Question, texts: dict[str, str], tok: Tokeniz
     """Tokens (context, choice), and whether a token spans both. texts: the whole text before a choice, by context."""
     contexts = [texts[context] for context in question.contexts]
     if task.generates:
-        return [(encode(tok, contexts[0]), [])], False
+        return [(encode_prompt(tok, contexts[0]), [])], False
     return encode_pairs(tok, contexts, [space + choice for choice in question.choices])
 
 
-def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Run", cfg: EvalConfig, limit: int) -> ReadyTask:
+def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Scorer", cfg: EvalConfig, limit: int) -> ReadyTask:
     """Read a task and turn its items into rows. limit: context length."""
     ready = ReadyTask(task, str(paths[0]), task.shots if cfg.fewshot is None else cfg.fewshot)
     start, digest, space = time.perf_counter(), hashlib.sha256(), "" if cfg.apply_chat_template else " "
@@ -302,7 +302,7 @@ def n_tokens(items: Sequence[Item]) -> int:
     return sum(len(row.context) for row in grouped(rows)[0]) + sum(len(row.target) for row in rows)
 
 
-def plan(items: Sequence[Item], budget: int) -> list[list[Item]]:
+def plan_batches(items: Sequence[Item], budget: int) -> list[list[Item]]:
     """Batches of items of like width, rows x width <= budget (a wider item alone). They depend neither on ranks nor on
     what is done."""
     generate = bool(items) and not items[0].rows[0].target
@@ -329,7 +329,7 @@ def plan(items: Sequence[Item], budget: int) -> list[list[Item]]:
 
 
 @dataclass(frozen=True)
-class Run:
+class Scorer:
     """What is being scored, and how."""
 
     model: Transformer
@@ -386,7 +386,7 @@ class Contexts:
     usage: list[Usage]
 
 
-def executed_units(gates: Tensor | None, batch: int) -> list[list[int]]:
+def units_run(gates: Tensor | None, batch: int) -> list[list[int]]:
     """Units that executed, by row and place: gates (R,B) or (R,B,T) -> B lists of R."""
     if gates is None:
         return [[] for _ in range(batch)]
@@ -403,7 +403,7 @@ def log_probs(model: Transformer, h: Tensor, wanted: Sequence[int]) -> list[floa
     return values
 
 
-def cache_bytes(run: Run, length: int, executed: list[int]) -> int:
+def cache_bytes(run: Scorer, length: int, executed: list[int]) -> int:
     """Bytes of keys and values that `length` tokens leave: none where they were skipped, but for MLPs and kv=all."""
     model, skipped = run.model, 0
     if run.route != "off" and (run.sequence or model.routing.kv == "routed"):
@@ -412,7 +412,7 @@ def cache_bytes(run: Run, length: int, executed: list[int]) -> int:
     return kv_bytes(model.config, model.tok_embeddings.weight.element_size(), length, skipped)
 
 
-def forced(run: Run, rows: Sequence[Row], starts: Sequence[int], width: int) -> Tensor | None:
+def forced(run: Scorer, rows: Sequence[Row], starts: Sequence[int], width: int) -> Tensor | None:
     """Gates of the control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`; None without one, and
     where a decision for whole sequences was made with the context."""
     if run.control is None or (run.sequence and max(starts) > 0):
@@ -421,7 +421,7 @@ def forced(run: Run, rows: Sequence[Row], starts: Sequence[int], width: int) -> 
     return torch.stack(gates, dim=1).to(run.device)
 
 
-def read_contexts(run: Run, contexts: Sequence[Row], width: int, prefix: Contexts | None = None) -> Contexts:
+def read_contexts(run: Scorer, contexts: Sequence[Row], width: int, prefix: Contexts | None = None) -> Contexts:
     """Compute contexts, beyond a prefix that was computed already, into a cache with room for `width` tokens.
 
     A single context wider than the token budget goes in pieces, but where a sequence router must see it whole.
@@ -440,7 +440,7 @@ def read_contexts(run: Run, contexts: Sequence[Row], width: int, prefix: Context
         piece, real = tokens[:, a : a + step], [min(length - a, step) for length in lengths]
         gates = forced(run, contexts, cache.lengths, piece.shape[1])
         h, gates = run.model.hidden(piece, lengths=real, cache=cache, route=run.route, gates=gates)
-        for own, counts, length in zip(usage, executed_units(gates, len(rows)), real):
+        for own, counts, length in zip(usage, units_run(gates, len(rows)), real):
             own.add(counts, 1 if run.sequence else length)
     for row, own in zip(contexts, usage):
         own.kv_bytes = cache_bytes(run, len(row.context), own.executed)
@@ -449,7 +449,7 @@ def read_contexts(run: Run, contexts: Sequence[Row], width: int, prefix: Context
 
 
 def add_log_probs(
-    run: Run, states: Tensor, rows: Sequence[Row], picks: list[tuple[int, int]], sums: list[float]
+    run: Scorer, states: Tensor, rows: Sequence[Row], picks: list[tuple[int, int]], sums: list[float]
 ) -> None:
     """Add to sums[row] the log-probability of its target's token at `place`, for each (row, place) of states (n,D)."""
     values = log_probs(run.model, states, [rows[row].target[place] for row, place in picks]) if picks else []
@@ -457,7 +457,7 @@ def add_log_probs(
         sums[row] += value
 
 
-def score_cached(run: Run, rows: Sequence[Row], prefix: Contexts | None = None) -> tuple[list[float], list[Usage]]:
+def score_cached(run: Scorer, rows: Sequence[Row], prefix: Contexts | None = None) -> tuple[list[float], list[Usage]]:
     """Log-probability of each row, and what each context needed: contexts once, then the targets on copies of them."""
     firsts, of = grouped(rows)
     width = max(row.width for row in rows)
@@ -484,15 +484,15 @@ def score_cached(run: Run, rows: Sequence[Row], prefix: Contexts | None = None) 
     return sums, read.usage
 
 
-def read_targets(run: Run, rows: Sequence[Row], cache: KVCache) -> tuple[Tensor, list[list[int]]]:
+def read_targets(run: Scorer, rows: Sequence[Row], cache: KVCache) -> tuple[Tensor, list[list[int]]]:
     """States (B,T,D) of all but the last token of each target, after the contexts in the cache; and what executed."""
     tokens = pad([row.target[:-1] for row in rows], run.device)
     lengths, gates = [len(row.target) - 1 for row in rows], forced(run, rows, cache.lengths, tokens.shape[1])
     h, gates = run.model.hidden(tokens, lengths=lengths, cache=cache, route=run.route, gates=gates)
-    return h, executed_units(None if run.sequence else gates, len(rows))
+    return h, units_run(None if run.sequence else gates, len(rows))
 
 
-def score_plain(run: Run, rows: Sequence[Row]) -> tuple[list[float], list[Usage]]:
+def score_plain(run: Scorer, rows: Sequence[Row]) -> tuple[list[float], list[Usage]]:
     """The same without a cache, each target after a context of its own: for route mask and pool=all, and what
     score_cached must equal. A context's units count once, though they are computed for every choice (with pool=all
     each choice has a route of its own)."""
@@ -516,7 +516,7 @@ def score_plain(run: Run, rows: Sequence[Row]) -> tuple[list[float], list[Usage]
     return sums, usage
 
 
-def count_plain(run: Run, usage: Usage, row: Row, gates: Tensor | None, first: bool) -> None:
+def count_plain(run: Scorer, usage: Usage, row: Row, gates: Tensor | None, first: bool) -> None:
     """Count what one row ran, gates (R) or (R,T); of all but the first row of a context the target alone."""
     prompt, end = len(row.context), len(row.context) + len(row.target) - 1
 
@@ -532,7 +532,7 @@ def count_plain(run: Run, usage: Usage, row: Row, gates: Tensor | None, first: b
         usage.add(counts(prompt, end), 1 if run.sequence else end - prompt)
 
 
-def generate_answers(run: Run, rows: Sequence[Row], prefix: Contexts | None) -> tuple[list[list[int]], list[Usage]]:
+def generate_answers(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) -> tuple[list[list[int]], list[Usage]]:
     """Greedy continuations up to a stop token or a stop text; a finished row leaves the batch."""
     read, answers = read_contexts(run, rows, max(row.width for row in rows), prefix), [[] for _ in rows]
 
@@ -550,21 +550,21 @@ def generate_answers(run: Run, rows: Sequence[Row], prefix: Contexts | None) -> 
         return forced(run, [rows[number] for number in going], lengths, 1)
 
     for going, gates in decode(run.model, read.cache, read.last, choose, route=run.route, gates=gates_of):
-        for number, counts in zip(going, executed_units(None if run.sequence else gates, len(going))):
+        for number, counts in zip(going, units_run(None if run.sequence else gates, len(going))):
             read.usage[number].add(counts, 1)
     for row, answer, usage in zip(rows, answers, read.usage):
         usage.kv_bytes = cache_bytes(run, len(row.context) + len(answer) - 1, usage.executed)
     return answers, read.usage
 
 
-def score_rows(run: Run, rows: Sequence[Row], prefix: Contexts | None) -> tuple[list, list[Usage]]:
+def score_rows(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) -> tuple[list, list[Usage]]:
     """Log-probability or new tokens of each row, and what each context needed."""
     if not rows[0].target:
         return generate_answers(run, rows, prefix)
     return score_cached(run, rows, prefix) if run.caches else score_plain(run, rows)
 
 
-def score_batch(run: Run, batch: Sequence[Item], prefix: Contexts | None = None) -> list[dict]:
+def score_batch(run: Scorer, batch: Sequence[Item], prefix: Contexts | None = None) -> list[dict]:
     """Records of a batch's items, one sample line each."""
     rows = [row for item in batch for row in item.rows]
     height, width = shape(rows)
@@ -587,7 +587,7 @@ def score_batch(run: Run, batch: Sequence[Item], prefix: Contexts | None = None)
 # Records: a line of --samples for each item
 
 
-def record(run: Run, item: Item, values: list, usage: Sequence[Usage]) -> dict:
+def record(run: Scorer, item: Item, values: list, usage: Sequence[Usage]) -> dict:
     """Sample line of one item. The first five fields are what everybody reads; results are summed from the rest."""
     total = Usage(item.index)
     for own in usage:
@@ -657,7 +657,7 @@ def normal(answer: str) -> str:
 # Cuts that realise a budget on a task
 
 
-def calibrate(run: Run, items: Sequence[Item], budget: float, cuts: list[float], rt: runtime.Runtime) -> None:
+def calibrate_task(run: Scorer, items: Sequence[Item], budget: float, cuts: list[float], rt: runtime.Runtime) -> None:
     """Set the cuts (R) and move them all by one amount, in logits, until the contexts of these items realise `budget`.
 
     No answer is looked at. A router that learned where layers matter runs more of them on one source than on another;
@@ -813,7 +813,7 @@ def sample_lines(records: Sequence[dict]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
-def prefix_row(run: Run, items: Sequence[Item]) -> Row | None:
+def prefix_row(run: Scorer, items: Sequence[Item]) -> Row | None:
     """The beginning that all contexts share, as a context of its own, where computing it once pays."""
     if not run.shares or len(items) < 2:
         return None
@@ -823,7 +823,7 @@ def prefix_row(run: Run, items: Sequence[Item]) -> Row | None:
 
 
 def score_task(
-    run: Run,
+    run: Scorer,
     ready: ReadyTask,
     done: dict[int, dict],
     save: Callable,
@@ -837,8 +837,8 @@ def score_task(
     start, whole = time.perf_counter(), [item for item in ready.items if not item.truncated]
     cut = [item for item in ready.items if item.truncated]  # these have lost the common beginning
     first, prefix = prefix_row(run, whole), None
-    batches = [(batch, first) for batch in plan(whole, run.max_batch_tokens)]
-    batches += [(batch, None) for batch in plan(cut, run.max_batch_tokens)]
+    batches = [(batch, first) for batch in plan_batches(whole, run.max_batch_tokens)]
+    batches += [(batch, None) for batch in plan_batches(cut, run.max_batch_tokens)]
     todo = [pair for pair in batches if any(item.index not in done for item in pair[0])]
     ready.resumed = len(done)
     progress.total -= n_tokens(ready.items) - sum(n_tokens(batch) for batch, _ in todo)
@@ -858,7 +858,7 @@ def score_task(
     return [done[item.index] for item in ready.items]
 
 
-def check(cfg: EvalConfig) -> None:
+def check_settings(cfg: EvalConfig) -> None:
     """Refuse settings that contradict each other before anything is loaded."""
     if not cfg.tasks and not cfg.custom and cfg.perplexity is None:
         raise ValueError(
@@ -899,7 +899,7 @@ def check(cfg: EvalConfig) -> None:
             )
 
 
-def context_limit(cfg: EvalConfig, run: Run, tasks: Sequence[Task]) -> int:
+def context_limit(cfg: EvalConfig, run: Scorer, tasks: Sequence[Task]) -> int:
     """Tokens of context to use. Raises ValueError for what the model or a task cannot have."""
     longest = run.model.config.max_seq_len
     limit = cfg.max_length or longest
@@ -916,7 +916,7 @@ def context_limit(cfg: EvalConfig, run: Run, tasks: Sequence[Task]) -> int:
     return limit
 
 
-def begin(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Run, list[ReadyTask]]:
+def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[ReadyTask]]:
     """The model, and all tasks in rows: whatever is wrong with any of them shows before anything is computed."""
     tasks = tasks_named(cfg.tasks, cfg.custom)
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
@@ -925,7 +925,7 @@ def begin(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Run, list[ReadyTask]]:
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
     orders = load_routers(model, cfg.routers, budget).orders if cfg.routers else {}
     route = "off" if cfg.routers is None else "gather"
-    run = Run(model, tok, route if cfg.route == "auto" else cfg.route, max_batch_tokens=cfg.max_batch_tokens)
+    run = Scorer(model, tok, route if cfg.route == "auto" else cfg.route, max_batch_tokens=cfg.max_batch_tokens)
     names = [task.name for task in tasks] + ([NAMES[0]] if cfg.perplexity else [])
     run = replace(run, control=make_control(cfg.control, model, cfg.budget, orders, names))
     limit = context_limit(cfg, run, tasks)
@@ -934,14 +934,14 @@ def begin(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Run, list[ReadyTask]]:
         ready.append(prepare_texts(cfg, tok, limit))
     if cfg.perplexity and run.route != "off":  # the dense result stands beside every routed one
         ready.append(replace(ready[-1], task=replace(ready[-1].task, name=NAMES[1])))
-    stamp(cfg, run, rt, ready)
+    stamp_tasks(cfg, run, rt, ready)
     say_notes(ready, limit, cfg.data)
     if run.sequence and any(item.counts for item in ready[-1].items):
         say("note: with --rolling a sequence router decides from what stands before each window, mostly one token")
     return run, ready
 
 
-def stamp(cfg: EvalConfig, run: Run, rt: runtime.Runtime, ready: Sequence[ReadyTask]) -> None:
+def stamp_tasks(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime, ready: Sequence[ReadyTask]) -> None:
     """Mark each task with a hash of all that decides its records."""
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
     decides = [
@@ -964,7 +964,7 @@ def domain_results(ready: ReadyTask, records: Sequence[dict], weights: Sequence[
     domains = {item.index: item.domain for item in ready.items}
     found = {}
     for domain in sorted({domain for domain in domains.values() if domain is not None}):
-        found[f"{ready.name}/{domain}"] = summarise(
+        found[f"{ready.name}/{domain}"] = result_of(
             [r for r in records if domains[r["index"]] == domain], LOSS, weights
         )
     return found
@@ -979,23 +979,23 @@ def route_report(results: dict, domains: dict) -> dict:
     return {"routes": routes_of([r["capacity_per_layer"] for r in routed], [r["route_variance"] for r in routed])}
 
 
-def results_of(cfg: EvalConfig, ready: Sequence[ReadyTask], records: dict, weights: Sequence[float]) -> dict:
+def results_by_task(cfg: EvalConfig, ready: Sequence[ReadyTask], records: dict, weights: Sequence[float]) -> dict:
     """Results by task, and of the groups that were asked for."""
     results = {}
     for own in ready:
-        results[own.name] = summarise(records[own.name], own.task.metrics, weights)
+        results[own.name] = result_of(records[own.name], own.task.metrics, weights)
         results[own.name] |= {"shots": own.shots, "seconds": own.seconds, "file": own.source}
         results[own.name] |= {"resumed": own.resumed, "skipped": len(own.skipped)}
     for group in [group for group in GROUPS if group in cfg.tasks or "mmlu" in cfg.tasks]:
-        results[group] = summarise_group(GROUPS[group], results, records, weights)
+        results[group] = group_result(GROUPS[group], results, records, weights)
     return results
 
 
 @torch.inference_mode()
 def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     """Everything that --out holds."""
-    check(cfg)
-    run, ready = begin(cfg, rt)
+    check_settings(cfg)
+    run, ready = prepare_all(cfg, rt)
     other = read_other(cfg.against, ready) if cfg.against else {}
     samples = Samples(cfg.samples, rt)
     done = samples.resume({own.name: own.stamp for own in ready})
@@ -1006,22 +1006,23 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
             if own.name == NAMES[1]:
                 how = replace(how, route="off", control=None)
             elif cfg.calibrate:
-                calibrate(run, own.items[: cfg.calibrate], cfg.budget, cuts, rt)
+                calibrate_task(run, own.items[: cfg.calibrate], cfg.budget, cuts, rt)
             records[own.name] = score_task(how, own, done[own.name], samples.append, progress, rt)
     samples.finish([record for part in records.values() for record in part])
 
     weights = run.model.place_weights().tolist() if run.model.routing else ()
-    results, items = (
-        results_of(cfg, ready, records, weights),
-        {own.name: outcomes(own, records[own.name]) for own in ready},
-    )
+    results = results_by_task(cfg, ready, records, weights)
     domains = {name: r for own in ready for name, r in domain_results(own, records[own.name], weights).items()}
+    items = {own.name: outcomes(own, records[own.name]) for own in ready}
     report = {"model": cfg.model, "fingerprint": run.model.fingerprint, "route": run.route, "results": results}
     report |= {"items": items, "settings": asdict(cfg), "torch": torch.__version__}
     report |= {"device": runtime.device_name(rt.device), "dtype": str(rt.dtype).removeprefix("torch.")}
     report |= {"peak_memory_bytes": runtime.peak_memory_bytes(rt.device)} | route_report(results, domains)
-    report |= {"domains": domains} if domains else {}
-    return report | ({"against": {"file": cfg.against, "tasks": compare(items, other)}} if cfg.against else {})
+    if domains:
+        report["domains"] = domains
+    if cfg.against:
+        report["against"] = {"file": cfg.against, "tasks": compare_runs(items, other)}
+    return report
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ HELLASWAG_HOME = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedFile:
     """One published file.
 
     addresses: tried in order. files: (member, target, rows), where the archive's member ends with this path; "" is the
@@ -76,7 +76,7 @@ class Source:
 class Dataset:
     licence: str
     home: str
-    sources: tuple[Source, ...]
+    sources: tuple[PublishedFile, ...]
 
 
 # -----------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def splits(member: str, target: str, rows: dict[str, int], labels: bool = False)
     return tuple(files)
 
 
-def whole(address: str, size: int, sha256: str, target: str, rows: int) -> Source:
+def whole(address: str, size: int, sha256: str, target: str, rows: int) -> PublishedFile:
     """A file that is published as it is."""
-    return Source((address,), size, sha256, (("", target, rows),))
+    return PublishedFile((address,), size, sha256, (("", target, rows),))
 
 
 def arc_files(kind: str, rows: dict[str, int]) -> tuple[tuple[str, str, int], ...]:
@@ -106,7 +106,7 @@ def arc_files(kind: str, rows: dict[str, int]) -> tuple[tuple[str, str, int], ..
     return splits(member, target, rows)
 
 
-ARC_SOURCE = Source(
+ARC_SOURCE = PublishedFile(
     (f"{AI2}/arc/ARC-V1-Feb2018.zip", f"{AI2_OLD}/ARC-V1-Feb2018.zip"),
     680_841_265,
     "6d2d5ab50b2ceec6ba5f79c921be77cf2de712ea25a2b3f4fff3acc101cecfa0",
@@ -128,7 +128,7 @@ BOOLQ_SOURCES = (
         BOOLQ.format(split="dev"),
         3270,
     ),
-    Source(
+    PublishedFile(
         (f"{GLUE}/superglue/data/v2/BoolQ.zip",),
         4_118_001,
         "853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436",
@@ -136,40 +136,40 @@ BOOLQ_SOURCES = (
     ),
 )
 RTE_SOURCES = (
-    Source(
+    PublishedFile(
         (f"{GLUE}/data/RTE.zip",),
         697_150,
         "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
         splits("RTE/{split}.tsv", RTE, {"train": 2490, "dev": 277}),
     ),
-    Source(
+    PublishedFile(
         (f"{GLUE}/superglue/data/v2/RTE.zip",),
         750_920,
         "6310aab3f000424c9d0318a1ff20692e07c7f4aa15e8f17a5972ea0a35c398b9",
         splits("RTE/{split}.jsonl", RTE_SUPERGLUE, {"train": 2490, "val": 277}),
     ),
 )
-OPENBOOKQA_SOURCE = Source(
+OPENBOOKQA_SOURCE = PublishedFile(
     (f"{AI2}/open-book-qa/OpenBookQA-V1-Sep2018.zip", f"{AI2_OLD}/OpenBookQA-V1-Sep2018.zip"),
     1_446_098,
     "82368cf05df2e3b309c17d162e10b888b4d768fad6e171e0a041954c8553be46",
     splits("Data/Main/{split}.jsonl", OPENBOOKQA, {"train": 4957, "dev": 500, "test": 500}),
 )
-PIQA_SOURCE = Source(  # the same rows as valid.jsonl of the home page, with an id each
+PIQA_SOURCE = PublishedFile(  # the same rows as valid.jsonl of the home page, with an id each
     (f"{MOSAIC}/physicaliqa/physicaliqa-train-dev.zip",),
     1_824_009,
     "54d32a04f59a7e354396f321723c8d7ec35cc6b08506563d8d1ffcc15ce98ddd",
     splits("physicaliqa-train-dev/{split}.jsonl", PIQA, {"train": 16113}, labels=True)
     + splits("physicaliqa-train-dev/dev.jsonl", PIQA, {"valid": 1838}, labels=True),
 )
-MMLU_SOURCE = Source(
+MMLU_SOURCE = PublishedFile(
     ("https://people.eecs.berkeley.edu/~hendrycks/data.tar",),
     166_184_960,
     "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b",
     splits("data/{split}/", MMLU_FOLDER, {"dev": 285, "val": 1531, "test": 14042}),
 )
 WINOGRANDE_ROWS = {"train_xs": 160, "train_s": 640, "train_m": 2558, "train_l": 10234, "train_xl": 40398, "dev": 1267}
-WINOGRANDE_SOURCE = Source(
+WINOGRANDE_SOURCE = PublishedFile(
     (f"{MOSAIC}/winogrande/winogrande_1.1.zip",),
     3_395_492,
     "3619ab104d8be2977b25c90ff420cb42d491707dcc75362a1e5d22bc082b7318",
@@ -234,7 +234,7 @@ def count_rows(name: str, content: bytes) -> int:
     return lines - 1 if name.endswith(".tsv") else lines
 
 
-def is_present(out: Path, source: Source) -> bool:
+def is_present(out: Path, source: PublishedFile) -> bool:
     """Whether every file of the source lies in `out` with the right number of rows."""
     for _, target, rows in source.files:
         paths = sorted((out / target).glob("*.csv")) if target.endswith("/") else [out / target]
@@ -249,7 +249,7 @@ def is_present(out: Path, source: Source) -> bool:
 # Download
 
 
-def download(source: Source, part: Path) -> None:
+def download(source: PublishedFile, part: Path) -> None:
     """Fill `part` with the source, continuing what is there, and check its sha256. Raises ValueError with the mend."""
     reason = ""
     for address in source.addresses:
@@ -318,7 +318,7 @@ def receive(address: str, part: Path, size: int) -> None:
 # Unpack
 
 
-def target_of(name: str, source: Source) -> str | None:
+def target_of(name: str, source: PublishedFile) -> str | None:
     """Where an archive's member belongs, None when it is not wanted."""
     path = PurePosixPath("/", name)
     for member, target, _ in source.files:
@@ -330,7 +330,7 @@ def target_of(name: str, source: Source) -> str | None:
     return None
 
 
-def unpack(source: Source, part: Path) -> dict[str, bytes]:
+def unpack(source: PublishedFile, part: Path) -> dict[str, bytes]:
     """Target -> content of every file of a zip, a tar or a plain file. Raises ValueError for a wrong number of rows."""
     contents = {}
     if source.files[0][0] == "":
@@ -355,7 +355,7 @@ def unpack(source: Source, part: Path) -> dict[str, bytes]:
     return contents
 
 
-def fetch(source: Source, out: Path) -> None:
+def fetch(source: PublishedFile, out: Path) -> None:
     """Bring one source's files into `out`, unless they are there. Raises ValueError with what to do."""
     names = ", ".join(target for _, target, _ in source.files)
     if is_present(out, source):
@@ -383,14 +383,14 @@ def fetch(source: Source, out: Path) -> None:
 
 
 @dataclass
-class Settings:
+class FetchConfig:
     tasks: tuple[str, ...] = field(default=tuple(DATASETS), metadata={"help": "data sets to fetch"})
     out: str = field(default="data/eval", metadata={"help": "folder to write"})
     list: bool = field(default=False, metadata={"help": "show licences, addresses and sizes, fetch nothing"})
 
 
 def main() -> None:
-    settings = runtime.cli(Settings)
+    settings = runtime.cli(FetchConfig)
     unknown = [task for task in settings.tasks if task not in DATASETS]
     if unknown:
         raise ValueError(f"--tasks has {', '.join(unknown)}, expected some of {', '.join(DATASETS)}: correct the name")

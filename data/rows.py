@@ -48,7 +48,7 @@ class Item:
 # Questions
 
 
-def encode(tok: Tokenizer, text: str) -> list[int]:
+def encode_prompt(tok: Tokenizer, text: str) -> list[int]:
     """Tokens of a prompt as in lm-eval: special tokens in it count as such, and one BOS is enough."""
     begins = tok.bos_id is not None and text.startswith(tok.decode([tok.bos_id]))
     return tok.encode(text, bos=tok.adds_bos and not begins, special=True)
@@ -74,8 +74,8 @@ def encode_pairs(tok: Tokenizer, contexts: Sequence[str], choices: Sequence[str]
     follows the tokens that the context alone and all the whole texts have in common. A context that is left without a
     token becomes BOS or EOS.
     """
-    alone = {context: encode(tok, context.rstrip()) for context in set(contexts)}
-    wholes = [encode(tok, context + choice) for context, choice in zip(contexts, choices)]
+    alone = {context: encode_prompt(tok, context.rstrip()) for context in set(contexts)}
+    wholes = [encode_prompt(tok, context + choice) for context, choice in zip(contexts, choices)]
     starts = {context: len(ids) for context, ids in alone.items()}
     short = {context for context, whole in zip(contexts, wholes) if len(whole) <= starts[context]}
     for context in short:
@@ -152,7 +152,7 @@ def window_items(text: str, tok: Tokenizer, limit: int, domain, first: int) -> l
     if not text.strip():
         raise ValueError("the text is empty: delete the row")
     items = []
-    for number, (context, target) in enumerate(windows(encode(tok, text), begin, limit), first):
+    for number, (context, target) in enumerate(windows(encode_prompt(tok, text), begin, limit), first):
         row = Row(number, 0, array("i", context), array("i", target), range(len(target)))
         items.append(Item(number, [row], domain=name_of(domain), counts={"words": 0, "bytes": 0}))
     words = len(re.split(r"\s+", text))

@@ -95,7 +95,7 @@ class Task:
     description: str = ""  # stands before the shots
     in_order: bool = False  # the shots are the first of the pool, whatever --fewshot_by says
     spare: bool = False  # lm-eval draws one shot more and leaves out the item itself: tasks without a test split
-    load: "Callable[[Path, list[str]], list] | None" = None  # reads a file as read_rows does, which None means
+    load: "Callable[[Path, list[str]], list] | None" = None  # reads a file as read_published does, which None means
 
     @property
     def generates(self) -> bool:
@@ -234,34 +234,34 @@ def mmlu_task(subject: str) -> Task:
     return Task(f"mmlu_{subject}", mmlu, (test, val), (dev,), 5, ACC, home, description=about, in_order=True)
 
 
-def splits(*paths: tuple[str, str]) -> tuple[str, ...]:
+def paths_of(*paths: tuple[str, str]) -> tuple[str, ...]:
     """Paths from (template, split) pairs."""
     return tuple(path.format(split=split) for path, split in paths)
 
 
-def arc_files(kind: str, split: str) -> tuple[str, ...]:
+def arc_paths(kind: str, split: str) -> tuple[str, ...]:
     return (ARC.format(kind=kind, split=split),)
 
 
 ROWS = (
-    Task("boolq", boolq, splits((BOOLQ, "dev"), (BOOLQ_SUPERGLUE, "val")),
-         (*splits((BOOLQ, "train")), FIRST_ROWS[0], *splits((BOOLQ_SUPERGLUE, "train"))),
+    Task("boolq", boolq, paths_of((BOOLQ, "dev"), (BOOLQ_SUPERGLUE, "val")),
+         (*paths_of((BOOLQ, "train")), FIRST_ROWS[0], *paths_of((BOOLQ_SUPERGLUE, "train"))),
          0, ACC, "https://github.com/google-research-datasets/boolean-questions", spare=True),
-    Task("rte", rte, splits((RTE, "dev"), (RTE_SUPERGLUE, "val")), splits((RTE, "train"), (RTE_SUPERGLUE, "train")),
+    Task("rte", rte, paths_of((RTE, "dev"), (RTE_SUPERGLUE, "val")), paths_of((RTE, "train"), (RTE_SUPERGLUE, "train")),
          0, ACC, "https://gluebenchmark.com/tasks", spare=True),
-    Task("openbookqa", openbookqa, splits((OPENBOOKQA, "test")), splits((OPENBOOKQA, "train")),
+    Task("openbookqa", openbookqa, paths_of((OPENBOOKQA, "test")), paths_of((OPENBOOKQA, "train")),
          0, ACC_NORM, "https://allenai.org/data/open-book-qa"),
-    Task("piqa", piqa, splits((PIQA, "valid")), (*splits((PIQA, "train")), FIRST_ROWS[1]),
+    Task("piqa", piqa, paths_of((PIQA, "valid")), (*paths_of((PIQA, "train")), FIRST_ROWS[1]),
          0, ACC_NORM, "https://yonatanbisk.com/piqa", spare=True),
-    Task("winogrande", winogrande, splits((WINOGRANDE, "dev")), splits((WINOGRANDE, "train_*")),
+    Task("winogrande", winogrande, paths_of((WINOGRANDE, "dev")), paths_of((WINOGRANDE, "train_*")),
          5, ACC, "https://winogrande.allenai.org", spare=True),
-    Task("gsm8k", gsm8k, splits((GSM8K, "test")), splits((GSM8K, "train")),
+    Task("gsm8k", gsm8k, paths_of((GSM8K, "test")), paths_of((GSM8K, "train")),
          5, EXACT_MATCH, "https://github.com/openai/grade-school-math"),
-    Task("hellaswag", hellaswag, splits((HELLASWAG, "val")), splits((HELLASWAG, "train")),
+    Task("hellaswag", hellaswag, paths_of((HELLASWAG, "val")), paths_of((HELLASWAG, "train")),
          10, ACC_NORM, "https://rowanzellers.com/hellaswag", spare=True),
-    Task("arc_challenge", arc, arc_files("Challenge", "Test"), arc_files("Challenge", "Train"),
+    Task("arc_challenge", arc, arc_paths("Challenge", "Test"), arc_paths("Challenge", "Train"),
          25, ACC_NORM, "https://allenai.org/data/arc"),
-    Task("arc_easy", arc, arc_files("Easy", "Test"), arc_files("Easy", "Train"),
+    Task("arc_easy", arc, arc_paths("Easy", "Test"), arc_paths("Easy", "Train"),
          0, ACC_NORM, "https://allenai.org/data/arc"),
     *(mmlu_task(subject) for subjects in SUBJECTS.values() for subject in subjects.split()),
 )
@@ -344,7 +344,7 @@ def labels_of(path: str) -> str:
     return path.replace(".jsonl", "-labels.lst")
 
 
-def read_rows(path: Path, bad: list[str]) -> list[tuple[str, dict | list]]:
+def read_published(path: Path, bad: list[str]) -> list[tuple[str, dict | list]]:
     """Rows of a published .jsonl, .tsv or .csv file (the latter without header), each with its place in words.
 
     Lines that are no row go to `bad`.
@@ -433,7 +433,7 @@ def read_table(path: Path, delimiter: str) -> list[tuple[str, dict]]:
 def read_questions(path: Path, task: Task, skip_bad: bool = False) -> list[Question]:
     """Every row of a file as a Question. Raises ValueError listing bad rows by line, or leaves them out and says so."""
     questions, bad = [], []
-    for place, row in (task.load or read_rows)(path, bad):
+    for place, row in (task.load or read_published)(path, bad):
         try:
             questions.append(checked(task, task.read(row)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

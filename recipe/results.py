@@ -40,7 +40,7 @@ def exp(value: float) -> float:
     return math.exp(min(value, 700.0))  # e^710 is more than a float holds
 
 
-def summarise(records: Sequence[dict], metrics: Sequence[str], weights: Sequence[float] = ()) -> dict:
+def result_of(records: Sequence[dict], metrics: Sequence[str], weights: Sequence[float] = ()) -> dict:
     """Results of a task, or of a group together. weights: what each place counts in the capacity; (): all the same."""
     n, places = len(records), len(records[0]["executed"])
     result = text_result(records) if metrics == LOSS else {}
@@ -61,10 +61,10 @@ def summarise(records: Sequence[dict], metrics: Sequence[str], weights: Sequence
     return result
 
 
-def summarise_group(names: Sequence[str], results: dict, records: dict, weights: Sequence[float] = ()) -> dict:
+def group_result(names: Sequence[str], results: dict, records: dict, weights: Sequence[float] = ()) -> dict:
     """MMLU and its categories: acc over all items, its standard error pooled as in lm-eval; acc_subjects is the plain
     mean of subjects."""
-    result = summarise([r for name in names for r in records[name]], ("acc",), weights)
+    result = result_of([r for name in names for r in records[name]], ("acc",), weights)
     sizes, errors = [results[name]["n"] for name in names], [results[name]["acc_stderr"] for name in names]
     if None not in errors:
         pooled = sum((n - 1) * error**2 * n for n, error in zip(sizes, errors)) / (sum(sizes) - len(sizes))
@@ -93,7 +93,7 @@ def routes_of(shares: Sequence[Sequence[float]], within: Sequence[float]) -> dic
 # Two runs on the same items
 
 
-def compare(items: dict, other: dict) -> dict:
+def compare_runs(items: dict, other: dict) -> dict:
     """This run minus another on the same items: difference, its standard error (paired), how many items changed."""
     paired: dict = {}
     for name in [name for name in items if name in other]:

@@ -1,4 +1,4 @@
-"""Scoring: spans, batches, ranks, resuming, errors, on made-up rows.  Run: python -m pytest tests/test_eval.py"""
+"""Scoring: spans, batches, ranks, resuming, errors, on made-up rows.  Scorer: python -m pytest tests/test_eval.py"""
 
 import json
 import math
@@ -19,8 +19,8 @@ import runtime
 from data.records import Form, encode
 import data.rows as rows_module
 from data.rows import Item, Row, encode_pairs, rows_of, windows
-from data.tasks import TASKS, chat_prompt, draw_shots, find, locate, read_questions, tasks_named
-from eval import EvalConfig, ReadyTask, Run
+from data.tasks import TASKS, Task, chat_prompt, draw_shots, find, locate, piqa, read_questions, tasks_named
+from eval import EvalConfig, ReadyTask, Scorer
 from model import KVCache, Transformer, generate, load_model
 from recipe.forced import Control, make_control
 from recipe.results import mean_stderr
@@ -100,7 +100,7 @@ def ready_tasks(base, tok, *names, share=True, limit=1024, **changes) -> list[Re
     return made
 
 
-def score(run: Run, items: list[Item], alone=False) -> list[dict]:
+def score(run: Scorer, items: list[Item], alone=False) -> list[dict]:
     """Records of the items as a task, or of each by itself: no batch, no shared prefix."""
     run = replace(run, task=run.task or "piqa")
     if alone:
@@ -203,7 +203,7 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path, text, adds):
     config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tok = load_tokenizer(tmp_path)
-    ids = rows_module.encode(tok, text)
+    ids = rows_module.encode_prompt(tok, text)
     wanted = text.count("<s>") + (adds and not text.startswith("<s>"))
     assert ids.count(tok.bos_id) == wanted and tok.decode(ids).endswith(text)
     models, transformers = pytest.importorskip("lm_eval.models.huggingface"), pytest.importorskip("transformers")
@@ -242,7 +242,7 @@ def made_item(index: int, context, targets) -> Item:
 
 def test_plan_keeps_the_budget_and_every_item():
     items = [made_item(i, range(n), [[1, 2]] * 3) for i, n in enumerate([5, 90, 7, 7, 400, 6, 30] * 9)]
-    batches = scoring.plan(items, 500)
+    batches = scoring.plan_batches(items, 500)
     assert sorted(item.index for batch in batches for item in batch) == list(range(len(items)))
     for batch in batches:
         rows, width = scoring.shape([row for item in batch for row in item.rows])
@@ -275,7 +275,7 @@ def test_scores_worked_out_by_hand(tok):
     # p(2|1) = 5/8, p(3|1) = 1/8, p(3|2) = 2/5, p(3|3) = 1/6
     table[1, 2], table[2, 3], table[3, 0] = math.log(5), math.log(2), math.log(3)
     item = replace(made_item(0, [0, 1], [[2, 3, 3], [3]]), sizes=[9, 1])
-    (line,) = score(Run(Bigram(table), tok), [item], alone=True)
+    (line,) = score(Scorer(Bigram(table), tok), [item], alone=True)
     assert line["logprobs"] == pytest.approx([math.log(5 / 8 * 2 / 5 / 6), math.log(1 / 8)])
     assert (line["prediction"], line["acc"]) == (1, 0)
     assert (line["prediction_norm"], line["acc_norm"]) == (0, 1)  # -3.18 / 9 beats -2.08 / 1
@@ -286,7 +286,7 @@ def test_scored_span_starts_and_ends_at_the_choice(base, tok):
     model = load_model(base / "base")
     for name in ("boolq", "piqa", "winogrande", "mmlu_anatomy"):
         for item, example in zip(ready_tasks(base, tok, name, fewshot=0)[0].items, examples(base, name)):
-            (line,) = score(Run(model, tok), [item], alone=True)
+            (line,) = score(Scorer(model, tok), [item], alone=True)
             for context, choice, found in zip(example.contexts, example.choices, line["logprobs"]):
                 ((ids, new),), _ = encode_pairs(tok, [TASKS[name].description + context], [" " + choice])
                 assert found == pytest.approx(direct(model, ids, new), abs=1e-4)
@@ -312,7 +312,7 @@ def test_shared_contexts_score_as_rows_alone(base, tok, granularity, kv):
     """Contexts once for all choices, shared prefixes and batches, against one row at a time without a cache; gates
     counted alike."""
     model = load_model(base / "base") if granularity is None else routed(base, granularity, kv)
-    run, routes = Run(model, tok, "off" if granularity is None else "gather"), set()
+    run, routes = Scorer(model, tok, "off" if granularity is None else "gather"), set()
     for name in ("mmlu_anatomy", "winogrande", "arc_challenge", "piqa"):
         (ready,) = ready_tasks(base, tok, name, share=run.shares, fewshot_by="first")
         (plain,) = ready_tasks(base, tok, name, share=False, fewshot_by="first")
@@ -335,7 +335,7 @@ def test_mask_scores_as_gather(base, tok):
     for granularity in ("attn_sequence", "block_token"):
         model = routed(base, granularity)
         for ready in ready_tasks(base, tok, "piqa", share=False):
-            masked, gathered = (score(Run(model, tok, route), ready.items) for route in ("mask", "gather"))
+            masked, gathered = (score(Scorer(model, tok, route), ready.items) for route in ("mask", "gather"))
             for a, b in zip(masked, gathered):
                 assert a["logprobs"] == pytest.approx(b["logprobs"], abs=2e-5)
                 assert a["executed"] == b["executed"] and a["kv_bytes"] == b["kv_bytes"]
@@ -344,7 +344,7 @@ def test_mask_scores_as_gather(base, tok):
 def test_pool_all_sees_each_choice(base, tok):
     """With pool=all every choice has a route of its own, so nothing is shared."""
     model = routed(base, "attn_sequence", pool="all")
-    run = Run(model, tok, "gather")
+    run = Scorer(model, tok, "gather")
     item = ready_tasks(base, tok, "openbookqa", share=run.shares)[0].items[0]
     (line,) = score(run, [item])
     assert not run.caches and line["units"] == 4
@@ -363,7 +363,7 @@ def test_batch_size_does_not_matter(base, tok, granularity, monkeypatch):
     model = load_model(base / "base") if granularity is None else routed(base, granularity)
     route = "off" if granularity is None else "gather"
     for name in ("arc_challenge", "gsm8k", "mmlu_anatomy"):
-        runs = [Run(model, tok, route, max_batch_tokens=n) for n in (1, 333, 100_000)]
+        runs = [Scorer(model, tok, route, max_batch_tokens=n) for n in (1, 333, 100_000)]
         one, two, many = (score(run, ready_tasks(base, tok, name, share=run.shares)[0].items) for run in runs)
         for a, b, c in zip(one, two, many):
             for other in (b, c):
@@ -388,10 +388,10 @@ def test_no_call_exceeds_the_token_budget(base, tok, monkeypatch):
         (ready,) = ready_tasks(base, tok, name, fewshot=5)
         longest = max(row.width for item in ready.items for row in item.rows)
         seen.clear()
-        score(Run(model, tok, max_batch_tokens=budget), ready.items)
+        score(Scorer(model, tok, max_batch_tokens=budget), ready.items)
         assert max(tokens for tokens, _ in seen) <= budget and max(slots for _, slots in seen) <= max(budget, longest)
     seen.clear()
-    score(Run(model, tok, max_batch_tokens=100), ready_tasks(base, tok, "arc_challenge", fewshot=20)[0].items)
+    score(Scorer(model, tok, max_batch_tokens=100), ready_tasks(base, tok, "arc_challenge", fewshot=20)[0].items)
     assert max(tokens for tokens, _ in seen) <= 100
 
 
@@ -401,15 +401,15 @@ def test_cache_bytes_are_those_of_the_cache(base):
         cache = KVCache(model, 2)
         tokens = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(1))
         _, gates = model.hidden(tokens, lengths=[17, 11], cache=cache, route="gather")
-        counts = scoring.executed_units(gates, 2)
-        run = Run(model, None, "gather")
+        counts = scoring.units_run(gates, 2)
+        run = Scorer(model, None, "gather")
         assert [scoring.cache_bytes(run, n, c) for n, c in zip((17, 11), counts)] == cache.row_bytes()
         listed, lists = KVCache(model, 2), torch.tensor([[1.0, 0.0]] * len(model.routing.places))
         model.hidden(tokens, lengths=[17, 11], cache=listed, route="gather", gates=lists)
-        run = Run(model, None, "gather", Control(model.place_weights(), lists={}))
-        counts = scoring.executed_units(lists, 2)
+        run = Scorer(model, None, "gather", Control(model.place_weights(), lists={}))
+        counts = scoring.units_run(lists, 2)
         assert [scoring.cache_bytes(run, n, c) for n, c in zip((17, 11), counts)] == listed.row_bytes()
-    assert scoring.cache_bytes(Run(model, None), 10, []) == 2 * 10 * 4 * 2 * 8 * 4
+    assert scoring.cache_bytes(Scorer(model, None), 10, []) == 2 * 10 * 4 * 2 * 8 * 4
 
 
 # -----------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def test_greedy_answers_equal_generate(base, tok, monkeypatch):
     short_answers(monkeypatch, 48)
     model = routed(base, "attn_sequence")
     items = ready_tasks(base, tok, "gsm8k", fewshot=2)[0].items
-    lines = score(Run(model, tok, "gather"), items)
+    lines = score(Scorer(model, tok, "gather"), items)
     for item, line in zip(items, lines):
         prompt = list(item.rows[0].context)
         ids = generate(model, [prompt], scoring.NEW_TOKENS, stop_tokens=tok.stop_ids, route="gather")[0]
@@ -469,12 +469,12 @@ def prepare_texts(base, tok, path: Path, limit: int = 1024, **changes) -> ReadyT
 def test_perplexity_is_the_mean_loss_of_the_answers(base, tok, tmp_path, granularity):
     model = load_model(base / "base") if granularity is None else routed(base, granularity)
     route, losses = "off" if granularity is None else "gather", []
-    lines = score(Run(model, tok, route), prepare_texts(base, tok, messages(tmp_path / "m.jsonl")).items)
+    lines = score(Scorer(model, tok, route), prepare_texts(base, tok, messages(tmp_path / "m.jsonl")).items)
     for i in range(5):
         ids, mask = encode_chat(tok, talk(i))
         logits = model(torch.tensor([ids]), prompt_lengths=[mask.index(True)], route=route)[0][0].log_softmax(-1)
         losses += [-logits[place - 1, ids[place]].item() for place, loss in enumerate(mask) if loss]
-    result = scoring.summarise(lines, ("nll",))
+    result = scoring.result_of(lines, ("nll",))
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5) and result["tokens"] == len(losses)
     assert len(prepare_texts(base, tok, tmp_path / "m.jsonl", perplexity_split="heldout").items) == 2
 
@@ -562,7 +562,7 @@ def test_controls_force_their_routes(base, tok, tmp_path):
 
         def result(control: str, budget=None) -> dict:
             made = make_control(control, model, budget, {"greedy": ["2", "1", "3"]}, ["piqa"])
-            return scoring.summarise(score(Run(model, tok, "gather", made), items), ("acc", "acc_norm"))
+            return scoring.result_of(score(Scorer(model, tok, "gather", made), items), ("acc", "acc_norm"))
 
         drop = result("static:1,3")
         assert drop["capacity_per_layer"] == [0.0, 1.0, 0.0], "a list skips whole sequences, whatever the unit"
@@ -595,7 +595,7 @@ def test_controls_of_both_count_compute(base, tok, tmp_path):
 
     def result(control: str, budget=None) -> dict:
         made = make_control(control, model, budget, {"greedy": ["2.mlp", "1.attn", "2.attn", "3.attn"]}, ["piqa"])
-        return scoring.summarise(score(Run(model, tok, "gather", made), items), ("acc", "acc_norm"), weights)
+        return scoring.result_of(score(Scorer(model, tok, "gather", made), items), ("acc", "acc_norm"), weights)
 
     drop, dense = result("static:2.mlp"), result("greedy", 1.0)
     assert drop["capacity"] == pytest.approx(1 - weights[2]) and drop["kv_bytes"] == dense["kv_bytes"]
@@ -618,7 +618,7 @@ def test_calibration_holds_the_budget_on_a_task(base, tok, granularity):
     boolq = ready_tasks(base, tok, "boolq", share=False)[0].items
     generator = random.Random(0)
     letters = [made_item(i, generator.choices(range(32, 120), k=12), [[65]]) for i in range(60)]
-    run = Run(model, tok, "gather")
+    run = Scorer(model, tok, "gather")
     for cuts, budget in (
         ([0.0, 0.3, -0.2], 0.4),
         ([0.0, 0.3, -0.2], 0.75),
@@ -626,12 +626,12 @@ def test_calibration_holds_the_budget_on_a_task(base, tok, granularity):
         ([0.0, 0.3, -0.2], 1.0),
     ):
         with torch.no_grad():
-            scoring.calibrate(run, boolq, 0.3, cuts, CPU)
-            scoring.calibrate(run, letters, budget, cuts, CPU)
+            scoring.calibrate_task(run, boolq, 0.3, cuts, CPU)
+            scoring.calibrate_task(run, letters, budget, cuts, CPU)
             moved = [router.cut.item() for router in model.routers()]
-            scoring.calibrate(run, letters, budget, cuts, CPU)
+            scoring.calibrate_task(run, letters, budget, cuts, CPU)
         assert moved == [router.cut.item() for router in model.routers()]
-        found = scoring.summarise(score(run, letters), ("acc",))
+        found = scoring.result_of(score(run, letters), ("acc",))
         if budget == 1.0:
             assert moved == pytest.approx(cuts)
             continue
@@ -658,8 +658,8 @@ def test_standard_errors_and_pooling():
     assert mean_stderr([1, 0, 1, 1]) == (0.75, pytest.approx(0.25)) and mean_stderr([1]) == (1.0, None)
     blank = {"executed": [], "units": 0, "kv_bytes": 0, "truncated": False}
     records = {"a": [{"acc": v, **blank} for v in (1, 0, 1, 1)], "b": [{"acc": v, **blank} for v in (0, 0, 1)]}
-    results = {name: scoring.summarise(part, ("acc",)) | {"shots": 5, "seconds": 1.0} for name, part in records.items()}
-    group = scoring.summarise_group(["a", "b"], results, records)
+    results = {name: scoring.result_of(part, ("acc",)) | {"shots": 5, "seconds": 1.0} for name, part in records.items()}
+    group = scoring.group_result(["a", "b"], results, records)
     assert (
         group["acc"] == pytest.approx(4 / 7)
         and group["acc_subjects"] == pytest.approx((3 / 4 + 1 / 3) / 2)
@@ -671,7 +671,7 @@ def test_standard_errors_and_pooling():
 def test_paired_comparison_counts_flips():
     ours = {"piqa": {"sha": "x", "acc": "1101"}, "perplexity": {"sha": "y", "nll": [2.0, 3.0], "tokens": [2, 4]}}
     theirs = {"piqa": {"sha": "x", "acc": "0111"}, "perplexity": {"sha": "y", "nll": [1.0, 2.0], "tokens": [2, 4]}}
-    found = scoring.compare(ours, theirs)
+    found = scoring.compare_runs(ours, theirs)
     error = pytest.approx(math.sqrt(2 / 3 / 4))
     assert found["piqa"]["acc"] == {"difference": 0.0, "stderr": error, "gained": 1, "lost": 1, "flips": 2, "n": 4}
     assert found["perplexity"]["loss"]["difference"] == pytest.approx(2 / 6)
@@ -687,6 +687,22 @@ def test_own_task_by_a_flag(base, tmp_path):
     )
     assert report["results"]["odd"]["n"] == 6 and report["results"]["odd"]["shots"] == 2
     assert [json.loads(line)["gold"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == [1, 0] * 3
+
+
+def test_a_new_task_is_one_row(base, data, monkeypatch):
+    """A row of TASKS, with a reader that is there already: command line, shots, metrics and fetch hint follow."""
+    row = Task(
+        "jars", piqa, ("jars/test.jsonl",), ("piqa/train.jsonl",), 1, ("acc_norm", "acc"), "https://jars.example"
+    )
+    monkeypatch.setitem(TASKS, row.name, row)
+    jars = [{"goal": f"Open jar {n}.", "sol1": "Turn the lid.", "sol2": "Turn the moon.", "label": 0} for n in range(4)]
+    write_jsonl(data / "piqa/train.jsonl", jars)
+    own = {"data": str(data), "tasks": ("jars",)}
+    with pytest.raises(FileNotFoundError, match="jars: jars/test.jsonl  .https://jars.example"):
+        scoring.evaluate(settings(base, **own), CPU)
+    write_jsonl(data / "jars/test.jsonl", jars[:3])
+    result = scoring.evaluate(settings(base, **own), CPU)["results"]["jars"]
+    assert result["n"] == 3 and result["shots"] == 1 and 0 <= result["acc_norm"] <= 1
 
 
 # -----------------------------------------------------------------------------
@@ -806,7 +822,7 @@ def test_chat_form_puts_the_prompt_into_the_template_and_scores_the_bare_choice(
         samples=str(tmp_path / "s.jsonl"),
     )
     write_jsonl(base / "data/piqa/train.jsonl", [{"goal": "Sit.", "sol1": "On it.", "sol2": "Off.", "label": 0}] * 3)
-    _, ready = scoring.begin(cfg, CPU)
+    _, ready = scoring.prepare_all(cfg, CPU)
     assert scoring.evaluate(cfg, CPU)["results"]["piqa"]["shots"] == 1
     lines = {(line["task"], line["index"]): line for line in map(json.loads, open(tmp_path / "s.jsonl"))}
     for own in ready:

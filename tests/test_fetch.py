@@ -56,9 +56,9 @@ class Server:
         self.address = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
-    def source(self, path: str, content: bytes, *files) -> "fetch.Source":
+    def source(self, path: str, content: bytes, *files) -> "fetch.PublishedFile":
         self.files[path] = content
-        return fetch.Source((self.address + path,), len(content), hashlib.sha256(content).hexdigest(), files)
+        return fetch.PublishedFile((self.address + path,), len(content), hashlib.sha256(content).hexdigest(), files)
 
 
 @pytest.fixture
@@ -181,10 +181,12 @@ def test_incomplete_set_is_fetched_again(server, tmp_path):
 
 def test_missing_file_and_second_address(server, tmp_path):
     source = server.source("/train.jsonl", ROWS, ("", "train.jsonl", 1000))
-    gone = fetch.Source((server.address + "/gone",), source.size, source.sha256, source.files)
+    gone = fetch.PublishedFile((server.address + "/gone",), source.size, source.sha256, source.files)
     with pytest.raises(ValueError, match=r"/gone could not be fetched \(HTTP 404 Not Found\), expected"):
         fetch.fetch(gone, tmp_path)
-    fetch.fetch(fetch.Source(gone.addresses + source.addresses, source.size, source.sha256, source.files), tmp_path)
+    fetch.fetch(
+        fetch.PublishedFile(gone.addresses + source.addresses, source.size, source.sha256, source.files), tmp_path
+    )
     assert (tmp_path / "train.jsonl").read_bytes() == ROWS
 
 
