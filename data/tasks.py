@@ -340,17 +340,17 @@ def locate(tasks: Sequence[Task], data: Path, shots: dict[str, int]) -> dict[str
 
 
 def labels_of(path: str) -> str:
-    """The file beside a .jsonl in which some publishers keep the labels."""
-    return path.replace(".jsonl", "-labels.lst")
+    """The file beside a .jsonl or .json in which some publishers keep the labels."""
+    return re.sub(r"\.jsonl?$", "-labels.lst", path)
 
 
 def read_published(path: Path, bad: list[str]) -> list[tuple[str, dict | list]]:
-    """Rows of a published .jsonl, .tsv or .csv file (the latter without header), each with its place in words.
+    """Rows of a published .jsonl, .json, .tsv or .csv file (the last without header), each with its place in words.
 
     Lines that are no row go to `bad`.
     """
-    if path.suffix == ".jsonl":
-        return with_labels(path, read_records(path, bad), len(bad))
+    if path.suffix in (".jsonl", ".json"):
+        return with_labels(path, read_records(path, bad), bad)
     try:
         return read_csv(path) if path.suffix == ".csv" else read_tsv(path, bad)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -359,19 +359,18 @@ def read_published(path: Path, bad: list[str]) -> list[tuple[str, dict | list]]:
         ) from None
 
 
-def with_labels(path: Path, rows: list, n_bad: int) -> list[tuple[str, dict]]:
+def with_labels(path: Path, rows: list, bad: list[str]) -> list[tuple[str, dict]]:
     """Rows joined with the labels of the file beside theirs, if there is one."""
     labels = Path(labels_of(str(path)))
     if not labels.is_file():
         return rows
+    if bad:
+        raise ValueError(f"{bad[0]}; no row can be left out, since {labels.name} goes by their order")
     values = labels.read_text(encoding="utf-8", errors="replace").split()
-    if len(values) != len(rows) + n_bad:
+    if len(values) != len(rows):
         raise ValueError(
-            f"{labels} holds {len(values)} labels, {path.name} {len(rows) + n_bad} rows; expected as many: "
-            "fetch both again"
+            f"{labels} holds {len(values)} labels, {path.name} {len(rows)} rows; expected as many: fetch both again"
         )
-    if n_bad:  # which labels are theirs is not known
-        return rows
     return [(place, {"label": value, **row}) for (place, row), value in zip(rows, values)]
 
 
