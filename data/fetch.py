@@ -2,9 +2,10 @@
 
     python data/fetch.py [--tasks=boolq,rte,...] [--out=data/eval] [--list]
 
-Then: python eval.py --tasks=boolq,rte --data=data/eval. Each archive's sha256 and each file's row count are checked. A download that was
-cut continues where it stopped (OUT/.download/*.part); what is there already is left alone. Every file is written whole or not at all.
-The data keep their own licences, printed here and listed in data/README.md, and are never part of this project: OUT ignores itself in git.
+Then: python eval.py --tasks=boolq,rte --data=data/eval. Each archive's sha256 and each file's row count are checked. A
+download that was cut continues where it stopped (OUT/.download/*.part); what is there already is left alone. Every file
+is written whole or not at all. Where files go is said in data/tasks.py. The data keep their own licences, printed here
+and listed in data/README.md, and are never part of this project: OUT ignores itself in git.
 """
 
 import csv
@@ -27,21 +28,38 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import runtime  # noqa: E402
+from data.tasks import (  # noqa: E402
+    ARC,
+    BOOLQ,
+    BOOLQ_SUPERGLUE,
+    GSM8K,
+    HELLASWAG,
+    MMLU_FOLDER,
+    OPENBOOKQA,
+    PIQA,
+    RTE,
+    RTE_SUPERGLUE,
+    TASKS,
+    WINOGRANDE,
+    labels_of,
+)
 
 TRIES, TIMEOUT, CHUNK = 4, 60, 1 << 20  # attempts an address gets without a new byte; seconds; bytes
 AI2 = "https://ai2-public-datasets.s3.amazonaws.com"
 AI2_OLD = "https://s3-us-west-2.amazonaws.com/ai2-website/data"
 MOSAIC = "https://storage.googleapis.com/ai2-mosaic/public"
 GLUE = "https://dl.fbaipublicfiles.com/glue"
-GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
-HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
+GSM8K_COMMIT = "3101c7d5072418e28b9008a6636bde82a006892c"
+GSM8K_HOME = f"https://raw.githubusercontent.com/openai/grade-school-math/{GSM8K_COMMIT}/grade_school_math/data"
+HELLASWAG_HOME = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
 
 
 @dataclass(frozen=True)
-class Source:
-    """One published file. `files`: (member, target, rows): the archive's member that ends with this path, "" for the file itself.
+class PublishedFile:
+    """One published file.
 
-    A member and target that end with "/" are a folder of csv files, and rows counts all of them. `addresses` are tried in order.
+    addresses: tried in order. files: (member, target, rows), where the archive's member ends with this path; "" is the
+    file itself. A member and target that end with "/" are a folder of csv files, and rows counts all of them.
     """
 
     addresses: tuple[str, ...]
@@ -58,221 +76,220 @@ class Source:
 class Dataset:
     licence: str
     home: str
-    sources: tuple[Source, ...]
+    sources: tuple[PublishedFile, ...]
 
 
-# Sizes and sha256 are those recorded for the same addresses by the Hugging Face datasets library when it still held them in its repository
-# (datasets/NAME/dataset_infos.json, https://github.com/huggingface/datasets/tree/2.0.0/datasets); row counts are the publishers'.
-ARC = Source(
+# -----------------------------------------------------------------------------
+# What is published where. Sizes and sha256 are those that the Hugging Face datasets library recorded for the same
+# addresses while it still held them (datasets/NAME/dataset_infos.json,
+# https://github.com/huggingface/datasets/tree/2.0.0/datasets); row counts are the publishers'.
+
+
+def splits(member: str, target: str, rows: dict[str, int], labels: bool = False) -> tuple[tuple[str, str, int], ...]:
+    """Files of several splits, from templates of a member and a target; labels: with the labels' files beside them."""
+    files = []
+    for split, n in rows.items():
+        file = member.format(split=split), target.format(split=split)
+        files.append((*file, n))
+        if labels:
+            files.append((*map(labels_of, file), n))
+    return tuple(files)
+
+
+def whole(address: str, size: int, sha256: str, target: str, rows: int) -> PublishedFile:
+    """A file that is published as it is."""
+    return PublishedFile((address,), size, sha256, (("", target, rows),))
+
+
+def arc_files(kind: str, rows: dict[str, int]) -> tuple[tuple[str, str, int], ...]:
+    member, target = f"ARC-{kind}/ARC-{kind}-{{split}}.jsonl", ARC.format(kind=kind, split="{split}")
+    return splits(member, target, rows)
+
+
+ARC_SOURCE = PublishedFile(
     (f"{AI2}/arc/ARC-V1-Feb2018.zip", f"{AI2_OLD}/ARC-V1-Feb2018.zip"),
     680_841_265,
     "6d2d5ab50b2ceec6ba5f79c921be77cf2de712ea25a2b3f4fff3acc101cecfa0",
-    tuple(
-        (f"ARC-{kind}/ARC-{kind}-{split}.jsonl", f"arc/ARC-{kind}/ARC-{kind}-{split}.jsonl", rows)
-        for kind, counts in (("Challenge", (1119, 299, 1172)), ("Easy", (2251, 570, 2376)))
-        for split, rows in zip(("Train", "Dev", "Test"), counts, strict=True)
+    arc_files("Challenge", {"Train": 1119, "Dev": 299, "Test": 1172})
+    + arc_files("Easy", {"Train": 2251, "Dev": 570, "Test": 2376}),
+)
+BOOLQ_SOURCES = (
+    whole(
+        "https://storage.googleapis.com/boolq/train.jsonl",
+        6_525_813,
+        "cc7a79d44479867e8323a7b0c5c1d82edf516ca34912201f9384c3a3d098d8db",
+        BOOLQ.format(split="train"),
+        9427,
+    ),
+    whole(
+        "https://storage.googleapis.com/boolq/dev.jsonl",
+        2_238_726,
+        "ebc29ea3808c5c611672384b3de56e83349fe38fc1fe876fd29b674d81d0a80a",
+        BOOLQ.format(split="dev"),
+        3270,
+    ),
+    PublishedFile(
+        (f"{GLUE}/superglue/data/v2/BoolQ.zip",),
+        4_118_001,
+        "853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436",
+        splits("BoolQ/{split}.jsonl", BOOLQ_SUPERGLUE, {"train": 9427, "val": 3270}),
     ),
 )
+RTE_SOURCES = (
+    PublishedFile(
+        (f"{GLUE}/data/RTE.zip",),
+        697_150,
+        "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+        splits("RTE/{split}.tsv", RTE, {"train": 2490, "dev": 277}),
+    ),
+    PublishedFile(
+        (f"{GLUE}/superglue/data/v2/RTE.zip",),
+        750_920,
+        "6310aab3f000424c9d0318a1ff20692e07c7f4aa15e8f17a5972ea0a35c398b9",
+        splits("RTE/{split}.jsonl", RTE_SUPERGLUE, {"train": 2490, "val": 277}),
+    ),
+)
+OPENBOOKQA_SOURCE = PublishedFile(
+    (f"{AI2}/open-book-qa/OpenBookQA-V1-Sep2018.zip", f"{AI2_OLD}/OpenBookQA-V1-Sep2018.zip"),
+    1_446_098,
+    "82368cf05df2e3b309c17d162e10b888b4d768fad6e171e0a041954c8553be46",
+    splits("Data/Main/{split}.jsonl", OPENBOOKQA, {"train": 4957, "dev": 500, "test": 500}),
+)
+PIQA_SOURCE = PublishedFile(  # the same rows as valid.jsonl of the home page, with an id each
+    (f"{MOSAIC}/physicaliqa/physicaliqa-train-dev.zip",),
+    1_824_009,
+    "54d32a04f59a7e354396f321723c8d7ec35cc6b08506563d8d1ffcc15ce98ddd",
+    splits("physicaliqa-train-dev/{split}.jsonl", PIQA, {"train": 16113}, labels=True)
+    + splits("physicaliqa-train-dev/dev.jsonl", PIQA, {"valid": 1838}, labels=True),
+)
+MMLU_SOURCE = PublishedFile(
+    ("https://people.eecs.berkeley.edu/~hendrycks/data.tar",),
+    166_184_960,
+    "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b",
+    splits("data/{split}/", MMLU_FOLDER, {"dev": 285, "val": 1531, "test": 14042}),
+)
+WINOGRANDE_ROWS = {"train_xs": 160, "train_s": 640, "train_m": 2558, "train_l": 10234, "train_xl": 40398, "dev": 1267}
+WINOGRANDE_SOURCE = PublishedFile(
+    (f"{MOSAIC}/winogrande/winogrande_1.1.zip",),
+    3_395_492,
+    "3619ab104d8be2977b25c90ff420cb42d491707dcc75362a1e5d22bc082b7318",
+    splits("winogrande_1.1/{split}.jsonl", WINOGRANDE, WINOGRANDE_ROWS, labels=True),
+)
+GSM8K_SOURCES = (
+    whole(
+        f"{GSM8K_HOME}/train.jsonl",
+        4_166_206,
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        GSM8K.format(split="train"),
+        7473,
+    ),
+    whole(
+        f"{GSM8K_HOME}/test.jsonl",
+        749_738,
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        GSM8K.format(split="test"),
+        1319,
+    ),
+)
+HELLASWAG_SOURCES = (
+    whole(
+        f"{HELLASWAG_HOME}/hellaswag_train.jsonl",
+        47_496_131,
+        "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",
+        HELLASWAG.format(split="train"),
+        39905,
+    ),
+    whole(
+        f"{HELLASWAG_HOME}/hellaswag_val.jsonl",
+        12_246_618,
+        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+        HELLASWAG.format(split="val"),
+        10042,
+    ),
+)
+NO_LICENCE = "no single licence is stated (RTE 1, 2, 3 and 5 as gathered by GLUE and SuperGLUE): research use"
 DATASETS = {
-    "boolq": Dataset(
-        "CC BY-SA 3.0",
-        "https://github.com/google-research-datasets/boolean-questions",
-        (
-            Source(
-                ("https://storage.googleapis.com/boolq/train.jsonl",),
-                6_525_813,
-                "cc7a79d44479867e8323a7b0c5c1d82edf516ca34912201f9384c3a3d098d8db",
-                (("", "boolq/train.jsonl", 9427),),
-            ),
-            Source(
-                ("https://storage.googleapis.com/boolq/dev.jsonl",),
-                2_238_726,
-                "ebc29ea3808c5c611672384b3de56e83349fe38fc1fe876fd29b674d81d0a80a",
-                (("", "boolq/dev.jsonl", 3270),),
-            ),
-            Source(
-                (f"{GLUE}/superglue/data/v2/BoolQ.zip",),
-                4_118_001,
-                "853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436",
-                (("BoolQ/train.jsonl", "boolq/superglue/train.jsonl", 9427), ("BoolQ/val.jsonl", "boolq/superglue/val.jsonl", 3270)),
-            ),
-        ),
-    ),
-    "rte": Dataset(
-        "no single licence is stated (RTE 1, 2, 3 and 5 as gathered by GLUE and SuperGLUE): research use",
-        "https://gluebenchmark.com/tasks",
-        (
-            Source(
-                (f"{GLUE}/data/RTE.zip",),
-                697_150,
-                "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
-                (("RTE/train.tsv", "rte/glue/RTE/train.tsv", 2490), ("RTE/dev.tsv", "rte/glue/RTE/dev.tsv", 277)),
-            ),
-            Source(
-                (f"{GLUE}/superglue/data/v2/RTE.zip",),
-                750_920,
-                "6310aab3f000424c9d0318a1ff20692e07c7f4aa15e8f17a5972ea0a35c398b9",
-                (("RTE/train.jsonl", "rte/superglue/train.jsonl", 2490), ("RTE/val.jsonl", "rte/superglue/val.jsonl", 277)),
-            ),
-        ),
-    ),
-    "openbookqa": Dataset(
-        "Apache-2.0",
-        "https://allenai.org/data/open-book-qa",
-        (
-            Source(
-                (f"{AI2}/open-book-qa/OpenBookQA-V1-Sep2018.zip", f"{AI2_OLD}/OpenBookQA-V1-Sep2018.zip"),
-                1_446_098,
-                "82368cf05df2e3b309c17d162e10b888b4d768fad6e171e0a041954c8553be46",
-                tuple((f"Data/Main/{s}.jsonl", f"openbookqa/Main/{s}.jsonl", n) for s, n in (("train", 4957), ("dev", 500), ("test", 500))),
-            ),
-        ),
-    ),
-    "piqa": Dataset(
-        "AFL-3.0",
-        "https://yonatanbisk.com/piqa/",
-        (
-            Source(  # the same rows as valid.jsonl of the home page, with an id each
-                (f"{MOSAIC}/physicaliqa/physicaliqa-train-dev.zip",),
-                1_824_009,
-                "54d32a04f59a7e354396f321723c8d7ec35cc6b08506563d8d1ffcc15ce98ddd",
-                tuple(
-                    (f"physicaliqa-train-dev/{theirs}{end}", f"piqa/{ours}{end}", rows)
-                    for theirs, ours, rows in (("train", "train", 16113), ("dev", "valid", 1838))
-                    for end in (".jsonl", "-labels.lst")
-                ),
-            ),
-        ),
-    ),
-    "mmlu": Dataset(
-        "MIT",
-        "https://github.com/hendrycks/test",
-        (
-            Source(
-                ("https://people.eecs.berkeley.edu/~hendrycks/data.tar",),
-                166_184_960,
-                "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b",
-                tuple((f"data/{split}/", f"mmlu/data/{split}/", rows) for split, rows in (("dev", 285), ("val", 1531), ("test", 14042))),
-            ),
-        ),
-    ),
-    "winogrande": Dataset(
-        "CC BY",
-        "https://winogrande.allenai.org",
-        (
-            Source(
-                (f"{MOSAIC}/winogrande/winogrande_1.1.zip",),
-                3_395_492,
-                "3619ab104d8be2977b25c90ff420cb42d491707dcc75362a1e5d22bc082b7318",
-                tuple(
-                    (f"winogrande_1.1/{split}{end}", f"winogrande/{split}{end}", rows)
-                    for split, rows in zip(
-                        ("train_xs", "train_s", "train_m", "train_l", "train_xl", "dev"), (160, 640, 2558, 10234, 40398, 1267), strict=True
-                    )
-                    for end in (".jsonl", "-labels.lst")
-                ),
-            ),
-        ),
-    ),
-    "gsm8k": Dataset(
-        "MIT",
-        "https://github.com/openai/grade-school-math",
-        (
-            Source(
-                (f"{GSM8K}/train.jsonl",),
-                4_166_206,
-                "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-                (("", "gsm8k/train.jsonl", 7473),),
-            ),
-            Source(
-                (f"{GSM8K}/test.jsonl",),
-                749_738,
-                "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-                (("", "gsm8k/test.jsonl", 1319),),
-            ),
-        ),
-    ),
-    "hellaswag": Dataset(
-        "MIT",
-        "https://github.com/rowanz/hellaswag",
-        (
-            Source(
-                (f"{HELLASWAG}/hellaswag_train.jsonl",),
-                47_496_131,
-                "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",
-                (("", "hellaswag/hellaswag_train.jsonl", 39905),),
-            ),
-            Source(
-                (f"{HELLASWAG}/hellaswag_val.jsonl",),
-                12_246_618,
-                "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-                (("", "hellaswag/hellaswag_val.jsonl", 10042),),
-            ),
-        ),
-    ),
-    "arc_challenge": Dataset("CC BY-SA 4.0", "https://allenai.org/data/arc", (ARC,)),
-    "arc_easy": Dataset("CC BY-SA 4.0", "https://allenai.org/data/arc", (ARC,)),
+    "boolq": Dataset("CC BY-SA 3.0", TASKS["boolq"].home, BOOLQ_SOURCES),
+    "rte": Dataset(NO_LICENCE, TASKS["rte"].home, RTE_SOURCES),
+    "openbookqa": Dataset("Apache-2.0", TASKS["openbookqa"].home, (OPENBOOKQA_SOURCE,)),
+    "piqa": Dataset("AFL-3.0", TASKS["piqa"].home, (PIQA_SOURCE,)),
+    "mmlu": Dataset("MIT", TASKS["mmlu_anatomy"].home, (MMLU_SOURCE,)),
+    "winogrande": Dataset("CC BY", TASKS["winogrande"].home, (WINOGRANDE_SOURCE,)),
+    "gsm8k": Dataset("MIT", TASKS["gsm8k"].home, GSM8K_SOURCES),
+    "hellaswag": Dataset("MIT", TASKS["hellaswag"].home, HELLASWAG_SOURCES),
+    "arc_challenge": Dataset("CC BY-SA 4.0", TASKS["arc_challenge"].home, (ARC_SOURCE,)),
+    "arc_easy": Dataset("CC BY-SA 4.0", TASKS["arc_easy"].home, (ARC_SOURCE,)),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------- checks
+# -----------------------------------------------------------------------------
+# Checks
 
 
 def count_rows(name: str, content: bytes) -> int:
-    """Rows of a jsonl, lst, tsv (without its header) or csv file. Lines end at a line feed only; csv fields may hold line feeds."""
+    """Rows of a jsonl, lst, tsv (without its header) or csv file, whose fields may hold line feeds."""
     if name.endswith(".csv"):
         return sum(1 for _ in csv.reader(io.StringIO(content.decode("utf-8"), newline="")))
     lines = sum(1 for line in content.split(b"\n") if line.strip())
     return lines - 1 if name.endswith(".tsv") else lines
 
 
-def is_present(out: Path, source: Source) -> bool:
+def is_present(out: Path, source: PublishedFile) -> bool:
     """Whether every file of the source lies in `out` with the right number of rows."""
     for _, target, rows in source.files:
         paths = sorted((out / target).glob("*.csv")) if target.endswith("/") else [out / target]
-        if not all(path.is_file() for path in paths) or sum(count_rows(path.name, path.read_bytes()) for path in paths) != rows:
+        if not all(path.is_file() for path in paths):
+            return False
+        if sum(count_rows(path.name, path.read_bytes()) for path in paths) != rows:
             return False
     return True
 
 
-# --------------------------------------------------------------------------------------------------------------- download
+# -----------------------------------------------------------------------------
+# Download
 
 
-def download(source: Source, part: Path) -> None:
-    """Fill `part` with the source, continuing what is there, and check its sha256. Raises ValueError with what to do."""
+def download(source: PublishedFile, part: Path) -> None:
+    """Fill `part` with the source, continuing what is there, and check its sha256. Raises ValueError with the mend."""
     reason = ""
     for address in source.addresses:
-        tries = 0
-        while size_of(part) < source.size and tries < TRIES:
-            before = size_of(part)
-            if tries:
-                time.sleep(tries)
-            try:
-                receive(address, part, source.size)
-                reason = f"the connection was cut at {size_of(part):,} of {source.size:,} bytes"
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {error.reason}"
-                if error.code == 416:  # what is there does not belong to the server's file
-                    part.unlink(missing_ok=True)
-                break
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-            tries = 0 if size_of(part) > before else tries + 1
+        reason = receive_all(address, part, source.size)
         if size_of(part) == source.size:
             break
-    if size_of(part) < source.size:
+    else:
         raise ValueError(
-            f"{source.addresses[-1]} could not be fetched ({reason}), expected {source.size:,} bytes: check the network and run the same "
-            f"command again, it continues at {size_of(part):,} bytes; data/README.md says where to put files fetched by hand"
+            f"{address} could not be fetched ({reason}), expected {source.size:,} bytes: check the network and run the "
+            f"same command again, it continues at {size_of(part):,} bytes; data/README.md says where to put files "
+            "fetched by hand"
         )
     with open(part, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.sha256:
         part.unlink()
         raise ValueError(
-            f"{address} has the sha256 {found}, expected {source.sha256}: it was discarded; run the same command again, and if this comes "
-            "back, the publisher changed the file"
+            f"{address} has the sha256 {found}, expected {source.sha256}: it was discarded; run the same command "
+            "again, and if this comes back, the publisher changed the file"
         )
+
+
+def receive_all(address: str, part: Path, size: int) -> str:
+    """Ask an address until `part` is whole, as long as each few attempts bring something; returns why it ended."""
+    tries, reason = 0, ""
+    while size_of(part) < size and tries < TRIES:
+        before = size_of(part)
+        if tries:
+            time.sleep(tries)
+        try:
+            receive(address, part, size)
+            reason = f"the connection was cut at {size_of(part):,} of {size:,} bytes"
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # what is there does not belong to the server's file
+                part.unlink(missing_ok=True)
+            return f"HTTP {error.code} {error.reason}"
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        tries = 0 if size_of(part) > before else tries + 1
+    return reason
 
 
 def size_of(path: Path) -> int:
@@ -280,25 +297,28 @@ def size_of(path: Path) -> int:
 
 
 def receive(address: str, part: Path, size: int) -> None:
-    """Append to `part` what the server sends from its end on; a server that ignores the range starts it anew. Stops after `size` bytes."""
-    have, shown = size_of(part), time.monotonic()
+    """Append to `part` what the server sends from its end on, up to `size` bytes; without ranges it starts anew."""
+    have = size_of(part)
     headers = {"User-Agent": "router-tuning-fetch"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=TIMEOUT) as reply:
         if reply.status != 206:
             have = 0
-        with open(part, "ab" if have else "wb") as file:
-            while have < size and (chunk := reply.read(min(CHUNK, size - have))):
+        with open(part, "ab" if have else "wb") as file, runtime.Progress("fetching, in bytes", size) as progress:
+            progress.step(have)
+            while have < size:
+                chunk = reply.read(min(CHUNK, size - have))
+                if not chunk:
+                    return
                 file.write(chunk)
                 have += len(chunk)
-                if time.monotonic() - shown > 5:
-                    print(f"  {have / 1e6:,.1f} of {size / 1e6:,.1f} MB", flush=True)
-                    shown = time.monotonic()
+                progress.step(len(chunk))
 
 
-# ---------------------------------------------------------------------------------------------------------------- unpack
+# -----------------------------------------------------------------------------
+# Unpack
 
 
-def target_of(name: str, source: Source) -> str | None:
+def target_of(name: str, source: PublishedFile) -> str | None:
     """Where an archive's member belongs, None when it is not wanted."""
     path = PurePosixPath("/", name)
     for member, target, _ in source.files:
@@ -310,27 +330,32 @@ def target_of(name: str, source: Source) -> str | None:
     return None
 
 
-def unpack(source: Source, part: Path) -> dict[str, bytes]:
-    """Target -> content of every file of a zip, a tar or a plain file. Raises ValueError when the number of rows is not the publisher's."""
+def unpack(source: PublishedFile, part: Path) -> dict[str, bytes]:
+    """Target -> content of every file of a zip, a tar or a plain file. Raises ValueError for a wrong number of rows."""
+    contents = {}
     if source.files[0][0] == "":
-        contents = {source.files[0][1]: part.read_bytes()}
+        contents[source.files[0][1]] = part.read_bytes()
     elif zipfile.is_zipfile(part):
         with zipfile.ZipFile(part) as archive:
-            contents = {t: archive.read(name) for name in archive.namelist() if (t := target_of(name, source))}
+            for name in archive.namelist():
+                contents[target_of(name, source)] = archive.read(name) if target_of(name, source) else b""
     else:
         with tarfile.open(part) as archive:
-            contents = {t: archive.extractfile(m).read() for m in archive if m.isfile() and (t := target_of(m.name, source))}
+            for member in archive:
+                target = target_of(member.name, source) if member.isfile() else None
+                contents[target] = archive.extractfile(member).read() if target else b""
+    contents.pop(None, None)  # members that are not wanted
     for _, target, rows in source.files:
         found = sum(count_rows(name, content) for name, content in contents.items() if name.startswith(target))
         if found != rows:
-            raise ValueError(f"{source.addresses[0]} has {found} rows for {target}, expected {rows}: fetch it by hand, see data/README.md")
+            raise ValueError(
+                f"{source.addresses[0]} has {found} rows for {target}, expected {rows}: fetch it by hand, see "
+                "data/README.md"
+            )
     return contents
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
-
-
-def fetch(source: Source, out: Path) -> None:
+def fetch(source: PublishedFile, out: Path) -> None:
     """Bring one source's files into `out`, unless they are there. Raises ValueError with what to do."""
     names = ", ".join(target for _, target, _ in source.files)
     if is_present(out, source):
@@ -346,21 +371,28 @@ def fetch(source: Source, out: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(f"the disk is full while fetching into {out}, expected room for {names}: free some space and run again") from None
+        raise ValueError(
+            f"the disk is full while fetching into {out}, expected room for {names}: free some space and run again"
+        ) from None
     part.unlink()
     print(f"  {names}: written")
 
 
+# -----------------------------------------------------------------------------
+# Command line
+
+
 @dataclass
-class Settings:
+class FetchConfig:
     tasks: tuple[str, ...] = field(default=tuple(DATASETS), metadata={"help": "data sets to fetch"})
     out: str = field(default="data/eval", metadata={"help": "folder to write"})
     list: bool = field(default=False, metadata={"help": "show licences, addresses and sizes, fetch nothing"})
 
 
 def main() -> None:
-    settings = runtime.cli(Settings)
-    if unknown := [task for task in settings.tasks if task not in DATASETS]:
+    settings = runtime.cli(FetchConfig)
+    unknown = [task for task in settings.tasks if task not in DATASETS]
+    if unknown:
         raise ValueError(f"--tasks has {', '.join(unknown)}, expected some of {', '.join(DATASETS)}: correct the name")
     out = Path(settings.out)
     if not settings.list:
@@ -371,7 +403,8 @@ def main() -> None:
         print(f"{task}: licence {dataset.licence}; {dataset.home}", flush=True)
         for source in dataset.sources:
             if settings.list:
-                print(f"  {source.addresses[0]} ({source.size / 1e6:,.1f} MB) -> {', '.join(target for _, target, _ in source.files)}")
+                targets = ", ".join(target for _, target, _ in source.files)
+                print(f"  {source.addresses[0]} ({source.size / 1e6:,.1f} MB) -> {targets}")
             else:
                 fetch(source, out)
     if not settings.list:

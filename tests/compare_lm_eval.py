@@ -1,13 +1,14 @@
-"""Compare eval.py with lm-evaluation-harness: the same weights, items and shots, item by item, with the time that each takes.
+"""Compare eval.py with lm-evaluation-harness: the same weights, items and shots, item by item, with the time of each.
 
     pip install lm_eval transformers accelerate        # the harness is no dependency of the project
     python convert_hf.py checkpoints/smollm2-135m-instruct /tmp/hf --to_hf
     python tests/compare_lm_eval.py --model=checkpoints/smollm2-135m-instruct --hf=/tmp/hf --data=data/eval --limit=100
 
-The harness runs its own task definitions through its Python API and hf backend, in float32; only the data come from local files, put into
-the columns of the hub's data sets by this script's own readers. Times are those of tokenising and scoring, taken in turn, one task after
-the other: seconds on the clock, and of the processor, which other work on the machine disturbs less. Exit status 1 when a log-probability
-differs by more than 1e-3, a prediction other than at a tie, an accuracy, or an answer.
+The harness runs its own task definitions through its Python API and hf backend, in float32; only the data come from
+local files, put into the columns of the hub's data sets by this script's own readers. Times are those of tokenising and
+scoring, taken in turn, one task after the other: seconds on the clock, and of the processor, which other work on the
+machine disturbs less. --chat puts prompts into the model's chat template on both sides. Exit status 1 when a
+log-probability differs by more than 1e-3, a prediction other than at a tie, an accuracy, or an answer.
 """
 
 import csv
@@ -21,7 +22,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+)
 
 import lm_eval.tasks  # noqa: E402
 import torch  # noqa: E402
@@ -31,19 +34,31 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import eval as ours  # noqa: E402
 import runtime  # noqa: E402
+from data.tasks import TASKS, labels_of, locate  # noqa: E402
 from lm_eval_adapter import RouterTuningLM  # noqa: E402
 
 CLOSE = 1e-3
-YAML = {"boolq": "super_glue/boolq/default", "rte": "glue/rte/default", "openbookqa": "openbookqa/openbookqa", "piqa": "piqa/piqa",
-        "winogrande": "winogrande/default", "gsm8k": "gsm8k/gsm8k", "hellaswag": "hellaswag/hellaswag",
-        "arc_challenge": "arc/arc_challenge", "arc_easy": "arc/arc_easy"}
-SPLITS = {"openbookqa": "test", "gsm8k": "test", "arc_challenge": "test", "arc_easy": "test"}  # the others are scored on validation
+YAML = {
+    "boolq": "super_glue/boolq/default",
+    "rte": "glue/rte/default",
+    "openbookqa": "openbookqa/openbookqa",
+    "piqa": "piqa/piqa",
+    "winogrande": "winogrande/default",
+    "gsm8k": "gsm8k/gsm8k",
+    "hellaswag": "hellaswag/hellaswag",
+    "arc_challenge": "arc/arc_challenge",
+    "arc_easy": "arc/arc_easy",
+}
+# the others are scored on validation
+SPLITS = {"openbookqa": "test", "gsm8k": "test", "arc_challenge": "test", "arc_easy": "test"}
 
 
 @dataclass
 class Config:
     model: str = field(metadata={"help": "our checkpoint folder"})
-    hf: str | None = field(default=None, metadata={"help": "the same weights as a Hugging Face folder (convert_hf.py --to_hf)"})
+    hf: str | None = field(
+        default=None, metadata={"help": "the same weights as a Hugging Face folder (convert_hf.py --to_hf)"}
+    )
     routers: str | None = field(default=None, metadata={"help": "instead of --hf: our own routed model in the harness"})
     data: str = field(default="data/eval", metadata={"help": "folder of the native files"})
     tasks: tuple[str, ...] = field(default=(*YAML, "mmlu_miscellaneous"), metadata={"help": "tasks, MMLU by subject"})
@@ -53,6 +68,7 @@ class Config:
     max_length: int | None = field(default=None, metadata={"help": "context length of both, to see truncation agree"})
     max_batch_tokens: int = field(default=16384, metadata={"help": "ours"})
     threads: int | None = field(default=None, metadata={"help": "of both; none: torch's choice"})
+    chat: bool = field(default=False, metadata={"help": "prompts in the model's chat template, shots as turns"})
     out: str | None = field(default=None, metadata={"help": "write the figures here as JSON"})
 
 
@@ -69,29 +85,43 @@ def hub_rows(task: str, path: Path) -> list[dict]:
     """A native file in the columns that the harness's task expects from the hub."""
     if task.startswith("mmlu_"):
         with open(path, encoding="utf-8") as file:
-            return [{"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])} for row in csv.reader(file)]
+            return [
+                {"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])} for row in csv.reader(file)
+            ]
     rows = tsv(path) if path.suffix == ".tsv" else jsonl(path)
     if task == "boolq":
-        return [{"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": int(r["answer"])} for r in rows]
+        return [
+            {"passage": f"{r['title']} -- {r['passage']}", "question": r["question"], "label": int(r["answer"])}
+            for r in rows
+        ]
     if task == "rte":
         return [{**r, "label": ["entailment", "not_entailment"].index(r["label"])} for r in rows]
     if task == "piqa":
-        labels = path.with_name(path.stem + "-labels.lst").read_text().split()
-        return [{"goal": r["goal"], "sol1": r["sol1"], "sol2": r["sol2"], "label": int(label)} for r, label in zip(rows, labels)]
+        labels = Path(labels_of(str(path))).read_text().split()
+        return [
+            {"goal": r["goal"], "sol1": r["sol1"], "sol2": r["sol2"], "label": int(label)}
+            for r, label in zip(rows, labels)
+        ]
     if task == "winogrande":
         return [{key: r[key] for key in ("sentence", "option1", "option2", "answer")} for r in rows]
     if task == "hellaswag":
-        return [{**{key: r[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")}, "label": str(r["label"])} for r in rows]
+        return [
+            {**{key: r[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")}, "label": str(r["label"])}
+            for r in rows
+        ]
     if task == "gsm8k":
         return rows
     columns = [{key: [choice[key] for choice in r["question"]["choices"]] for key in ("text", "label")} for r in rows]
     stem = "question_stem" if task == "openbookqa" else "question"
-    return [{stem: r["question"]["stem"], "choices": choices, "answerKey": r["answerKey"]} for r, choices in zip(rows, columns)]
+    return [
+        {stem: r["question"]["stem"], "choices": choices, "answerKey": r["answerKey"]}
+        for r, choices in zip(rows, columns)
+    ]
 
 
 def declare(task: str, cfg: Config, folder: Path) -> str:
-    """Write the task's data and a yaml that includes the harness's own definition. Returns the name under which it runs."""
-    paths = ours.locate([ours.TASKS[task]], Path(cfg.data), {task: 1})[task]
+    """Write the task's data and a yaml that includes the harness's own definition. Returns the name of its runs."""
+    paths = locate([TASKS[task]], Path(cfg.data), {task: 1})[task]
     scored = "test" if task.startswith("mmlu_") else SPLITS.get(task, "validation")
     files = {}
     for split, path in ((scored, paths[0]), ("dev" if task.startswith("mmlu_") else "train", paths[1])):
@@ -101,10 +131,13 @@ def declare(task: str, cfg: Config, folder: Path) -> str:
     if task in ("openbookqa", "arc_challenge", "arc_easy"):
         files["validation"] = files[scored]  # named by the yaml, not used
     yaml = Path(lm_eval.tasks.__file__).parent / f"{YAML.get(task, f'mmlu/default/{task}')}.yaml"
-    shots = ours.TASKS[task].shots if cfg.fewshot is None else cfg.fewshot
+    shots = TASKS[task].shots if cfg.fewshot is None else cfg.fewshot
     name = f"local_{task}"
-    (folder / f"{name}.yaml").write_text(f"include: {yaml}\ntask: {name}\ndataset_path: json\ndataset_name: null\nnum_fewshot: {shots}\n"
-                                         f"dataset_kwargs:\n  data_files: {json.dumps(files)}\n", encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(
+        f"include: {yaml}\ntask: {name}\ndataset_path: json\ndataset_name: null\nnum_fewshot: {shots}\n"
+        f"dataset_kwargs:\n  data_files: {json.dumps(files)}\n",
+        encoding="utf-8",
+    )
     return name
 
 
@@ -120,24 +153,43 @@ class Stopwatch:
                 return work(*args, **kwargs)
             finally:
                 self.wall, self.cpu = self.wall + time.perf_counter() - wall, self.cpu + time.process_time() - cpu
+
         return timed
 
 
 def theirs(name: str, cfg: Config, lm: HFLM, manager: TaskManager) -> tuple[list[dict], dict]:
-    report = simple_evaluate(model=lm, tasks=[name], limit=cfg.limit, task_manager=manager, log_samples=True, bootstrap_iters=0)
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if cfg.chat else {}
+    report = simple_evaluate(
+        model=lm, tasks=[name], limit=cfg.limit, task_manager=manager, log_samples=True, bootstrap_iters=0, **chat
+    )
     return report["samples"][name], report["results"][name]
 
 
 def compare(task: str, mine: list[dict], mine_results: dict, samples: list[dict], results: dict) -> dict:
     if task == "gsm8k":
-        by = {kind: {s["doc_id"]: s for s in samples if s["filter"] == kind} for kind in ("strict-match", "flexible-extract")}
-        same = sum(m["prediction"] == by["strict-match"][m["index"]]["filtered_resps"][0]
-                   and m["prediction_flexible"] == by["flexible-extract"][m["index"]]["filtered_resps"][0] for m in mine)
+        by = {
+            kind: {s["doc_id"]: s for s in samples if s["filter"] == kind}
+            for kind in ("strict-match", "flexible-extract")
+        }
+        same = sum(
+            m["prediction"] == by["strict-match"][m["index"]]["filtered_resps"][0]
+            and m["prediction_flexible"] == by["flexible-extract"][m["index"]]["filtered_resps"][0]
+            for m in mine
+        )
         texts = sum(m["text"] == by["strict-match"][m["index"]]["resps"][0][0] for m in mine)
-        names = {"exact_match_strict": "exact_match,strict-match", "exact_match_flexible": "exact_match,flexible-extract"}
+        names = {
+            "exact_match_strict": "exact_match,strict-match",
+            "exact_match_flexible": "exact_match,flexible-extract",
+        }
         equal = all(abs(mine_results[ours_name] - results[name]) < 1e-9 for ours_name, name in names.items())
-        return {"n": len(mine), "same_answers": same, "same_texts": texts, "equal_accuracies": equal, "ok": same == len(mine) and equal,
-                "acc": [mine_results["exact_match_strict"], results["exact_match,strict-match"]]}
+        return {
+            "n": len(mine),
+            "same_answers": same,
+            "same_texts": texts,
+            "equal_accuracies": equal,
+            "ok": same == len(mine) and equal,
+            "acc": [mine_results["exact_match_strict"], results["exact_match,strict-match"]],
+        }
     worst, differ = 0.0, 0
     theirs_by_id = {s["doc_id"]: s for s in samples}
     for m in mine:
@@ -147,9 +199,14 @@ def compare(task: str, mine: list[dict], mine_results: dict, samples: list[dict]
         differ += best != m["prediction"] and abs(other[best] - other[m["prediction"]]) > 2 * CLOSE
     metrics = [metric for metric in ("acc", "acc_norm") if f"{metric},none" in results and metric in mine_results]
     equal = all(abs(mine_results[metric] - results[f"{metric},none"]) < 1e-9 for metric in metrics)
-    return {"n": len(mine), "max_difference": worst, "predictions_differ": differ, "equal_accuracies": equal,
-            "ok": worst <= CLOSE and not differ and equal,
-            **{metric: [mine_results[metric], results[f"{metric},none"]] for metric in metrics}}
+    return {
+        "n": len(mine),
+        "max_difference": worst,
+        "predictions_differ": differ,
+        "equal_accuracies": equal,
+        "ok": worst <= CLOSE and not differ and equal,
+        **{metric: [mine_results[metric], results[f"{metric},none"]] for metric in metrics},
+    }
 
 
 def show(value) -> str:
@@ -158,42 +215,58 @@ def show(value) -> str:
     return str(value) if not isinstance(value, float) else f"{value:.2e}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
 
 
+def harness(cfg: Config) -> HFLM | RouterTuningLM:
+    if cfg.routers:
+        own = {"batch_size": cfg.batch_size, "max_length": cfg.max_length}
+        return RouterTuningLM(model=cfg.model, routers=cfg.routers, **own)
+    own = {"dtype": "float32", "batch_size": cfg.batch_size, "max_length": cfg.max_length}
+    return HFLM(pretrained=cfg.hf, device="cpu", **own)
+
+
+def compare_task(task: str, name: str, cfg: Config, folder: Path, both: tuple) -> dict:
+    """Run one task on both sides. both: the harness's model, its tasks, a stopwatch for us and one for it."""
+    lm, manager, *watches = both
+    for watch in watches:
+        watch.wall = watch.cpu = 0.0
+    samples_file = folder / f"{task}.jsonl"
+    own = {key: getattr(cfg, key) for key in ("model", "routers", "data", "fewshot", "limit", "max_length")}
+    own |= {"max_batch_tokens": cfg.max_batch_tokens, "apply_chat_template": cfg.chat, "fewshot_by": "harness"}
+    report = ours.evaluate(
+        ours.EvalConfig(tasks=(task,), samples=str(samples_file), **own), runtime.setup("cpu", "float32")
+    )
+    samples, results = theirs(name, cfg, lm, manager)
+    figures = compare(task, jsonl(samples_file), report["results"][task], samples, results)
+    figures |= {"seconds": [watch.wall for watch in watches], "cpu_seconds": [watch.cpu for watch in watches]}
+    return figures | {
+        "ratio": watches[1].wall / watches[0].wall,
+        "cpu_ratio": watches[1].cpu / watches[0].cpu,
+    }
+
+
 def main() -> None:
     cfg = runtime.cli(Config)
     if (cfg.hf is None) == (cfg.routers is None):
-        raise ValueError(f"--hf is {cfg.hf} and --routers is {cfg.routers}; expected one of them: what the harness shall run")
-    rt = runtime.setup("cpu", "float32")
+        raise ValueError(
+            f"--hf is {cfg.hf} and --routers is {cfg.routers}; expected one of them: what the harness runs"
+        )
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     figures = {}
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         names = {task: declare(task, cfg, folder) for task in cfg.tasks}
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        manager = TaskManager(include_path=str(folder), verbosity="ERROR")
-        if cfg.routers:
-            lm = RouterTuningLM(model=cfg.model, routers=cfg.routers, batch_size=cfg.batch_size, max_length=cfg.max_length)
-        else:
-            lm = HFLM(pretrained=cfg.hf, device="cpu", dtype="float32", batch_size=cfg.batch_size, max_length=cfg.max_length)
-        watches = Stopwatch(), Stopwatch()
-        ours.prepare_task, ours.run_work = watches[0].around(ours.prepare_task), watches[0].around(ours.run_work)
+        manager, lm, watches = TaskManager(include_path=str(folder)), harness(cfg), (Stopwatch(), Stopwatch())
+        ours.prepare_task, ours.score_task = map(watches[0].around, (ours.prepare_task, ours.score_task))
         lm.loglikelihood = watches[1].around(partial(lm.loglikelihood, disable_tqdm=True))
         lm.generate_until = watches[1].around(partial(lm.generate_until, disable_tqdm=True))
         for task, name in names.items():
-            for watch in watches:
-                watch.wall = watch.cpu = 0.0
-            samples_file = folder / f"{task}.jsonl"
-            report = ours.evaluate(ours.EvalConfig(
-                model=cfg.model, routers=cfg.routers, tasks=(task,), data=cfg.data, fewshot=cfg.fewshot, fewshot_by="harness",
-                limit=cfg.limit, max_length=cfg.max_length, max_batch_tokens=cfg.max_batch_tokens, samples=str(samples_file)), rt)
-            samples, results = theirs(name, cfg, lm, manager)
-            f = figures[task] = compare(task, jsonl(samples_file), report["results"][task], samples, results)
-            f |= {"seconds": [watch.wall for watch in watches], "cpu_seconds": [watch.cpu for watch in watches]}
-            f |= {"ratio": watches[1].wall / watches[0].wall, "cpu_ratio": watches[1].cpu / watches[0].cpu}
-            line = " ".join(f"{key}={show(value)}" for key, value in f.items() if key != "ok")
-            print(f"{task:<24} {'ok  ' if f['ok'] else 'FAIL'} {line}", flush=True)
+            found = figures[task] = compare_task(task, name, cfg, folder, (lm, manager, *watches))
+            line = " ".join(f"{key}={show(value)}" for key, value in found.items() if key != "ok")
+            print(f"{task:<24} {'ok  ' if found['ok'] else 'FAIL'} {line}", flush=True)
     if cfg.out:
-        runtime.write_json(cfg.out, {"settings": vars(cfg), "lm_eval": lm_eval.__version__, "torch": torch.__version__, "figures": figures})
-    sys.exit(0 if all(f["ok"] for f in figures.values()) else 1)
+        about = {"settings": vars(cfg), "lm_eval": lm_eval.__version__, "torch": torch.__version__}
+        runtime.write_json(cfg.out, about | {"figures": figures})
+    sys.exit(0 if all(found["ok"] for found in figures.values()) else 1)
 
 
 if __name__ == "__main__":
