@@ -40,10 +40,10 @@ def patched(patch: str, folder: Path) -> Path:
     subprocess.run(["git", "init", "-q", "."], cwd=copy, check=True)
     done = subprocess.run(["git", "apply", "-"], cwd=copy, input=patch, capture_output=True, text=True)
     if done.returncode:
-        files = ", ".join(files_of(patch))
-        pytest.fail(f"the worked example of docs/EXTEND.md no longer applies to {files}: {done.stderr}"
-                    f"Make its changes by hand, `git diff -U1 -- {files.replace(',', '')}`, and put what that prints in "
-                    "its place: docs/gemma.patch, or the block in docs/EXTEND.md", pytrace=False)
+        files = " ".join(files_of(patch))
+        pytest.fail(f"the worked example of docs/EXTEND.md no longer applies to {files}: {done.stderr}Make its changes "
+                    f"by hand, put what `git diff -U1 {files}` prints in its place (docs/gemma.patch, or the block in "
+                    "docs/EXTEND.md), and take the changes back with git stash", pytrace=False)
     return copy
 
 
