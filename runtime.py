@@ -109,8 +109,9 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtim
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
-                                timeout=COLLECTIVE_TIMEOUT)
+        with _together():
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
+                                    timeout=COLLECTIVE_TIMEOUT)
     return Runtime(rank, world_size, local_rank, chosen, kind, rank == 0)
 
 
@@ -234,13 +235,18 @@ class RankError(RuntimeError):
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
+    """Around every wait for other ranks: what gloo and nccl say of a lost or silent one becomes a RankError."""
     try:
         yield
-    except RuntimeError as error:  # gloo and nccl raise it, or a subclass, for a time-out and for a lost connection
-        reason = str(error).strip().split("\n")[0]
-        raise RankError(f"rank {dist.get_rank()} lost another rank, or waited for it for more than "
-                        f"{COLLECTIVE_TIMEOUT.total_seconds() / 60:.0f} minutes: read what the other ranks printed, "
-                        f"then run the same command again ({reason})") from error
+    except RuntimeError as error:
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            happened = f"has waited {COLLECTIVE_TIMEOUT} (h:mm:ss) for another rank"
+        elif "connection" in str(error).lower():
+            happened = "lost the connection to another rank"
+        else:
+            raise
+        raise RankError(f"rank {os.environ['RANK']} {happened}: read what the other ranks printed, then run the same "
+                        "command again") from error
 
 
 # -----------------------------------------------------------------------------
@@ -412,7 +418,7 @@ class Progress:
         self.done += n
         self.note = note or self.note
         now = self.clock()
-        if Progress.active is not self or not _is_master() or now - self.begin < 2.0:
+        if Progress.active is not self or not _is_master() or now - self.begin < 2.0 or self.done == self.total:
             return
         if self.last is None or now - self.last >= (0.2 if self.terminal else 20.0):
             self.last, self.drawn = now, self.terminal
@@ -446,8 +452,9 @@ class Progress:
         if Progress.active is not self:
             return
         self.wipe()
-        if kind is None and self.last is not None:
-            self._write(self._line(self.clock() - self.begin, ended=True), end="\n")
+        seconds = self.clock() - self.begin
+        if kind is None and seconds >= 2.0 and _is_master():
+            self._write(self._line(seconds, ended=True), end="\n")
         Progress.active = None
 
 
@@ -469,35 +476,38 @@ class Phases:
         with phases("orders"):                                # phase 1/2: orders
         with phases("fit"):                                   # phase 2/2: fit (run eta 0.5m)
 
-    The rate is work done over the time since the start; the running phase counts in part, by its `Progress`. What
-    stands before the running phase is not waited for: a resumed run may leave phases out.
+    The rate is work done over the time since the start; the running phase counts in part, by its `Progress`. A resumed
+    run may leave phases out, and begin one where it stopped: phases("fit", begun=0.4).
     """
 
     active: "Phases | None" = None
 
     def __init__(self, work: dict[str, float], clock: Callable[[], float] = time.monotonic):
         self.work, self.clock = dict(work), clock
-        self.begin, self.done, self.name = clock(), 0.0, ""
+        self.begin, self.done = clock(), 0.0
+        self.name, self.begun = "", 0.0  # of the running phase; begun: share done by an earlier run
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.name, Phases.active = name, self
+    def __call__(self, name: str, begun: float = 0.0) -> Iterator[None]:
+        self.name, self.begun, Phases.active = name, begun, self
         number = list(self.work).index(name) + 1
         if _is_master():
             Progress.wipe()
-            eta = f" ({self.eta()})" if self.done > 0 else ""
+            eta = f" ({self.eta(begun)})" if self.done > 0 else ""
             print(f"phase {number}/{len(self.work)}: {name}{eta}", file=sys.stderr, flush=True)
         try:
             yield
-            self.done += self.work[name]
+            self.done += (1 - begun) * self.work[name]
         finally:
             Phases.active = None
 
     def eta(self, share: float = 0.0) -> str:
-        """When the run ends, with this share of the running phase done."""
+        """When the run ends, with this share of the running phase done; n/a before anything is."""
         names = list(self.work)
         current, later = self.work[self.name], names[names.index(self.name) + 1:]
-        done = self.done + share * current
+        done = self.done + (share - self.begun) * current
+        if done <= 0:
+            return "run eta n/a"
         left = (1 - share) * current + sum(self.work[name] for name in later)
         return f"run eta {(self.clock() - self.begin) * left / done / 60:.1f}m"
 
@@ -554,10 +564,10 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in REQUIREMENTS:
         return f"{error.name} cannot be imported ({error}): pip install -r requirements.txt"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         place = f"{error.filename} was not written, " if error.filename else ""
         return f"{place}disk full ({error.strerror}): free space and run the same command again"
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
         path = error.filename2 or error.filename
         return f"{path} {REMEDIES.get(error.errno, f'cannot be used ({error.strerror}): check the path')}"
     if isinstance(error, PATH_ERRORS):
@@ -599,13 +609,15 @@ def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except Exception as error:
         number = getattr(error, "errno", None)
-        hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors tells the system's number in its text alone
-        if number is None and hidden is None:
-            raise
-        number = number or int(hidden[1])
+        hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors tells the number in its text alone
+        if hidden is not None:
+            number = int(hidden[1])
+        if number is None or getattr(error, "filename", None) not in (None, str(temporary)):
+            raise  # no error of the system, or one about another file that the writer used
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _fsync(path.parent)  # the rename itself lives in the directory
 
 
@@ -620,35 +632,6 @@ def _fsync(path: Path) -> None:
 def write_json(path: str | Path, obj) -> None:
     """Write one JSON document atomically."""
     write_atomic(path, lambda p: p.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
-
-
-def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """Objects of a .jsonl file (one a line, empty lines skipped) or of a .json file (one list), each with its place in words.
-
-    Raises FileNotFoundError when the file is missing, ValueError naming file and line (or item) for what is not a JSON object.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise ValueError(f"{path} holds a JSON {type(records).__name__}, expected a list of objects: write a list, or one object a line as .jsonl")
-        places = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
-    else:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} was not found, expected a .jsonl or .json file: check the path")
-        places = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                try:
-                    places.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:  # not JSON, or not UTF-8
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}): mend or delete the line") from None
-    for place, record in places:
-        if not isinstance(record, dict):
-            raise ValueError(f"{place} is a JSON {type(record).__name__}, expected an object: mend or delete it")
-    if not places:
-        raise ValueError(f"{path} holds no record, expected at least one object: check the file")
-    return places
 
 
 def read_json(path: str | Path):

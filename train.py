@@ -23,7 +23,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import runtime
 from data.records import Example, Form, encode_all, read_records, settle_bad, split_rows, usable_rows
 from model import Transformer, load_config, load_model
-from recipe.calibrate import ANCHORS, calibrate, settle
+from recipe.calibrate import calibrate, settle
 from recipe.controls import Controls
 from recipe.cost import step_flops
 from recipe.fit import RidgeDescent
@@ -165,7 +165,8 @@ class TrainConfig:
         if not all(0.0 <= budget <= 1.0 for budget in self.report):
             raise ValueError(f"report is {self.report}, expected shares from 0 to 1: change --report")
         if isinstance(self.heldout, float) and not 0.0 < self.heldout < 1.0:
-            raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: change --heldout")
+            raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: "
+                             "change --heldout")
         if self.import_official and self.recalibrate:
             raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one "
                              "away")
@@ -287,16 +288,34 @@ class State:
 
 
 @dataclass
-class Run:
-    """Everything that a step needs, complete at birth."""
+class Job:
+    """What a router file is made from, whichever way."""
 
     cfg: TrainConfig
     rt: Runtime
     model: Transformer
     data: Data
+    phases: runtime.Phases
+
+    def workload(self) -> Workload:
+        """The training examples, with a store for activations below the first routed layer."""
+        path, limit = Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.cfg.trunk_gb * 1e9
+        trunk = TrunkCache(path, self.model, self.data.all, limit / self.rt.world_size)
+        return Workload(self.model, self.data.train, self.rt, trunk)
+
+    def costed(self) -> Workload:
+        """The training examples on which costs are measured: before routers stand, so there is nothing stored yet."""
+        return Workload(self.model, self.data.train[: self.cfg.cost_samples], self.rt)
+
+
+@dataclass
+class Run(Job):
+    """Everything that a step needs, complete at birth."""
+
     state: State
     inputs: Tensor | None  # (R,N,D) router inputs that RidgeDescent measures its steps on
-    steps: int
+    weights: list[Tensor]  # R x (1,D)
+    counts: Tensor  # (R,) what each place counts
     work: Workload  # the training examples
     select: Workload
     teacher: dict[int, Tensor] | None  # dense states of the selection set, objective distill
@@ -305,81 +324,71 @@ class Run:
     best: Tensor  # (R,D) the routers that lost least on the selection set
 
     @property
-    def weights(self) -> list[Tensor]:
-        return [router.weight for router in self.model.routers()]
-
-    @property
-    def counts(self) -> Tensor:
-        """What each place counts (R,), fp32."""
-        return self.model.place_weights().float().to(self.rt.device)
-
-    def stacked(self) -> Tensor:
-        return torch.cat([w.detach() for w in self.weights]).clone()  # R x (1,D) -> (R,D)
-
-    def put(self, weights: Tensor) -> None:
-        for w, values in zip(self.weights, weights):
-            w.data.copy_(values[None])
-
     def compiled(self) -> bool:
         return self.rt.device.type == "cuda" if self.cfg.compile is None else self.cfg.compile
 
 
-def build(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, state: State, inputs: Tensor | None) -> Run:
+def build(job: Job, state: State, inputs: Tensor | None) -> Run:
     """A run of a model whose routers stand where they are to be tuned."""
-    freeze_all_but_routers(model)
-    weights, counts = [router.weight for router in model.routers()], model.place_weights().float().to(rt.device)
-    if inputs is not None:
-        optimizer = RidgeDescent(weights, inputs, cfg.lr, counts)
-    else:
-        optimizer = torch.optim.AdamW(weights, weight_decay=cfg.weight_decay)
-        for w in weights:  # as AdamW makes them at its first step; a resumed run overwrites them
-            zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[w] = {"step": torch.zeros(()), **zeros}
-    student = Student(model)
+    freeze_all_but_routers(job.model)
+    weights = [router.weight for router in job.model.routers()]
+    counts = job.model.place_weights().float().to(job.rt.device)
+    student = Student(job.model)
     if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
         student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False)
-    work = workload(cfg, rt, model, data)
-    select = work.of(data.select)
+    work = job.workload()
+    select = work.of(job.data.select)
     return Run(
-        cfg=cfg,
-        rt=rt,
-        model=model,
-        data=data,
+        **vars(job),
         state=state,
         inputs=inputs,
-        steps=math.ceil(cfg.epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps,
+        weights=weights,
+        counts=counts,
         work=work,
         select=select,
-        teacher=dense_states(select) if cfg.objective == "distill" else None,
-        optimizer=optimizer,
+        teacher=dense_states(select) if job.cfg.objective == "distill" else None,
+        optimizer=optimizer_of(job.cfg, weights, inputs, counts),
         student=student,
-        best=torch.cat([w.detach() for w in weights]).clone(),
+        best=stacked(weights),
     )
 
 
-def workload(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data) -> Workload:
-    """The training examples, with a store for activations below the first routed layer."""
-    path, limit = Path(cfg.out) / "trunk" / f"rank{rt.rank}.bin", cfg.trunk_gb * 1e9 / rt.world_size
-    return Workload(model, data.train, rt, TrunkCache(path, model, data.all, limit))
+def optimizer_of(cfg: TrainConfig, weights: list[Tensor], inputs: Tensor | None, counts: Tensor):
+    """An optimizer: ridge steps where router inputs were measured, else AdamW."""
+    if inputs is not None:
+        return RidgeDescent(weights, inputs, cfg.lr, counts)
+    optimizer = torch.optim.AdamW(weights, weight_decay=cfg.weight_decay)
+    for w in weights:  # as AdamW makes them at its first step; a resumed run overwrites them
+        zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[w] = {"step": torch.zeros(()), **zeros}
+    return optimizer
 
 
-def begin(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, phases: runtime.Phases) -> Run:
+def stacked(weights: list[Tensor]) -> Tensor:
+    return torch.cat([w.detach() for w in weights]).clone()  # R x (1,D) -> (R,D)
+
+
+def put(run: Run, values: Tensor) -> None:
+    """Give the routers these weights (R,D)."""
+    for w, row in zip(run.weights, values):
+        w.data.copy_(row[None])
+
+
+def begin(job: Job) -> Run:
     """A run before its first step: routed places chosen, orders of the static lists found, first routers set."""
-    started = time.perf_counter()
-    with phases("costs"):
-        costed = Workload(model, data.train[: cfg.cost_samples], rt)
-        measured = place_routers(costed, *candidates(cfg, model.config.n_layers), cfg.seed)
-    with phases("orders"):
-        orders = orders_of(cfg, workload(cfg, rt, model, data), measured)
-    inputs = None
+    cfg, started, inputs = job.cfg, time.perf_counter(), None
+    with job.phases("costs"):
+        measured = place_routers(job.costed(), *candidates(cfg, job.model.config.n_layers), cfg.seed)
+    with job.phases("orders"):
+        orders = orders_of(job, measured)
     if cfg.recipe == "default":
         inputs = measured.inputs[:, permutation(measured.inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
-    state = State(asdict(model.routing), orders, str(rt.dtype).removeprefix("torch."))
-    run = build(cfg, rt, model, data, state, inputs)
+    dtype = str(job.rt.dtype).removeprefix("torch.")
+    run = build(job, State(asdict(job.model.routing), orders, dtype), inputs)
     if cfg.recipe == "default":
-        with phases("first routers"):
+        with job.phases("first routers"):
             first_routers(run, measured)
-    state.seconds = time.perf_counter() - started
+    run.state.seconds = time.perf_counter() - started
     return run
 
 
@@ -391,8 +400,9 @@ def candidates(cfg: TrainConfig, n_layers: int) -> tuple[RouterConfig, int | Non
     return routing, chosen if kind == "auto" else None
 
 
-def orders_of(cfg: TrainConfig, work: Workload, measured: Measured) -> dict[str, list[int]]:
+def orders_of(job: Job, measured: Measured) -> dict[str, list[int]]:
     """Orders of the static lists, as deep as the budgets in question go."""
+    cfg, work = job.cfg, job.workload()
     examples = work.examples[: min(cfg.cost_samples, SEARCH_SAMPLES)]
     return search_orders(work.of(examples), measured, 1 - min((cfg.budget, *cfg.report)))
 
@@ -408,10 +418,10 @@ def first_routers(run: Run, measured: Measured) -> None:
         starts["benefits"] = benefit_start(run.work.of(examples), skipped, cfg.objective == "distill")
     tried = {}
     for name, weights in starts.items():
-        run.put(weights)
+        put(run, weights)
         tried[name] = try_out(run)
     print0("selection loss of starts: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
-    run.put(run.best)
+    put(run, run.best)
     if not cfg.evaluations:
         state.best_loss = math.inf  # nothing is tried later: the last routers are taken
     state.cut = settle(run.select, cfg.budget)
@@ -422,7 +432,7 @@ def try_out(run: Run) -> float:
     loss = loss_at_budget(run.select, run.cfg.budget, run.teacher)
     set_cuts(run.model, run.state.cut)
     if loss < run.state.best_loss:
-        run.state.best_loss, run.state.best_step, run.best = loss, run.state.step, run.stacked()
+        run.state.best_loss, run.state.best_step, run.best = loss, run.state.step, stacked(run.weights)
     return loss
 
 
@@ -434,16 +444,16 @@ def tune(run: Run, out: Path) -> None:
     """All steps that are left, each with a line in OUT/log.jsonl, and checkpoints between them."""
     cfg, rt, state = run.cfg, run.rt, run.state
     checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
-    tries = {round(run.steps * i / cfg.evaluations) for i in range(1, cfg.evaluations + 1)}
+    tries = {round(cfg.steps * i / cfg.evaluations) for i in range(1, cfg.evaluations + 1)}
     if rt.is_master:
         clean_up(out, log, state.step)
         if state.step == 0:
             save_checkpoint(run, checkpoint)
-    if run.compiled():  # only steps run compiled: what is measured before them looks into the blocks
+    if run.compiled:  # only steps run compiled: what is measured before them looks into the blocks
         for block in run.model.layers:
             block.compile(fullgraph=True)
     begun = time.perf_counter() - state.seconds
-    while state.step < run.steps:
+    while state.step < cfg.steps:
         started = time.perf_counter()
         row = step(run)
         seconds = time.perf_counter() - started
@@ -451,11 +461,11 @@ def tune(run: Run, out: Path) -> None:
         row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
         state.step_seconds += seconds
         state.seconds = time.perf_counter() - begun
-        show_step(row, run.steps, state.best_step == state.step)
+        show_step(row, cfg.steps, state.best_step == state.step)
         if rt.is_master:
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            if state.step % cfg.save_every == 0 or state.step == run.steps:
+            if state.step % cfg.save_every == 0 or state.step == cfg.steps:
                 save_checkpoint(run, checkpoint)
 
 
@@ -468,7 +478,7 @@ def step(run: Run) -> dict:
     whole, batches = micro_batches(run, state.step)
     lengths = [len(example.tokens) for example in whole]
     n_targets, units = sum(len(example.targets) for example in whole), n_units(model.routing, lengths)
-    lr = lr_at(state.step, run.steps, cfg.lr, cfg.warmup)
+    lr = lr_at(state.step, cfg.steps, cfg.lr, cfg.warmup)
     over = cfg.lambda_ > 0 and capacity_of(run, batches, units) > cfg.budget
     loss, executed, logits = torch.zeros((), device=rt.device), torch.zeros((), device=rt.device), []
     for number, batch in batches:
@@ -504,7 +514,7 @@ def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, B
     whole = [train[i] for i in global_batch(len(train), cfg.batch_size, cfg.seed, step)]
     whole.sort(key=lambda example: -len(example.tokens))
     own = list(range(len(whole)))[rt.rank :: rt.world_size]
-    multiple = 64 if run.compiled() else 1
+    multiple = 64 if run.compiled else 1
     batches = []
     for i in range(0, len(own), cfg.micro_batch):
         rows = own[i : i + cfg.micro_batch]
@@ -573,12 +583,12 @@ def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
 # Checkpoints
 
 
-def identity(cfg: TrainConfig, model: Transformer, data: Data) -> dict:
+def identity(job: Job) -> dict:
     """What a continuation must agree on: settings, base model and data."""
-    settings = {name: value for name, value in asdict(cfg).items() if name not in FREE}
-    tokens = json.dumps([[example.tokens, example.targets] for example in data.train + data.select])
+    settings = {name: value for name, value in asdict(job.cfg).items() if name not in FREE}
+    tokens = json.dumps([[example.tokens, example.targets] for example in job.data.train + job.data.select])
     digest = hashlib.sha256(tokens.encode()).hexdigest()[:16]
-    return json.loads(json.dumps({**settings, "base fingerprint": model.fingerprint, "data digest": digest}))
+    return json.loads(json.dumps({**settings, "base fingerprint": job.model.fingerprint, "data digest": digest}))
 
 
 def refuse_other(out: Path, saved: dict, now: dict) -> None:
@@ -594,10 +604,10 @@ def save_checkpoint(run: Run, path: Path) -> None:
     """Write the checkpoint atomically: routers, best routers, the optimizer's moments, and State as JSON."""
     moments = [run.optimizer.state[w] for w in run.weights]
     tensors = {name: torch.stack([moment[name] for moment in moments]) for name in moments[0]}
-    tensors |= {"weights": run.stacked(), "best": run.best}
+    tensors |= {"weights": stacked(run.weights), "best": run.best}
     if run.inputs is not None:
         tensors["inputs"] = run.inputs
-    about = {"state": asdict(run.state), "identity": identity(run.cfg, run.model, run.data)}
+    about = {"state": asdict(run.state), "identity": identity(run)}
     data = save(
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         metadata={name: json.dumps(value) for name, value in about.items()},
@@ -613,24 +623,25 @@ def read_checkpoint(path: Path) -> tuple[State, dict, dict[str, Tensor]]:
             # cloned: mapped tensors begin at any address, and the last bit of a product depends on it
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         return State(**about["state"]), about["identity"], tensors
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with --overwrite") from None
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error!r}): delete it, or begin anew with "
+                         "--overwrite") from None
 
 
-def resume(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, saved: tuple[State, dict]) -> Run:
+def resume(job: Job, saved: tuple[State, dict]) -> Run:
     """The run whose state and tensors a checkpoint holds."""
     state, tensors = saved
-    tensors = {name: tensor.to(rt.device) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(job.rt.device) for name, tensor in tensors.items()}
     places = tuple(map(tuple, state.routing["places"]))
-    model.add_routers(RouterConfig(**{**state.routing, "places": places}))
-    run = build(cfg, rt, model, data, state, tensors.get("inputs"))
-    run.put(tensors["weights"])
+    job.model.add_routers(RouterConfig(**{**state.routing, "places": places}))
+    run = build(job, state, tensors.get("inputs"))
+    put(run, tensors["weights"])
     run.best = tensors["best"]
     for i, w in enumerate(run.weights):
         for name, moment in run.optimizer.state[w].items():
             moment.copy_(tensors[name][i])
-    set_cuts(model, state.cut)
-    print0(f"going on from step {state.step} of {run.steps}")
+    set_cuts(job.model, state.cut)
+    print0(f"going on from step {state.step} of {job.cfg.steps}")
     return run
 
 
@@ -653,40 +664,36 @@ def clean_up(out: Path, log: Path, step: int) -> None:
 # The end: calibrate, write, compare
 
 
-def finish(cfg: TrainConfig, work: Workload, data: Data, state: State, phases: runtime.Phases) -> dict:
+def finish(job: Job, state: State) -> dict:
     """Calibrate the routers as they stand, write their file, compare on held-out examples, write the summary."""
-    model, master, out, started = work.model, work.rt.is_master, Path(cfg.out), time.perf_counter()
+    cfg, model, data, started = job.cfg, job.model, job.data, time.perf_counter()
     plain = cfg.recipe == "paper" or cfg.import_official is not None  # cuts of 0, and no static lists in the table
-    with phases("calibration"):
+    work, path = job.workload(), Path(cfg.out) / "routers.safetensors"
+    with job.phases("calibration"):
         examples = [*data.select, *reversed(data.train)]  # last first: the least fitted ones
         calibration = work.of(examples[: max(cfg.calibrate_samples, len(data.select))])
         table = calibrate(calibration, cfg.budget, Controls(work.of(data.select)), None if plain else state.orders)
         cuts = [0.0] * len(model.routing.places) if plain else cuts_for(cfg.budget, table)
-    for anchor in ANCHORS:
-        if anchor in table["static"]:
-            print0(f"calibration: around budget {anchor:g} the static order {table['static'][anchor]} loses less on "
-                   "the selection set than the routers, and stands in the table")
-    path = out / "routers.safetensors"
-    if master:
-        save_routers(path, model, router_meta(cfg, model, state, table, cuts))
-    with phases("held out"):
+    if job.rt.is_master:
+        save_routers(path, model, router_meta(job, state, table, cuts))
+    with job.phases("held out"):
         budgets = [budget for budget in cfg.report if budget != cfg.budget]
         by_budget = {budget: cuts_for(budget, table) for budget in budgets} | {cfg.budget: cuts}  # its own last
-        rows = compare(work.of(data.held), by_budget, state.orders)
-        summary = summarise(cfg, work.of(data.held), state, rows)
+        held = work.of(data.held)
+        summary = summarise(cfg, held, state, compare(held, by_budget, state.orders))
     summary |= {"seconds": state.seconds + time.perf_counter() - started, "routers": str(path)}
-    summary["identity"] = identity(cfg, model, data)
-    if master:
-        runtime.write_json(out / "summary.json", summary)
+    summary["identity"] = identity(job)
+    if job.rt.is_master:
+        runtime.write_json(Path(cfg.out) / "summary.json", summary)
     return summary
 
 
-def router_meta(cfg: TrainConfig, model: Transformer, state: State, table: dict, cuts: list[float]) -> RouterMeta:
-    names = model.routing.names
+def router_meta(job: Job, state: State, table: dict, cuts: list[float]) -> RouterMeta:
+    cfg, names = job.cfg, job.model.routing.names
     return RouterMeta(
-        routing=model.routing,
+        routing=job.model.routing,
         thresholds=[threshold_of(cut) for cut in cuts],
-        base_fingerprint=model.fingerprint,
+        base_fingerprint=job.model.fingerprint,
         calibration=table,
         recipe=cfg.recipe,
         step=state.best_step if cfg.recipe == "default" else state.step,
@@ -696,7 +703,7 @@ def router_meta(cfg: TrainConfig, model: Transformer, state: State, table: dict,
 
 
 def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) -> dict:
-    """What summary.json holds; the cuts stand at the run's own budget."""
+    """What summary.json holds; the cuts stand at the run's own budget, the last row's."""
     own, routing, device = rows[-1], held.model.routing, held.rt.device
     return {
         "heldout_loss_dense": own["dense"],
@@ -740,84 +747,77 @@ def next_command(cfg: TrainConfig, routers: str) -> str:
 # The three ways to a router file
 
 
-def tuned(cfg: TrainConfig, rt: Runtime, model: Transformer, data: Data, saved: tuple | None, phases) -> State:
+def tuned(job: Job, saved: tuple | None) -> State:
     """Begin or resume a run, take the steps that are left, and put its best routers into the model."""
-    run = begin(cfg, rt, model, data, phases) if saved is None else resume(cfg, rt, model, data, saved)
+    run = begin(job) if saved is None else resume(job, saved)
     describe(run)
-    with phases("tuning"):
-        tune(run, Path(cfg.out))
-    if cfg.recipe == "default" and run.state.best_loss < math.inf:
-        run.put(run.best)
+    with job.phases("tuning", begun=run.state.step / max(1, job.cfg.steps)):
+        tune(run, Path(job.cfg.out))
+    if job.cfg.recipe == "default" and run.state.best_loss < math.inf:
+        put(run, run.best)
     return run.state
 
 
-def recalibrated(cfg: TrainConfig, work: Workload) -> State:
+def recalibrated(job: Job) -> State:
     """Routers of our file, which the model came with, and the orders that it holds."""
-    orders, names = read_router_file(cfg.recalibrate)[1].orders, work.model.routing.names
+    orders, names = read_router_file(job.cfg.recalibrate)[1].orders, job.model.routing.names
     if orders:
         return State(orders={name: [names.index(place) for place in order] for name, order in orders.items()})
-    return State(orders=orders_of(cfg, work, measure(cfg, work)))
+    return State(orders=orders_of(job, measure_costs(job.costed(), job.cfg.seed)))
 
 
-def imported(cfg: TrainConfig, work: Workload, tensors: dict[str, Tensor]) -> State:
+def imported(job: Job, tensors: dict[str, Tensor]) -> State:
     """Routers of a file of the official code, put into the model."""
-    load_router_weights(cfg.import_official, work.model, tensors, work.model.routing)
-    return State(orders=orders_of(cfg, work, measure(cfg, work)))
-
-
-def measure(cfg: TrainConfig, work: Workload) -> Measured:
-    return measure_costs(work.of(work.examples[: cfg.cost_samples]), cfg.seed)
+    load_router_weights(job.cfg.import_official, job.model, tensors, job.model.routing)
+    return State(orders=orders_of(job, measure_costs(job.costed(), job.cfg.seed)))
 
 
 def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
     """The phases of a run and roughly what each takes, in forward passes over an example."""
-    n_places = 16  # as the demo has; the shares of the phases depend little on it
-    steps = math.ceil(cfg.epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps
-    tried = 4 * len(data.select)
-    begin = {"costs": 6 * cfg.cost_samples, "orders": 2 * n_places * min(cfg.cost_samples, SEARCH_SAMPLES)}
+    n_places, tried = 16, 4 * len(data.select)  # 16 as in the demo: the phases' shares depend little on it
+    start = {"costs": 6 * cfg.cost_samples, "orders": 2 * n_places * min(cfg.cost_samples, SEARCH_SAMPLES)}
     if cfg.recipe == "default":
-        begin["first routers"] = 4 * tried + cfg.benefit_samples * n_places / 2
-    tuning = {"tuning": 3 * steps * cfg.batch_size + cfg.evaluations * tried}
-    end = {
-        "calibration": 5 * max(cfg.calibrate_samples, len(data.select)) + 12 * len(data.select),
-        "held out": 12 * (1 + len(cfg.report)) * len(data.held),
-    }
-    return runtime.Phases(end if cfg.recalibrate or cfg.import_official else {**begin, **tuning, **end})
+        start["first routers"] = 4 * tried + cfg.benefit_samples * n_places / 2
+    tuning = {"tuning": 3 * cfg.steps * cfg.batch_size + cfg.evaluations * tried}
+    calibration = 5 * max(cfg.calibrate_samples, len(data.select)) + 12 * len(data.select)
+    end = {"calibration": calibration, "held out": 12 * (1 + len(cfg.report)) * len(data.held)}
+    return runtime.Phases(end if cfg.recalibrate or cfg.import_official else {**start, **tuning, **end})
 
 
 def train(cfg: TrainConfig) -> dict:
     """Run or continue what `cfg` says; returns the summary."""
-    out = Path(cfg.out)
-    rt = runtime.setup(cfg.device, stored_dtype(cfg, out / "checkpoint.safetensors"), cfg.seed)
+    rt = runtime.setup(cfg.device, stored_dtype(cfg), cfg.seed)
     fetch_demo(cfg, rt)
     config = load_config(cfg.model)
     tensors = read_router_file(cfg.import_official, official=True)[0] if cfg.import_official else None
     if not cfg.import_official and not cfg.recalibrate:
-        parse_layers(cfg.layers, config.n_layers)  # a wrong setting is told before anything is loaded
+        candidates(cfg, config.n_layers)  # a wrong setting is told before anything is loaded
     if cfg.batch_size % rt.world_size:
         raise ValueError(f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change "
                          "--batch_size or the number of ranks")
     data = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len)
+    steps = math.ceil(cfg.epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps
+    cfg = replace(cfg, steps=steps)
     model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
     if tensors is not None:
-        layers = official_layers(tensors)
-        model.add_routers(RouterConfig.of(cfg.granularity, layers, pool=cfg.pool, kv=cfg.kv))
-    summary, saved = claim(cfg, rt, identity(cfg, model, data))
+        model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), pool=cfg.pool, kv=cfg.kv))
+    job = Job(cfg, rt, model, data, plan(cfg, data))
+    summary, saved = claim(job)
     if summary is not None:
-        print0(f"{out} holds this run, finished: nothing to do (--overwrite begins anew)")
+        print0(f"{cfg.out} holds this run, finished: nothing to do (--overwrite begins anew)")
         return summary
-    phases = plan(cfg, data)
     if cfg.recalibrate:
-        state = recalibrated(cfg, workload(cfg, rt, model, data))
+        state = recalibrated(job)
     elif cfg.import_official:
-        state = imported(cfg, workload(cfg, rt, model, data), tensors)
+        state = imported(job, tensors)
     else:
-        state = tuned(cfg, rt, model, data, saved, phases)
-    return finish(cfg, workload(cfg, rt, model, data), data, state, phases)
+        state = tuned(job, saved)
+    return finish(job, state)
 
 
-def stored_dtype(cfg: TrainConfig, checkpoint: Path) -> str:
+def stored_dtype(cfg: TrainConfig) -> str:
     """The dtype that --dtype=auto stood for when the run began: a resumed one keeps it, whatever the processor."""
+    checkpoint = Path(cfg.out) / "checkpoint.safetensors"
     if cfg.dtype == "auto" and checkpoint.exists() and not cfg.overwrite:
         return read_checkpoint(checkpoint)[0].dtype
     return cfg.dtype
@@ -833,17 +833,17 @@ def fetch_demo(cfg: TrainConfig, rt: Runtime) -> None:
         wait_for_all(rt)
 
 
-def claim(cfg: TrainConfig, rt: Runtime, now: dict) -> tuple[dict | None, tuple | None]:
+def claim(job: Job) -> tuple[dict | None, tuple | None]:
     """What --out holds of this very run: its summary if it is finished, state and tensors if it has begun.
 
     Raises ValueError, naming every setting that differs, when another run lies there.
     """
-    out, saved, summary = Path(cfg.out), None, None
+    out, now, saved, summary = Path(job.cfg.out), identity(job), None, None
     checkpoint = out / "checkpoint.safetensors"
-    if cfg.overwrite and rt.is_master:
+    if job.cfg.overwrite and job.rt.is_master:
         for name in ("checkpoint.safetensors", "routers.safetensors", "summary.json", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
-    wait_for_all(rt)
+    wait_for_all(job.rt)
     if (out / "summary.json").exists() and (out / "routers.safetensors").exists():
         summary = runtime.read_json(out / "summary.json")
         refuse_other(out, summary.get("identity", {}), now)
@@ -851,7 +851,7 @@ def claim(cfg: TrainConfig, rt: Runtime, now: dict) -> tuple[dict | None, tuple 
         state, theirs, tensors = read_checkpoint(checkpoint)
         refuse_other(out, theirs, now)
         saved = (state, tensors)
-    wait_for_all(rt)  # from here on the master writes
+    wait_for_all(job.rt)  # from here on the master writes
     return summary, saved
 
 
@@ -860,12 +860,12 @@ def describe(run: Run) -> None:
     cfg, rt, model, routing = run.cfg, run.rt, run.model, run.model.routing
     trainable, total = sum(w.numel() for w in run.weights), sum(p.numel() for p in model.parameters())
     dtype, per_rank = str(rt.dtype).removeprefix("torch."), cfg.batch_size // rt.world_size
-    print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled()}")
+    print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled}")
     print0(f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint "
            f"{model.fingerprint}")
     print0(f"routed places: {', '.join(routing.names)} of {model.config.n_layers} layers; {routing.granularity}, pool "
            f"{routing.pool}, kv {routing.kv}; budget {cfg.budget}")
-    print0(f"steps: {run.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "
+    print0(f"steps: {cfg.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "
            f"{cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}")
 
 

@@ -11,14 +11,13 @@ A turn may say that no loss is taken on it: "weight": 0, "train": false or "loss
 is not read here is refused by its name; other keys (id, source, domain, split, ...) say something about the row.
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.stream import read_rows
 from tokenizer import Tokenizer, encode_chat
 
 ROLES = {
@@ -87,82 +86,30 @@ class Form:
 
 
 def read_records(path: str | Path, bad: list[str] | None = None) -> list[tuple[str, dict]]:
-    """Objects of a .jsonl file (one a line, empty lines skipped) or a .json file (one list), each with its place in
-    words.
+    """All objects of a file of JSON lines or of one JSON list, perhaps gzipped, each with its place in words.
 
-    Which of the two it is follows from the content; both may be compressed (.gz) and begin with a byte order mark.
-    A row that is not an object goes to `bad`, with its place; without `bad` it raises ValueError. Raises
-    FileNotFoundError for a missing file, ValueError for one that holds no rows.
+    What is wrong with a single row goes to `bad`; without `bad` it raises ValueError. Raises FileNotFoundError or
+    ValueError for a file that is no such file (data/stream.py).
     """
-    path = Path(path)
-    text = _read(path)
-    rows, faults = _list_of(path, text) if text.lstrip().startswith(b"[") else _lines_of(path, text)
-    for place, row in rows:
-        if not isinstance(row, dict):
-            faults.append(f"{place} is a JSON {type(row).__name__}, expected an object: mend or delete it")
+    faults = []
+    rows = list(read_rows(path, faults))
+    if len(faults) > 1 and not rows:
+        _refuse_object(path)
     if faults and bad is None:
         raise ValueError(faults[0])
-    if not rows and not faults:
-        raise ValueError(f"{path} holds no record, expected at least one object: check the file")
     if faults:
         bad += faults
-    return [(place, row) for place, row in rows if isinstance(row, dict)]
+    return rows
 
 
-def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, expected a .jsonl or .json file: name the file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} was not found, expected a .jsonl or .json file: check the path")
-    content = path.read_bytes()
-    if content.startswith(b"PAR1"):
-        raise ValueError(f"{path} is a Parquet file, expected .jsonl or .json: write its rows as JSON lines first, "
-                         "e.g. with pandas.read_parquet(...).to_json(..., orient='records', lines=True)")
-    if content.startswith(b"\x1f\x8b"):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked ({error}), expected a whole .gz file: get it again") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} is UTF-16, expected UTF-8: save it as UTF-8")
-    return content.removeprefix(b"\xef\xbb\xbf")
-
-
-def _list_of(path: Path, text: bytes) -> tuple[list, list[str]]:
+def _refuse_object(path: str | Path) -> None:
+    """Say so where a file without one good line is a single object over many lines, which may hold the rows."""
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if b"\n" in text.strip():  # perhaps lines of which the first is a list
-            rows, faults = _lines_of(path, text)
-            if any(isinstance(row, dict) for _, row in rows):
-                return rows, faults
-        raise ValueError(f"{path} is not JSON ({error}), expected a list of objects: mend or replace the file") from None
-    return [(f"{path}, item {number}", row) for number, row in enumerate(rows, 1)], []
-
-
-def _lines_of(path: Path, text: bytes) -> tuple[list, list[str]]:
-    rows, faults = [], []
-    for number, line in enumerate(text.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            rows.append((place, json.loads(line)))
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            faults.append(f"{place} is not JSON ({error}): mend or delete the line")
-    if not rows and len(faults) > 1:
-        raise _not_rows(path, text, faults[0])
-    return rows, faults
-
-
-def _not_rows(path: Path, text: bytes, fault: str) -> ValueError:
-    """What to say of a file without one good line: often a single object over many lines that holds the rows."""
-    try:
-        whole = json.loads(text)
+        whole = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
-        return ValueError(f"{fault}; no line of the file is")
-    return ValueError(f"{path} holds one JSON object with the keys {sorted(whole)[:8]}, expected a list of rows or one "
-                      "row a line: write the list that it holds as a file of its own")
+        return
+    raise ValueError(f"{path} holds one JSON object with the keys {sorted(whole)[:8]}, expected a list of rows or one "
+                     "row a line: write the list that it holds as a file of its own")
 
 
 # -----------------------------------------------------------------------------
@@ -203,7 +150,8 @@ def _name(row: dict, question: str) -> str:
 
 def _turns(turns, place: str) -> list[dict]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f'{place}: messages is not a list of turns; expected [{{"role": ..., "content": ...}}, ...]: mend the row')
+        raise ValueError(f"{place}: messages is not a list of turns; expected "
+                         '[{"role": ..., "content": ...}, ...]: mend the row')
     return [_turn(turn, f"{place}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from recipe.controls import Controls
 from recipe.passes import Workload, evaluate, route_logits
 from router import between, capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
-from runtime import track
+from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 PASSES = 9  # routes that calibration runs to fill it
@@ -100,6 +100,8 @@ def prefer_static(rows: dict[float, list[float]], controls: Controls, orders: di
         losses = {name: controls.static(order, 1 - anchor) for name, order in orders.items()}
         best = min(losses, key=losses.get)
         if losses[best] < routed:
+            print0(f"calibration: around budget {anchor:g} the static order {best} loses less on the selection set "
+                   "than the routers, and stands in the table")
             near = [budget for budget in rows if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
             static |= dict.fromkeys(near, best)
     return static

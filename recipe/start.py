@@ -12,7 +12,10 @@ from runtime import print0
 
 
 def place_routers(work: Workload, routing: RouterConfig, kept: int | None, seed: int) -> Measured:
-    """Put zero routers at these places, or at the `kept` of them that cost least by what they count; returns their costs."""
+    """Put zero routers at these places, or at the `kept` of them that cost least by what they count.
+
+    Returns what those cost.
+    """
     model = work.model
     model.add_routers(routing)
     measured = measure_costs(work, seed)

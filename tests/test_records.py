@@ -4,13 +4,17 @@ tests/test_records.py
 
 import gzip
 import json
+import os
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_tokenizer
 
-from data.records import LOSS_KEYS, PROMPT_KEYS, Form, encode, encode_all, read_records, settle_bad, to_messages
+from data.records import (
+    LOSS_KEYS, PAIRS, PROMPT_KEYS, Form, encode, encode_all, read_records, settle_bad, split_rows, to_messages,
+)
 from tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -67,14 +71,14 @@ def test_places_count_lines_and_items(tmp_path):
     "content, part",
     [
         (b'{"a": 1}\n{"a": \n', "line 2 is not JSON"),
-        (b'{"a": "\xff"}', "line 1 is not JSON"),
+        (b'{"a": "\xff"}', "line 1 is not UTF-8"),
         (b"7\n8", "line 1 is a JSON int"),
         (b'[{"a": 1}, 3]', "item 2 is a JSON int"),
-        (b'[{"a": 1}', "expected a list of objects"),
+        (b'[{"a": 1}', "ends behind .*item 1"),
         (b'{\n"data": [{"a": 1}]\n}', "one JSON object with the keys .'data'."),
-        (b"\n \n", "no record"),
-        (b"", "no record"),
-        (b"[]", "no record"),
+        (b"\n \n", "no row"),
+        (b"", "no row"),
+        (b"[]", "no row"),
         (b"PAR1\x00", "Parquet"),
         (gzip.compress(LINES)[:-9], "cannot be unpacked"),
         ('{"a": 1}'.encode("utf-16"), "UTF-16"),
@@ -244,3 +248,107 @@ def test_bad_rows_are_listed_together_or_left_out_aloud(tok):
     settle_bad(bad, skip=True, say=said.append)
     assert "20 bad rows are left out" in said[0]
     settle_bad([], skip=False)
+
+
+def test_splits_are_train_and_heldout_and_nothing_else():
+    rows = [(f"line {i}", {"split": split}) for i, split in enumerate(["train", "heldout", None, "train"])]
+    train, held = split_rows(rows)
+    assert [place for place, _ in held] == ["line 1"] and len(train) == 3
+    for other in ("test", "validation", "Heldout", 3):
+        with pytest.raises(ValueError, match=rf"the split '?{other}'? .*'heldout' 1.*'train' 2"):
+            split_rows([*rows, ("line 4", {"split": other})])
+
+
+# -----------------------------------------------------------------------------
+# Drawn at random: a conversation, written in any form that can hold it, is read as itself
+
+EXAMPLES = int(os.environ.get("RT_EXAMPLES", 200))  # by hand: RT_EXAMPLES=10000
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8)
+METADATA = ("id", "source", "domain", "split", "category", "score", "model", "lang")
+SPELLED = {
+    "system": ["system", "System"],
+    "user": ["user", "human", "Human"],
+    "assistant": ["assistant", "gpt", "chatgpt", "bard", "bing", "model", "GPT"],
+}
+
+
+@st.composite
+def conversations(draw) -> list[dict]:
+    turns = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        answer = {"role": "assistant", "content": draw(TEXTS)}
+        if draw(st.integers(0, 3)) == 0:
+            answer["loss"] = False
+        turns += [{"role": "user", "content": draw(TEXTS)}, answer]
+    return turns
+
+
+@st.composite
+def written_rows(draw) -> tuple[dict, list[dict]]:
+    """A row of some form, and the conversation that it holds."""
+    turns = draw(conversations())
+    flagged = any("loss" in turn for turn in turns)
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    form = draw(st.sampled_from(["messages", "conversations"] if flagged else ["messages", "conversations", "pair"]))
+    row = {key: draw(st.one_of(TEXTS, st.integers(), st.none())) for key in draw(st.sets(st.sampled_from(METADATA)))}
+    if form == "pair":
+        pairs = [
+            [user["content"], answer["content"]]
+            for user, answer in zip(turns[len(system) :: 2], turns[len(system) + 1 :: 2])
+        ]
+        question, answer = draw(st.sampled_from(PAIRS))
+        row |= {question: pairs[-1][0], answer: pairs[-1][1]}
+        if len(pairs) > 1 or draw(st.booleans()):
+            row["history"] = pairs[:-1]
+        if system or draw(st.booleans()):
+            row["system"] = system[0] if system else ""
+        return row, turns
+    apart = form == "conversations" and system and draw(st.booleans())
+    role, content = draw(st.sampled_from([("role", "content"), ("from", "value")]))
+    row[form] = [written_turn(draw, turn, role, content) for turn in (turns[1:] if apart else turns)]
+    if apart:
+        row["system"] = system[0]
+    return row, turns
+
+
+def written_turn(draw, turn: dict, role: str, content: str) -> dict:
+    written = {role: draw(st.sampled_from(SPELLED[turn["role"]])), content: turn["content"]}
+    if "loss" in turn:
+        written[draw(st.sampled_from(LOSS_KEYS))] = draw(st.sampled_from([0, False, 0.0]))
+    elif turn["role"] == "assistant" and draw(st.booleans()):
+        written[draw(st.sampled_from(LOSS_KEYS))] = draw(st.sampled_from([1, True, None]))
+    return written
+
+
+@hypothesis.settings(max_examples=EXAMPLES)
+@given(written_rows())
+def test_a_row_of_any_form_is_read_as_the_conversation_that_it_holds(case):
+    row, turns = case
+    assert to_messages(json.loads(json.dumps(row)), "here") == (turns, None)
+
+
+@hypothesis.settings(max_examples=EXAMPLES)
+@given(written_rows(), st.sampled_from(PROMPT_KEYS), TEXTS)
+def test_no_key_that_changes_the_prompt_is_lost(case, key, value):
+    """Set on any row: the conversation changes by it, or the row is refused, naming the key."""
+    row, turns = case
+    if row.get(key):
+        return
+    value = {"history": [[value, value]], "tools": [{"name": value}]}.get(key, value)
+    try:
+        assert to_messages({**row, key: value}, "here") != (turns, None)
+    except ValueError as error:
+        assert key in str(error) and str(error).startswith("here")
+
+
+@hypothesis.settings(max_examples=EXAMPLES)
+@given(st.lists(st.one_of(st.sampled_from(["train", "heldout", None, ""]), TEXTS), min_size=1, max_size=8))
+def test_every_row_goes_where_its_split_says_or_is_refused(splits):
+    rows = [(f"line {i}", {} if split is None else {"split": split}) for i, split in enumerate(splits)]
+    try:
+        train, held = split_rows(rows)
+    except ValueError as error:
+        assert any(repr(split) in str(error) for split in splits if split not in ("train", "heldout", None))
+        return
+    assert {*splits} <= {"train", "heldout", None} and sorted(train + held) == sorted(rows)
+    assert [row["split"] for _, row in held] == ["heldout"] * splits.count("heldout")
