@@ -32,7 +32,8 @@ SCRIPTS = [path for pattern in ("*.py", "data/*.py", "data/demo/*.py", "tests/*.
 
 def commands() -> list[tuple[str, str | None]]:
     """Every command of a shell block, with the commit whose code it is for (None: today's)."""
-    found = {}
+    data = (ROOT / "data" / "README.md").read_text().replace("\\\n", "")
+    found = {(re.sub(r"[][]", "", line), None): None for line in re.findall(r"^    (python .*)", data, re.M)}
     for text in PAGES.values():
         for language, block in BLOCK.findall(text):
             commit = re.match(r"git checkout (\w+)\n", block)
@@ -165,3 +166,12 @@ def test_readme_is_short_and_calls_one_act_by_one_word():
         wide = [line for line in PROSE[page].splitlines() if len(line) > 120 and not line.startswith("|")]
         assert not wide, f"{page}: {wide[0]}"
         assert "@@" not in BLOCK.sub("", text) and "TODO" not in text
+
+
+def test_every_table_of_results_names_commit_and_processor():
+    lines = [line for line in PAGES[Path("docs/RESULTS.md")].splitlines() if line]
+    ends = [after for row, after in zip(lines, lines[1:]) if row.startswith("|") and not after.startswith("|")]
+    assert len(ends) >= 11
+    for note in ends:
+        measured = re.match(r"Measured at \w{7}\b.*; (one core|two cores) of an? [A-Z]\w+ \w+", note)
+        assert measured or note.startswith("Computed, not measured"), note
