@@ -47,10 +47,9 @@ def patched(patch: str, folder: Path) -> Path:
     return copy
 
 
-def run(copy: Path, program: str, *arguments) -> list[str]:
-    """Lines that a program prints when it runs in the patched copy."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+def run(copy: Path, *words) -> list[str]:
+    """Lines that `python WORDS` prints in the patched copy."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -75,15 +74,18 @@ def commonsense_row(stem: str, texts: list[str], key: str) -> dict:
 
 @pytest.mark.skipif(not (ROOT / "data" / "tasks.py").exists(), reason="the tasks still stand in eval.py here")
 def test_a_task_is_one_row(tmp_path):
-    """Two made-up rows in the published form become the questions that they hold."""
+    """Two made-up rows in the published form become the questions that they hold, and eval.py scores them."""
     copy, data = patched(diff_of("data/tasks.py"), tmp_path), tmp_path / "eval"
     inks = ["pen", "cup", "hat", "sea", "owl"]
     write_jsonl(data / "commonsense_qa/dev_rand_split.jsonl", [commonsense_row("What holds ink?", inks, "A")])
     beds = ["sky", "bed", "jar", "oak", "tin"]
     write_jsonl(data / "commonsense_qa/train_rand_split.jsonl", [commonsense_row("Where do we sleep?", beds, "B")])
-    (ink,), (bed,) = map(json.loads, run(copy, READ_TASK, data))
+    (ink,), (bed,) = map(json.loads, run(copy, "-c", READ_TASK, data))
     assert ink == {"contexts": ["Question: What holds ink?\nAnswer:"] * 5, "choices": inks, "gold": 0}
     assert bed["choices"] == beds and bed["gold"] == 1
+    options = "--tasks=commonsense_qa", "--fewshot=0", f"--data={data}", f"--out={tmp_path / 'scores.json'}"
+    run(copy, "eval.py", f"--model={write_base(tmp_path / 'base')}", *options)
+    assert json.loads((tmp_path / "scores.json").read_text())["results"]["commonsense_qa"]["n"] == 1
     added = [line for line in diff_of("data/tasks.py").splitlines()[2:] if line.startswith("+")]
     assert len(re.findall(r"Task\(", "".join(added))) == 1  # one row, and nothing else
     assert not [line for line in diff_of("data/tasks.py").splitlines()[2:] if line.startswith("-")]
@@ -101,7 +103,8 @@ def test_a_form_of_rows(tmp_path):
     """Rows with preferences: the chosen answer is learned from, the rejected one is not in the conversation."""
     row = {"system": "Be brief.", "question": "Two and two?", "chosen": "Four.", "rejected": "Five."}
     rows = write_jsonl(tmp_path / "rows.jsonl", [row, {"prompt": "Name a metal.", "chosen": "Tin."}])
-    (first, _), (second, _) = map(json.loads, run(patched(diff_of("data/records.py"), tmp_path), READ_ROWS, rows))
+    copy = patched(diff_of("data/records.py"), tmp_path)
+    (first, _), (second, _) = map(json.loads, run(copy, "-c", READ_ROWS, rows))
     assert [turn["role"] for turn in first] == ["system", "user", "assistant"]
     assert [turn["content"] for turn in first] == ["Be brief.", "Two and two?", "Four."]
     assert [turn["content"] for turn in second] == ["Name a metal.", "Tin."]
@@ -142,7 +145,7 @@ def test_a_family(tmp_path):
     theirs.save_pretrained(tmp_path / "hf")
     tokens = torch.randint(131, (2, 40))
     safetensors.save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
-    run(copy, LOGITS, tmp_path)
+    run(copy, "-c", LOGITS, tmp_path)
     logits = safetensors.load_file(tmp_path / "logits.safetensors")
     expected = theirs(tokens).logits.detach()
     assert expected.abs().max() > 2 and (logits["off"] - expected).abs().max() < 1e-4
@@ -160,4 +163,4 @@ from model import load_model
 model = load_model(sys.argv[1])
 print(model.fingerprint, model(torch.arange(20)[None])[0].double().sum().item())
 """
-    assert run(copy, program, base) == run(ROOT, program, base)
+    assert run(copy, "-c", program, base) == run(ROOT, "-c", program, base)
