@@ -12,7 +12,6 @@ is not read here is refused by its name; other keys (id, source, domain, split, 
 """
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,15 +275,7 @@ def _encode_text(text: str, form: Form) -> tuple[list[int], list[int]]:
 
 
 def _encode_turns(messages: list[dict], tools: list | None, form: Form) -> tuple[list[int], list[int]]:
-    template = form.tok.template if form.chat is None else ""
-    needed = [key for message in messages for key in TEMPLATE_KEYS if key in message] + (["tools"] if tools else [])
-    if unread := [key for key in needed if not re.search(rf"['\".]{key}\b|\b{key} ", template)]:
-        raise ValueError(f"{unread[0]!r} stands in the row, and the chat form in use does not read it; expected a "
-                         "model whose chat template does: delete the key, or put it into the text")
-    if form.last_only:
-        last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-        messages = [message if place == last else message | {"loss": False} for place, message in enumerate(messages)]
-    ids, mask = encode_chat(form.tok, messages, form=form.chat, **({"tools": tools} if tools else {}))
+    ids, mask = encode_chat(form.tok, messages, form=form.chat, tools=tools, last_only=form.last_only)
     return ids, [position for position, carries in enumerate(mask) if carries and position > 0]
 
 
