@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 import runtime
+from data.records import read_records
 from model import KVCache, Transformer, decode, load_model, load_routers, pad
 from recipe.cost import kv_bytes
 from router import mean_order, parse_layers, quantile_cut, random_route, static_route
@@ -243,7 +244,7 @@ def find(data: Path, patterns: Sequence[str]) -> Path | None:
 def read_rows(path: Path) -> list[tuple[str, dict | list]]:
     """Rows of a .jsonl, .tsv (tab split, no quoting: GLUE's texts hold lone quotes) or .csv file, each with its place in words."""
     if path.suffix == ".jsonl":
-        rows = runtime.read_records(path)
+        rows = read_records(path)
         labels = path.with_name(f"{path.stem}-labels.lst")
         if labels.is_file():
             values = labels.read_text(encoding="utf-8").split()
@@ -468,7 +469,7 @@ def prepare_task(task: Task, paths: tuple[Path, Path | None], tok: Tokenizer, *,
 def prepare_perplexity(name: str, path: Path, tok: Tokenizer, *, items: int | None, limit: int, split: str | None) -> Work:
     """Answers of a messages file, to be scored after everything before the first of them."""
     start, work, digest = time.perf_counter(), [], hashlib.sha256()
-    for place, row in runtime.read_records(path):
+    for place, row in read_records(path):
         if split is not None and row.get("split") != split:
             continue
         if len(work) == items:

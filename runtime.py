@@ -1,4 +1,4 @@
-"""What every script needs once: device, dtype, ranks, command line, user errors, atomic files, hardware peaks.
+"""What every script needs once: device, dtype, ranks, seeds, command line, progress, user errors, files, peaks.
 
     @dataclass
     class Config:                                     # one flat dataclass is the whole interface of a script
@@ -14,17 +14,26 @@
 Depends on torch and the standard library only, and knows nothing of the model.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
+import hashlib
+import io
 import json
 import os
+import re
 import resource
+import shutil
 import sys
+import time
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,12 +41,15 @@ import torch.distributed as dist
 
 PROJECT = Path(__file__).resolve().parent
 BF16_CAPABILITIES = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch.cpu.get_capabilities names them
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest wait for another rank; one rank may measure alone for minutes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # (pattern in the lower-case device name, dense 16-bit tensor FLOP/s, memory bytes/s); more specific patterns first.
+# NVIDIA's pages give 16-bit FLOP/s with sparsity for some: half of that is dense.
 PEAKS = (
     ("h200", 989e12, 4.8e12),  # https://www.nvidia.com/en-us/data-center/h200/ (1,979 TFLOPS with sparsity)
-    ("h100 pcie", 756e12, 2.0e12),  # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
+    # https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
+    ("h100 pcie", 756e12, 2.0e12),
     ("h100 nvl", 835e12, 3.9e12),  # https://www.nvidia.com/en-us/data-center/h100/ (1,671 with sparsity)
     ("h100", 989e12, 3.35e12),  # https://www.nvidia.com/en-us/data-center/h100/ (SXM; 1,979 with sparsity)
     ("a100-sxm4-40gb", 312e12, 1.555e12),  # https://www.nvidia.com/en-us/data-center/a100/
@@ -47,16 +59,20 @@ PEAKS = (
     ("l40s", 362e12, 864e9),  # https://www.nvidia.com/en-us/data-center/l40s/ (733 with sparsity)
     ("nvidia l4", 121e12, 300e9),  # https://www.nvidia.com/en-us/data-center/l4/ (242 with sparsity)
     ("nvidia a10", 125e12, 600e9),  # https://www.nvidia.com/en-us/data-center/products/a10-gpu/
-    ("rtx a6000", 154.8e12, 768e9),  # https://www.nvidia.com/en-us/design-visualization/rtx-a6000/ (309.7 with sparsity)
-    ("rtx 4090", 165.2e12, 1008e9),  # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
-    ("rtx 3090", 71e12, 936e9),  # https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
+    # https://www.nvidia.com/en-us/design-visualization/rtx-a6000/ (309.7 with sparsity)
+    ("rtx a6000", 154.8e12, 768e9),
+    # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
+    ("rtx 4090", 165.2e12, 1008e9),
+    # https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
+    ("rtx 3090", 71e12, 936e9),
     ("v100", 125e12, 900e9),  # https://www.nvidia.com/en-us/data-center/v100/ (SXM2, float16)
     ("tesla t4", 65e12, 320e9),  # https://www.nvidia.com/en-us/data-center/tesla-t4/ (float16)
     ("mi300x", 1307e12, 5.3e12),  # https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html
 )
 
 
-# ---------------------------------------------------------------------------------------------------- device and ranks
+# -----------------------------------------------------------------------------
+# Device and ranks
 
 
 @dataclass(frozen=True)
@@ -72,32 +88,39 @@ class Runtime:
 
 
 def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtime:
-    """Choose device and dtype, seed torch, and join the process group when started by torchrun (nccl on CUDA, gloo else).
+    """Choose device and dtype, seed torch, and join the process group (nccl on CUDA, else gloo) under torchrun.
 
-    auto: CUDA where there is one, else CPU; bfloat16 where the device has instructions for its matrix products (a GPU, or a
-    CPU with AMX, AVX-512 BF16 or Arm BF16, by capability, never by a timing), else float32. TF32 stays off: float32 means float32.
+    auto: CUDA where there is one, else CPU; bfloat16 where the device has instructions for its matrix products (a GPU,
+    or a CPU with AMX, AVX-512 BF16 or Arm BF16, by capability, never by a timing), else float32. TF32 stays off:
+    float32 means float32. A rank that hears nothing from another for 30 minutes gives up.
     Raises ValueError for a device that is not there and for an unknown dtype.
     """
-    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = _device(device, local_rank)
     if dtype == "auto":
-        if chosen.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            capabilities = torch.cpu.get_capabilities() if chosen.type == "cpu" else {}
-            native = any(capabilities.get(name) for name in BF16_CAPABILITIES)
-        kind = torch.bfloat16 if native else torch.float32
+        kind = torch.bfloat16 if _multiplies_bf16(chosen) else torch.float32
     elif dtype in DTYPES:
         kind = DTYPES[dtype]
     else:
-        raise ValueError(f"dtype is {dtype!r}, expected auto or one of {', '.join(DTYPES)}: pass one of these with --dtype")
+        raise ValueError(f"dtype is {dtype!r}, expected auto or one of {', '.join(DTYPES)}: pass one with --dtype")
     torch.manual_seed(seed)
-    if chosen.type == "cuda":
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        on_gpu = chosen.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
+        with _together():
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
+                                    timeout=COLLECTIVE_TIMEOUT)
     return Runtime(rank, world_size, local_rank, chosen, kind, rank == 0)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for matrix products in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(capabilities.get(name) for name in BF16_CAPABILITIES)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -106,13 +129,13 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N: pass one of these with --device") from None
-    if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"device cuda:{index} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices: pass --device=cpu")
-        return torch.device("cuda", index)
-    return device
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N: pass one with --device") from None
+    if device.type != "cuda":
+        return device
+    index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"device cuda:{index} was asked for, but torch sees {count} CUDA devices: pass --device=cpu")
+    return torch.device("cuda", index)
 
 
 def cleanup() -> None:
@@ -123,8 +146,13 @@ def cleanup() -> None:
 
 def print0(*args) -> None:
     """Print on the master rank only, at once."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_master():
+        Progress.wipe()
         print(*args, flush=True)
+
+
+def _is_master() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -134,10 +162,11 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """Most bytes in use so far: of torch's allocator on CUDA, of the whole process on CPU (getrusage: KiB, on macOS bytes)."""
+    """Most bytes in use so far: of torch's allocator on CUDA, of the whole process on CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB, on macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: torch.device | str) -> str:
@@ -155,51 +184,140 @@ def peak_bandwidth(name: str) -> float | None:
     return next((bandwidth for pattern, _, bandwidth in PEAKS if pattern in name.lower()), None)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# -----------------------------------------------------------------------------
+# Seeds and the work of several ranks
+
+
+def generator(*key) -> torch.Generator:
+    """A random generator that depends on the key alone: no state to save, the same on every rank."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def permutation(n: int, *key) -> list[int]:
+    """The numbers 0 to n - 1 in an order that depends on the key alone."""
+    return torch.randperm(n, generator=generator(*key)).tolist()
+
+
+def mine(groups: list, rt: Runtime) -> list[tuple[int, object]]:
+    """This rank's share of the groups, numbered. No group depends on the number of ranks, only who works on it."""
+    return list(enumerate(groups))[rt.rank::rt.world_size]
+
+
+def sum_over_ranks(values: torch.Tensor, rt: Runtime) -> torch.Tensor:
+    """The sum of every rank's tensor, on every rank; in place."""
+    if rt.world_size > 1:
+        with _together():
+            dist.all_reduce(values)
+    return values
+
+
+def collect(parts: list[tuple[int, object]], rt: Runtime) -> list:
+    """Numbered parts of all ranks, in order of their numbers, on every rank."""
+    if rt.world_size > 1:
+        everyone = [None] * rt.world_size
+        with _together():
+            dist.all_gather_object(everyone, parts)
+        parts = [part for rank_parts in everyone for part in rank_parts]
+    return [part for _, part in sorted(parts, key=lambda numbered: numbered[0])]
+
+
+def wait_for_all(rt: Runtime) -> None:
+    """Return when every rank has come here."""
+    if rt.world_size > 1:
+        with _together():
+            dist.barrier()
+
+
+class RankError(RuntimeError):
+    """Another rank stopped, or did not answer in time: the reason stands in its own output."""
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around every wait for other ranks: what gloo and nccl say of a lost or silent one becomes a RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            happened = f"has waited {COLLECTIVE_TIMEOUT} (h:mm:ss) for another rank"
+        elif "connection" in str(error).lower():
+            happened = "lost the connection to another rank"
+        else:
+            raise
+        raise RankError(f"rank {os.environ['RANK']} {happened}: read what the other ranks printed, then run the same "
+                        "command again") from error
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our --help and with a ValueError for every error."""
+
+    def __init__(self, cls: type):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self.cls = cls
+
+    def format_help(self) -> str:
+        return usage(self.cls) + "\n"
+
+    def error(self, message: str):
+        raise ValueError(f"{message.removeprefix('argument ')}; --help lists all settings")
 
 
 def cli(cls: type, argv: list[str] | None = None):
-    """Build the flat dataclass `cls` from `--name=value`, `--name value` and, for a bool, `--name`; the last one given counts.
+    """Build the flat dataclass `cls` from --name=value, --name value and, for a bool, --name; the last one counts.
 
-    Values follow the annotations: bool, int, float, str, Literal, X | None ("none"), tuple[X, ...] and list[X] by comma. A field
-    whose metadata says {"positional": True} also takes a bare argument, in the order of the fields; one without default must be given.
-    A field that would be a Python keyword ends in an underscore, which its setting does not show: lambda_ is --lambda.
-    --help prints every setting with its default and metadata["help"]. Raises ValueError for what it does not understand.
+    Values follow the annotations: bool, int, float, str, Literal, X | None ("none"), tuple[X, ...] and list[X] by
+    comma. A field whose metadata says {"positional": True} also takes a bare argument, in the order of the fields; one
+    without default must be given. A field that would be a Python keyword ends in an underscore, which its setting does
+    not show: lambda_ is --lambda. --help prints every setting with its default and metadata["help"].
+    Raises ValueError for what it does not understand.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    names = {name.rstrip("_"): name for name in fields}
-    positional = [f.name for f in fields.values() if f.metadata.get("positional")]
-    given = {}
-    while argv:
-        word = argv.pop(0)
-        if word in ("--help", "-h"):
-            print(usage(cls))
-            raise SystemExit(0)
-        if not word.startswith("--"):
-            open_places = [n for n in positional if n not in given]
-            if not open_places:
-                raise ValueError(f"{word!r} was found where a setting was expected: write it as --name=value; --help lists all names")
-            given[open_places[0]] = _parse(open_places[0], word, hints[open_places[0]])
-            continue
-        key, has_value, text = word[2:].partition("=")
-        if key.replace("-", "_") not in names:
-            near = difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0)
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls) if f.init}
+    kinds = {name: hints[f.name] for name, f in fields.items()}
+    parser = _Parser(cls)
+    for name, f in fields.items():
+        parser.add_argument(f"--{name}", dest=f.name, type=_converter(kinds[name]))
+    given, rest = parser.parse_known_args(_words(sys.argv[1:] if argv is None else argv, kinds))
+    for word in rest:
+        if word.startswith("--"):
+            key = word[2:].partition("=")[0]
+            near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0)
             raise ValueError(f"--{key} is not a setting: the nearest one is --{near[0]}; --help lists all")
-        name = names[key.replace("-", "_")]
-        if not has_value:
-            if hints[name] is bool and not (argv and argv[0] in ("true", "false")):
-                text = "true"
-            elif not argv or argv[0].startswith("--"):
-                raise ValueError(f"--{key} has no value, expected {_type_name(hints[name])}: write --{key}=value")
-            else:
-                text = argv.pop(0)
-        given[name] = _parse(name, text, hints[name])
-    for f in fields.values():
+    places = [name for name, f in fields.items() if f.metadata.get("positional") and f.name not in given]
+    if len(rest) > len(places):
+        raise ValueError(f"{rest[len(places)]!r} was found where a setting was expected: write it as --name=value; "
+                         "--help lists all names")
+    parser.parse_args([f"--{name}={word}" for name, word in zip(places, rest)], given)
+    for name, f in fields.items():
         if f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"--{f.name} is missing, and it has no default: {f.metadata.get('help', 'give it')}; --help lists all settings")
-    return cls(**given)
+            meaning = f.metadata.get("help", "give it")
+            raise ValueError(f"--{name} is missing, and it has no default: {meaning}; --help lists all settings")
+    return cls(**vars(given))
+
+
+def _words(argv: list[str], kinds: dict[str, object]) -> list[str]:
+    """Every setting as one word: alone, argparse takes -1e-2 for a setting, and in `--flag b` the b for a value."""
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        name = key[2:].replace("-", "_")
+        if not word.startswith("--") or name not in kinds:
+            words.append(word)
+            continue
+        if not equals and kinds[name] is bool:
+            value = rest.pop(0) if rest[:1] in (["true"], ["false"]) else "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"{word} has no value, expected {_type_name(kinds[name])}: write {word}=value")
+            value = rest.pop(0)
+        words.append(f"--{name}={value}")
+    return words
 
 
 def usage(cls: type) -> str:
@@ -209,12 +327,15 @@ def usage(cls: type) -> str:
     for f in dataclasses.fields(cls):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         shown = "required" if default is dataclasses.MISSING else f"default {_show(default)}"
-        lines.append(f"  --{f.name.rstrip('_'):<20} {f.metadata.get('help', '')} ({_type_name(hints[f.name])}; {shown})")
+        name, meaning = f.name.rstrip("_"), f.metadata.get("help", "")
+        lines.append(f"  --{name:<20} {meaning} ({_type_name(hints[f.name])}; {shown})")
     return "\n".join(lines)
 
 
 def _show(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else "none" if value is None else str(value)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
 
 
 def _type_name(kind) -> str:
@@ -224,68 +345,261 @@ def _type_name(kind) -> str:
         return f"{_type_name(typing.get_args(kind)[0])} by comma"
     if _is_union(kind):
         return "|".join(_type_name(k) for k in typing.get_args(kind))
-    return "none" if kind is type(None) else "true|false" if kind is bool else kind.__name__
+    return {type(None): "none", bool: "true|false"}.get(kind, kind.__name__)
 
 
 def _is_union(kind) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
-def _parse(name: str, text: str, kind):
-    try:
-        return _convert(text, kind)
-    except ValueError:
-        raise ValueError(f"--{name} is {text!r}, expected {_type_name(kind)}: write --{name}=value; --help lists all settings") from None
+def _converter(kind) -> Callable[[str], object]:
+    def convert(text: str):
+        try:
+            return _convert(text, kind)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} was found, expected {_type_name(kind)}") from None
+
+    return convert
 
 
 def _convert(text: str, kind):
-    """Text to a value of the annotated type; ValueError when it does not fit. A union takes the first member that fits, None first."""
+    """Text to a value of the annotated type, or ValueError. A union takes the first member that fits, None first."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if _is_union(kind):
-        members = typing.get_args(kind)
-        if type(None) in members and text.lower() == "none":
+        if type(None) in arguments and text.lower() == "none":
             return None
-        for member in members:
-            if member is not type(None):
-                try:
-                    return _convert(text, member)
-                except ValueError:
-                    continue
+        for member in arguments:
+            with contextlib.suppress(ValueError):
+                return _convert(text, member)
         raise ValueError
-    origin = typing.get_origin(kind)
     if origin in (tuple, list):
-        return origin(_convert(part.strip(), typing.get_args(kind)[0]) for part in text.split(",") if part.strip())
-    if origin is typing.Literal or kind is bool:
-        known = {"true": True, "false": False} if kind is bool else {str(v): v for v in typing.get_args(kind)}
+        return origin(_convert(part.strip(), arguments[0]) for part in text.split(",") if part.strip())
+    if kind is bool or origin is typing.Literal:
+        known = {"true": True, "false": False} if kind is bool else {str(value): value for value in arguments}
         if text not in known:
             raise ValueError
         return known[text]
+    if kind is type(None):
+        raise ValueError
     return kind(text)
 
 
-def run_main(fn: Callable[[], object]) -> None:
-    """Run a script's main and exit: 0 done, 2 the user's input is wrong (one line on standard error), 1 anything else (traceback).
+# -----------------------------------------------------------------------------
+# Progress: one line on standard error about work that takes long
 
-    The user's errors are the ValueErrors and FileNotFoundErrors that a file of this project raised itself; one that comes out of a
-    library is our bug and keeps its traceback.
+
+class Progress:
+    """Tell on standard error how far a phase is and when it ends: `what | 120/1,000 | eta 0.4m | note`.
+
+        with runtime.Progress("score", len(items)) as progress:   # or: for item in runtime.track(items, "score"):
+            for item in items:
+                progress.step(note=f"loss {loss:.3f}")
+
+    Nothing shows before two seconds have passed. A terminal's line is redrawn in place, at most five times a second; a
+    log gets a line at most every 20 seconds, and a last one. Of nested ones only the outermost shows; ranks above 0 are
+    silent. total None: unknown. clock: seconds, for tests.
+    """
+
+    active: "Progress | None" = None  # the outermost one
+
+    def __init__(self, what: str, total: int | None, note: str = "", clock: Callable[[], float] = time.monotonic):
+        self.what, self.total, self.note, self.clock = what, total, note, clock
+        self.begin, self.done = clock(), 0
+        self.terminal, self.drawn = sys.stderr.isatty(), False  # drawn: a terminal shows our line
+        self.last: float | None = None  # when a line was written
+
+    def __enter__(self) -> "Progress":
+        if Progress.active is None:
+            Progress.active = self
+        return self
+
+    def step(self, n: int = 1, note: str = "") -> None:
+        """Count n more as done. A note stays until the next one."""
+        self.done += n
+        self.note = note or self.note
+        now = self.clock()
+        if Progress.active is not self or not _is_master() or now - self.begin < 2.0 or self.done == self.total:
+            return
+        if self.last is None or now - self.last >= (0.2 if self.terminal else 20.0):
+            self.last, self.drawn = now, self.terminal
+            self._write(self._line(now - self.begin), end="" if self.terminal else "\n")
+
+    def _line(self, seconds: float, ended: bool = False) -> str:
+        parts = [self.what, f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"]
+        if ended:
+            parts.append(f"{seconds / 60:.1f}m")
+        elif self.total and self.done:
+            share = min(1.0, self.done / self.total)
+            parts.append(f"eta {seconds * (1 - share) / share / 60:.1f}m")
+            if Phases.active is not None:
+                parts.append(Phases.active.eta(share))
+        return " | ".join([*parts, self.note] if self.note else parts)
+
+    def _write(self, text: str, end: str) -> None:
+        if self.terminal:
+            width = shutil.get_terminal_size().columns
+            text = "\r\x1b[K" + text[:width - 1]  # a line that wraps could not be redrawn
+        print(text, end=end, file=sys.stderr, flush=True)
+
+    @classmethod
+    def wipe(cls) -> None:
+        """Take the line off the terminal before something else is printed there; a later step draws it again."""
+        if cls.active is not None and cls.active.drawn:
+            cls.active._write("", end="")
+            cls.active.drawn = False
+
+    def __exit__(self, kind, error, trace) -> None:
+        if Progress.active is not self:
+            return
+        self.wipe()
+        seconds = self.clock() - self.begin
+        if kind is None and seconds >= 2.0 and _is_master():
+            self._write(self._line(seconds, ended=True), end="\n")
+        Progress.active = None
+
+
+def track(items: Iterable, what: str, total: int | None = None,
+          clock: Callable[[], float] = time.monotonic) -> Iterator:
+    """The items one by one, with a `Progress` line. total: their number where they have no len()."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with Progress(what, total, clock=clock) as progress:
+        for item in items:
+            yield item
+            progress.step()
+
+
+class Phases:
+    """The phases of a run, and when it ends.
+
+        phases = runtime.Phases({"orders": 3.0, "fit": 1.0})  # expected work, in any one unit
+        with phases("orders"):                                # phase 1/2: orders
+        with phases("fit"):                                   # phase 2/2: fit (run eta 0.5m)
+
+    The rate is work done over the time since the start; the running phase counts in part, by its `Progress`. A resumed
+    run may leave phases out, and begin one where it stopped: phases("fit", begun=0.4).
+    """
+
+    active: "Phases | None" = None
+
+    def __init__(self, work: dict[str, float], clock: Callable[[], float] = time.monotonic):
+        self.work, self.clock = dict(work), clock
+        self.begin, self.done = clock(), 0.0
+        self.name, self.begun = "", 0.0  # of the running phase; begun: share done by an earlier run
+
+    @contextlib.contextmanager
+    def __call__(self, name: str, begun: float = 0.0) -> Iterator[None]:
+        self.name, self.begun, Phases.active = name, begun, self
+        number = list(self.work).index(name) + 1
+        if _is_master():
+            Progress.wipe()
+            eta = f" ({self.eta(begun)})" if self.done > 0 else ""
+            print(f"phase {number}/{len(self.work)}: {name}{eta}", file=sys.stderr, flush=True)
+        try:
+            yield
+            self.done += (1 - begun) * self.work[name]
+        finally:
+            Phases.active = None
+
+    def eta(self, share: float = 0.0) -> str:
+        """When the run ends, with this share of the running phase done; n/a before anything is."""
+        names = list(self.work)
+        current, later = self.work[self.name], names[names.index(self.name) + 1:]
+        done = self.done + (share - self.begun) * current
+        if done <= 0:
+            return "run eta n/a"
+        left = (1 - share) * current + sum(self.work[name] for name in later)
+        return f"run eta {(self.clock() - self.begin) * left / done / 60:.1f}m"
+
+
+# -----------------------------------------------------------------------------
+# Errors
+
+
+REMEDIES = {  # what the system says of a path, in words and with what to do
+    errno.ENOENT: "was not found: check the path",
+    errno.EACCES: "may not be read or written: change its permissions, or give another path",
+    errno.EPERM: "may not be read or written: change its permissions, or give another path",
+    errno.EISDIR: "is a folder, expected a file: give the path of a file",
+    errno.ENOTDIR: "lies below a file, expected below a folder: check the path",
+    errno.EEXIST: "is a file, expected a folder: remove it, or give another path",
+    errno.EROFS: "lies on a file system that cannot be written: give another path",
+    errno.ENAMETOOLONG: "is too long for a path: check it",
+}
+REQUIREMENTS = ("jinja2", "numpy", "safetensors", "sentencepiece", "tiktoken", "torch")
+PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def run_main(fn: Callable[[], object]) -> None:
+    """Run a script's main and exit: 0 done, 2 the user's input is wrong (one line on standard error), 1 anything else.
+
+    The user's errors: ValueError and FileNotFoundError raised by a file of this project, what the system says of a path
+    or a full disk, text that is not UTF-8, a package that is not installed. Another rank's failure is one line and 1.
+    Anything else, a library's ValueError too, is our bug and keeps its traceback. A closed pipe (| head) ends quietly.
     """
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text
         fn()
-    except (ValueError, FileNotFoundError) as error:
-        last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if PROJECT not in last.parents or "site-packages" in last.parts:
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        sys.exit(141)  # as a shell shows SIGPIPE
     except KeyboardInterrupt:
+        Progress.wipe()
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Exception as error:
+        Progress.wipe()
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, RankError) else 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------- files
+def _sentence(error: Exception) -> str | None:
+    """One line for an error that somebody other than us must mend; None for our bug."""
+    if isinstance(error, RankError):
+        return str(error)
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in REQUIREMENTS:
+        return f"{error.name} cannot be imported ({error}): pip install -r requirements.txt"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        place = f"{error.filename} was not written, " if error.filename else ""
+        return f"{place}disk full ({error.strerror}): free space and run the same command again"
+    if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
+        path = error.filename2 or error.filename
+        return f"{path} {REMEDIES.get(error.errno, f'cannot be used ({error.strerror}): check the path')}"
+    if isinstance(error, PATH_ERRORS):
+        return str(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    last = Path(frames[-1].f_code.co_filename)
+    if isinstance(error, UnicodeDecodeError) and "codecs" in last.name:  # out of reading a text file
+        return f"{_file_read(frames)} is not UTF-8 text ({error.reason} at byte {error.start}): convert or replace it"
+    ours = PROJECT in last.resolve().parents and "site-packages" not in last.parts
+    return str(error) if ours and isinstance(error, ValueError) else None
+
+
+def _file_read(frames: list[types.FrameType]) -> str:
+    """The text file that these frames were reading: the error itself does not know it."""
+    for frame in reversed(frames):
+        for value in frame.f_locals.values():
+            if isinstance(value, io.TextIOWrapper):
+                return str(value.name)
+            if isinstance(value, Path):
+                return str(value)
+    return "a file"
+
+
+# -----------------------------------------------------------------------------
+# Files
 
 
 def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
-    """Let `writer` fill a temporary file beside `path`, force it to disk, then rename it: a reader sees the old file or the new one."""
+    """Let `writer` fill a temporary file beside `path`, force it to disk, rename it: a reader sees the old or the new.
+
+    Errors of the system name `path`, not the temporary file.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -293,8 +607,17 @@ def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
         writer(temporary)
         _fsync(temporary)
         os.replace(temporary, path)
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        hidden = re.search(r"\(os error (\d+)\)", str(error))  # safetensors tells the number in its text alone
+        if hidden is not None:
+            number = int(hidden[1])
+        if number is None or getattr(error, "filename", None) not in (None, str(temporary)):
+            raise  # no error of the system, or one about another file that the writer used
+        raise OSError(number, os.strerror(number), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     _fsync(path.parent)  # the rename itself lives in the directory
 
 
@@ -311,44 +634,24 @@ def write_json(path: str | Path, obj) -> None:
     write_atomic(path, lambda p: p.write_text(json.dumps(obj, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
 
 
-def read_records(path: str | Path) -> list[tuple[str, dict]]:
-    """Objects of a .jsonl file (one a line, empty lines skipped) or of a .json file (one list), each with its place in words.
+def read_json(path: str | Path):
+    """Read one JSON document; a byte order mark is skipped.
 
-    Raises FileNotFoundError when the file is missing, ValueError naming file and line (or item) for what is not a JSON object.
+    Raises FileNotFoundError when it is missing, ValueError with line and column when it is not JSON.
     """
     path = Path(path)
-    if path.suffix == ".json":
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise ValueError(f"{path} holds a JSON {type(records).__name__}, expected a list of objects: write a list, or one object a line as .jsonl")
-        places = [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
-    else:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} was not found, expected a .jsonl or .json file: check the path")
-        places = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                try:
-                    places.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:  # not JSON, or not UTF-8
-                    raise ValueError(f"{path}, line {number} is not JSON ({error}): mend or delete the line") from None
-    for place, record in places:
-        if not isinstance(record, dict):
-            raise ValueError(f"{place} is a JSON {type(record).__name__}, expected an object: mend or delete it")
-    if not places:
-        raise ValueError(f"{path} holds no record, expected at least one object: check the file")
-    return places
-
-
-def read_json(path: str | Path):
-    """Read one JSON document. Raises FileNotFoundError when it is missing, ValueError with line and column when it is not JSON."""
-    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a JSON file: give the path of a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} was not found, expected a JSON file: check the path")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # an integer of more than 4,300 digits
+        reason = str(error)
     raise ValueError(f"{path} is not JSON ({reason}): mend or replace the file")

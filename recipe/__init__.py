@@ -6,5 +6,5 @@
 4. Move the logits by ridge steps, with a running quantile as the cut; keep the best router (fit, train.py).
 5. Calibrate cuts for every budget; where a static list wins, the table holds it (calibrate, controls).
 
-FLOPs, bytes and ceilings stand in cost. Nothing here imports a script.
+FLOPs, bytes and ceilings stand in cost, passes over examples in passes. Nothing here imports a script.
 """

@@ -3,71 +3,112 @@
 import math
 
 import torch
+from torch import Tensor
 
-import runtime
-from model import Transformer
 from recipe.controls import Controls
-from recipe.passes import Example, evaluate, route_logits
-from router import capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
+from recipe.passes import Workload, evaluate, route_logits
+from router import between, capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
+from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 PASSES = 9  # routes that calibration runs to fill it
-ANCHORS = (0.25, 0.5, 0.75)  # budgets at which it compares the routers with the static order
+ANCHORS = (0.25, 0.5, 0.75)  # budgets at which it compares the routers with the static lists
 
 
-def settle(model: Transformer, examples: list[Example], rt: runtime.Runtime, budget: float, rounds: int = 2) -> float:
-    """Set and return the global cut that realises `budget`. Routes change what deeper routers see, hence more than one round."""
+def settle(
+    work: Workload, budget: float, rounds: int = 2, base: list[float] | None = None, memory: float = 0.0
+) -> float:
+    """Move all cuts by one amount, in logits, until the routers realise `budget` on the examples; returns that amount.
+
+    Routes change what deeper routers see, hence more than one round. base (R): the cuts that are moved, 0 by default.
+    memory: share of the last amount that a round keeps, so that two routes do not take turns.
+    """
+    weights = work.model.place_weights()
+    base, move = base or [0.0] * len(weights), None
     for _ in range(rounds):
-        cut = quantile_cut(route_logits(model, examples, rt), budget, model.place_weights())
-        set_cuts(model, cut)
-    return cut
+        above = route_logits(work) - torch.tensor(base)[:, None]  # (R,N)
+        above = above.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # a first token at an infinite cut
+        found = quantile_cut(above, budget, weights)
+        move = found if move is None else memory * move + (1 - memory) * found
+        set_cuts(work.model, [cut + move for cut in base])
+    return move
 
 
-def calibrate(model: Transformer, examples: list[Example], rt: runtime.Runtime, own: float, controls: "Controls | None" = None,
-              orders: dict[str, list[int]] | None = None) -> dict:
-    """Table of cuts for every budget in BUDGETS, one for all layers. Deeper logits depend on the route, so the routers run at PASSES cuts: twice
-    for the budget `own`, else for the middle of the widest gap between the capacities realised so far; between two of those routes the cuts blend.
-    With drop orders, budgets near one of ANCHORS where one loses less than the routers on the controls' examples get its cuts instead (`static`: budget -> its name)."""
-    routes = {}  # capacity realised -> the cut for each budget, by the logits of that route
-    weights = model.place_weights()
+def calibrate(work: Workload, own: float, controls: Controls | None = None, orders: dict | None = None) -> dict:
+    """Table of cuts for every budget in BUDGETS: {budgets, thresholds (one for each place), static}.
 
-    def blended(budget: float) -> float:
-        low = max((realised for realised in routes if realised <= budget), default=min(routes))
-        high = min((realised for realised in routes if realised >= budget), default=max(routes))
-        a, b = routes[low][budget], routes[high][budget]
-        return a if low == high or math.isinf(a) or math.isinf(b) else a + (budget - low) / (high - low) * (b - a)
+    work: the examples whose routes are run; own: the budget that is realised best. With controls and orders a static
+    list stands wherever it loses less than the routers on the controls' examples (`static`: budget -> its name).
+    """
+    dense, routes = probe_routes(work, own)
+    rows = {budget: [cut] * len(dense) for budget, cut in cuts_by_budget(routes).items()}
+    static = prefer_static(rows, controls, orders) if orders else {}
+    for budget, name in static.items():
+        rows[budget] = static_cuts(dense, orders[name], budget, work.model.place_weights())
+    budgets = sorted(rows)
+    thresholds = [[threshold_of(cut) for cut in rows[budget]] for budget in budgets]
+    return {"budgets": budgets, "thresholds": thresholds, "static": static}
 
-    for i in range(PASSES):
-        if i < 2:
-            cut = (-math.inf, math.inf)[i]
+
+def probe_routes(work: Workload, own: float) -> tuple[Tensor, dict[float, dict[float, float]]]:
+    """Logits (R,N) where nothing is skipped, and {capacity realised: {budget: cut by the logits of that route}}.
+
+    Deeper logits depend on the route, so the routers run at PASSES cuts: none and all skipped, twice the budget `own`,
+    else the middle of the widest gap between the capacities realised so far.
+    """
+    weights, routes, logits = work.model.place_weights(), {}, []
+    for number in track(range(PASSES), "calibration"):
+        if number < 2:
+            cut = (-math.inf, math.inf)[number]
         else:
             ends = sorted(routes)
             low, high = max(zip(ends, ends[1:]), key=lambda gap: gap[1] - gap[0])
-            wanted = own if i in (2, PASSES - 1) else (low + high) / 2
-            cut = blended(min(BUDGETS, key=lambda budget: abs(budget - wanted)))
-        set_cuts(model, cut)
-        z = route_logits(model, examples, rt)
-        dense = z if i == 0 else dense
-        routes[capacity((z >= cut).double(), weights=weights).item()] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
+            wanted = own if number in (2, PASSES - 1) else (low + high) / 2
+            cut = blended(routes, min(BUDGETS, key=lambda budget: abs(budget - wanted)))
+        set_cuts(work.model, cut)
+        z = route_logits(work)
+        realised = capacity((z >= cut).double(), weights=weights).item()
+        routes[realised] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
+        logits.append(z)
+    return logits[0], routes
+
+
+def blended(routes: dict[float, dict[float, float]], budget: float) -> float:
+    """Cut for a budget, between those of the two routes that realised the nearest capacities below and above it."""
+    low = max((realised for realised in routes if realised <= budget), default=min(routes))
+    high = min((realised for realised in routes if realised >= budget), default=max(routes))
+    share = 0.0 if low == high else (budget - low) / (high - low)
+    return between(routes[low][budget], routes[high][budget], share)
+
+
+def cuts_by_budget(routes: dict[float, dict[float, float]]) -> dict[float, float]:
+    """One cut for all places, by budget: a smaller budget never has a lower cut."""
     cuts, cut = {1.0: -math.inf, 0.0: math.inf}, -math.inf
     for budget in reversed(BUDGETS[1:-1]):
-        cut = max(cut, blended(budget))  # a smaller budget never has a lower cut
+        cut = max(cut, blended(routes, budget))
         cuts[budget] = cut
-    rows = {budget: [cut] * len(weights) for budget, cut in cuts.items()}
-    static = {}
-    for anchor in ANCHORS if orders else ():
-        set_cuts(model, rows[anchor])
-        settle(model, controls.examples, rt, anchor, rounds=1)  # compared at exactly this capacity
-        routed = evaluate(model, controls.examples, rt, route="gather", trunk=controls.trunk)["loss"]
+    return cuts
+
+
+def prefer_static(rows: dict[float, list[float]], controls: Controls, orders: dict[str, list[int]]) -> dict[float, str]:
+    """Budgets near one of ANCHORS where a static list loses less than the routers -> the name of its order."""
+    static, work = {}, controls.work
+    for anchor in ANCHORS:
+        set_cuts(work.model, rows[anchor])
+        settle(work, anchor, rounds=1)  # compared at exactly this capacity
+        routed = evaluate(work)["loss"]
         losses = {name: controls.static(order, 1 - anchor) for name, order in orders.items()}
         best = min(losses, key=losses.get)
         if losses[best] < routed:
-            static |= {budget: best for budget in rows if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor}
-    rows |= {budget: static_cuts(dense, orders[name], budget, weights) for budget, name in static.items()}
-    budgets = sorted(rows)
-    return {"budgets": budgets, "thresholds": [[threshold_of(cut) for cut in rows[budget]] for budget in budgets], "static": static}
+            print0(f"calibration: around budget {anchor:g} the static order {best} loses less on the selection set "
+                   "than the routers, and stands in the table")
+            near = [budget for budget in rows if min(ANCHORS, key=lambda a: abs(a - budget)) == anchor]
+            static |= dict.fromkeys(near, best)
+    return static
 
 
-def static_cuts(z: torch.Tensor, order: list[int], budget: float, weights: torch.Tensor) -> list[float]:
-    """Cuts (R) that skip the first places of an order for everyone and run the others; a fraction of a place goes by its logits z (R,N)."""
-    return [quantile_cut(z[place], 1 - share) for place, share in enumerate(skipped_shares(order, weights, 1 - budget))]
+def static_cuts(z: Tensor, order: list[int], budget: float, weights: Tensor) -> list[float]:
+    """Cuts (R) that skip the first places of an order for everyone and run the others; a fraction of a place goes by
+    its logits z (R,N)."""
+    shares = skipped_shares(order, weights, 1 - budget)
+    return [quantile_cut(z[place], 1 - share) for place, share in enumerate(shares)]

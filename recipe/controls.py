@@ -2,67 +2,79 @@
 
 from dataclasses import replace
 
-import runtime
-from model import Transformer
 from recipe.cost import Executed, prefill_flops
-from recipe.passes import Example, evaluate
-from recipe.trunk import TrunkCache
+from recipe.passes import Workload, evaluate, random_routes, skip_everywhere
 from router import RouterConfig, mean_order, skipped_shares
 
 
-def routed_flops(config, routing: RouterConfig, shares: list[float], tokens: int, logits: int = 0) -> float:
-    """FLOPs of a prompt of `tokens` tokens when the places (R) execute these shares of their units."""
-    return prefill_flops(config, tokens, Executed.of(config, routing, shares), logits)
-
-
 class Controls:
-    """What simple alternatives reach on the same examples at the capacity that a router realised. Each set of dropped layers is measured once."""
+    """What simple alternatives reach on the same examples at the capacity that a router realised.
 
-    def __init__(self, model: Transformer, examples: list[Example], rt: runtime.Runtime, trunk: TrunkCache | None = None):
-        self.model, self.examples, self.rt, self.trunk, self.known = model, examples, rt, trunk, {}
+    Each set of skipped places is measured once.
+    """
+
+    def __init__(self, work: Workload):
+        self.work, self.known = work, {}
 
     def loss(self, skipped: tuple[int, ...]) -> float:
         """Loss where everyone skips these places, given in any order."""
         skipped = tuple(sorted(skipped))
         if skipped not in self.known:
-            self.known[skipped] = evaluate(self.model, self.examples, self.rt, route="gather", skipped=skipped, trunk=self.trunk)["loss"]
+            self.known[skipped] = evaluate(self.work, skip_everywhere(skipped))["loss"]
         return self.known[skipped]
 
-    def static(self, order: list[int], share: float) -> float:
-        """Loss where everyone skips the first places of an order, `share` of all they count; where that ends within a place it is interpolated."""
-        shares = skipped_shares(order, self.model.place_weights(), share)
-        part = next((value for value in shares if 0.0 < value < 1.0), 0.0)
-        loss = self.loss(tuple(place for place, value in enumerate(shares) if value == 1.0))
+    def static(self, order: list[int], skip: float) -> float:
+        """Loss where everyone skips the first places of an order, `skip` of all they count.
+
+        Where that ends within a place the loss is interpolated.
+        """
+        shares = skipped_shares(order, self.work.model.place_weights(), skip)
+        part = next((share for share in shares if 0.0 < share < 1.0), 0.0)
+        loss = self.loss(tuple(place for place, share in enumerate(shares) if share == 1.0))
         if part == 0.0:
             return loss
-        more = self.loss(tuple(place for place, value in enumerate(shares) if value >= part))
+        more = self.loss(tuple(place for place, share in enumerate(shares) if share > 0.0))
         return loss + part * (more - loss)
 
+    def prefill_flops(self, routing: RouterConfig, shares: list[float]) -> float:
+        """FLOPs of all examples when the places (R) execute these shares of their units."""
+        config = self.work.model.config
+        executed = Executed.of(config, routing, shares)
+        return sum(prefill_flops(config, len(example.tokens), executed, logits=0) for example in self.work.examples)
+
     def share_saved(self, shares: list[float]) -> tuple[float, float]:
-        """What share of whole layers one must drop to save as many prefill FLOPs as routes with these shares do, and the ceiling of those routes."""
-        routing = self.model.routing
-
-        def flops(routing: RouterConfig, shares: list[float]) -> float:
-            return sum(routed_flops(self.model.config, routing, shares, len(example.tokens)) for example in self.examples)
-
-        plain = replace(routing, unit="sequence", kv="routed")  # whole sequences: a skipped place leaves nothing behind
-        dense, routed, none = flops(plain, [1.0] * len(shares)), flops(routing, shares), flops(plain, [0.0] * len(shares))
+        """What share of whole places one must skip to save as many prefill FLOPs as routes with these shares do, and
+        the ceiling of those routes."""
+        routing = self.work.model.routing
+        whole = replace(routing, unit="sequence", kv="routed")  # a place skipped for a sequence leaves nothing behind
+        routed = self.prefill_flops(routing, shares)
+        dense, none = (self.prefill_flops(whole, [share] * len(shares)) for share in (1.0, 0.0))
         return (dense - routed) / (dense - none), dense / routed
 
     def row(self, budget: float, orders: dict[str, list[int]]) -> dict:
-        """Losses of the routers, as their thresholds stand, and of all controls at equal capacity and (static orders) at equal ceiling."""
-        routed = evaluate(self.model, self.examples, self.rt, route="gather", trunk=self.trunk)
-        shares, skipped = routed["capacity_per_layer"], 1 - routed["capacity"]
+        """Losses of the routers, as their cuts stand, and of all controls: at equal capacity and at equal ceiling."""
+        routed = evaluate(self.work)
+        shares, realised, loss = routed["capacity_per_layer"], routed["capacity"], routed["loss"]
         saved, ceiling = self.share_saved(shares)
-        losses = {name: self.static(order, skipped) for name, order in orders.items()}
-        cheap = {name: self.static(order, saved) for name, order in orders.items()}
-        best, best_cheap, dense = min(losses.values()), min(cheap.values()), self.loss(())
+        static = {name: self.static(order, 1 - realised) for name, order in orders.items()}
+        cheap = min(self.static(order, saved) for order in orders.values())
+        dense = self.loss(())
 
         def gap_closed(static: float) -> float | None:
-            """Share of the gap between static and dense that routing closes; None where skipping for everyone costs nothing."""
-            return (static - routed["loss"]) / (static - dense) if static > dense else None
+            """Share of the gap between static and dense that routing closes; None where static skipping is free."""
+            return (static - loss) / (static - dense) if static > dense else None
 
-        return {"budget": budget, "capacity": routed["capacity"], "capacity_per_layer": shares, "dense": dense, "routed": routed["loss"], **losses,
-                "mean_route": self.static(mean_order(shares), skipped),
-                "random": evaluate(self.model, self.examples, self.rt, route="gather", random_at=routed["capacity"], trunk=self.trunk)["loss"],
-                "gap_closed": gap_closed(best), "ceiling": ceiling, "static_at_equal_ceiling": best_cheap, "gap_closed_at_equal_ceiling": gap_closed(best_cheap)}
+        return {
+            "budget": budget,
+            "capacity": realised,
+            "capacity_per_layer": shares,
+            "dense": dense,
+            "routed": loss,
+            **static,
+            "mean_route": self.static(mean_order(shares), 1 - realised),
+            "random": evaluate(self.work, random_routes(realised))["loss"],
+            "gap_closed": gap_closed(min(static.values())),
+            "ceiling": ceiling,
+            "static_at_equal_ceiling": cheap,
+            "gap_closed_at_equal_ceiling": gap_closed(cheap),
+        }

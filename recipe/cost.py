@@ -1,6 +1,7 @@
 """What a forward pass costs, from sizes alone: FLOPs, bytes, and the ceilings that they set on a speed-up.
 
-A new kind of sublayer is counted in `layer_flops` and `layer_bytes`, nowhere else.
+A new kind of sublayer is counted in `layer_flops` and `layer_elements`, nowhere else. Letters in comments are the
+model's: D width, H heads, K key heads, h head width, F hidden width, V vocabulary.
 """
 
 import statistics
@@ -30,12 +31,18 @@ class Executed:
         """From the share of each place (R); no routing: dense."""
         if routing is None:
             return cls()
-        layers = {"attn": [1.0] * config.n_layers, "mlp": [1.0] * config.n_layers}
+        attn, mlp = [1.0] * config.n_layers, [1.0] * config.n_layers
         for place, share in zip(routing.places, shares):
-            for target, executed in layers.items():
-                if place.target in (target, "block"):
-                    executed[place.layer] = share
-        return cls(layers["attn"], layers["mlp"], routing.unit, routing.kv)
+            if place.target in ("attn", "block"):
+                attn[place.layer] = share
+            if place.target in ("mlp", "block"):
+                mlp[place.layer] = share
+        return cls(attn, mlp, routing.unit, routing.kv)
+
+    @classmethod
+    def by(cls, config: ModelConfig, routing: RouterConfig | None, gates: Tensor) -> "Executed":
+        """From gates (R,B) or (R,B,T)."""
+        return cls.of(config, routing, gates.flatten(1).mean(dim=1).tolist())
 
     def layer(self, layer: int) -> tuple[float, float, float]:
         """Shares of attention, MLP and slots held in one layer."""
@@ -59,57 +66,77 @@ def pairs(tokens: int, window: int | None) -> float:
 def layer_flops(config: ModelConfig, layer: int, tokens: int, executed: Executed) -> float:
     """One layer for one row of `tokens` tokens, causal.
 
-    Per token: projections 2 D (2 H h + 2 K h), feed-forward 6 D F; scores and values 4 H h per pair. Unit token: a
-    share p of executing tokens, spread evenly, leaves p^2 of the pairs with kv "routed" and p of them (and all of the
-    key and value projections) with kv "all".
+    A share p of tokens that execute, spread evenly, leaves p^2 of the pairs of query and key with kv "routed", and p of
+    them, but all key and value projections, with kv "all"; whole sequences leave p of everything.
     """
-    d, h = config.dim, config.head_dim
-    p, m, _ = executed.layer(layer)
-    keys = 1.0 if executed.kv == "all" else p
-    seen = p if executed.unit == "sequence" else p * keys
-    projections = p * 4 * d * config.n_heads * h + keys * 4 * d * config.n_kv_heads * h
-    scores = 4 * config.n_heads * h * pairs(tokens, config.window(layer)) * seen
-    return tokens * projections + scores + tokens * 6 * d * config.hidden_dim * m
+    attn, mlp, _ = executed.layer(layer)
+    stored = 1.0 if executed.kv == "all" else attn  # share of tokens that leave keys and values
+    seen = attn if executed.unit == "sequence" else attn * stored
+    width = config.n_heads * config.head_dim
+    kv_width = config.n_kv_heads * config.head_dim
+
+    query_and_output = attn * 4 * config.dim * width  # D Hh, twice
+    key_and_value = stored * 4 * config.dim * kv_width  # D Kh, twice
+    feed_forward = mlp * 6 * config.dim * config.hidden_dim  # D F, three times
+    scores_and_values = seen * 4 * width * pairs(tokens, config.window(layer))  # Hh a pair, twice
+    return tokens * (query_and_output + key_and_value + feed_forward) + scores_and_values
 
 
 def prefill_flops(config: ModelConfig, tokens: int, executed: Executed = DENSE, logits: int = 1) -> float:
     """One row of `tokens` tokens, with logits at `logits` positions."""
-    layers = sum(layer_flops(config, layer, tokens, executed) for layer in range(config.n_layers))
-    return layers + 2.0 * logits * config.dim * config.vocab_size
+    head = 2.0 * config.dim * config.vocab_size  # D V
+    layers = 0.0
+    for layer in range(config.n_layers):
+        layers += layer_flops(config, layer, tokens, executed)
+    return layers + logits * head
 
 
 def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: int, distill: bool) -> float:
-    """What a tuning step really needs: layers below the first routed one forward only; above it forward, backward
-    without weight gradients (as much again), and the teacher's forward; the head likewise, where loss is taken."""
-    head, passes = 2 * config.dim * config.vocab_size, 2 + distill
-    layers = sum(prefill_flops(config, length, logits=0) for length in lengths)
-    return layers * (first + passes * (config.n_layers - first)) / config.n_layers + passes * head * n_targets
+    """What a tuning step really needs, for rows of these lengths and logits at n_targets positions in all.
+
+    Layers below the first routed one: forward. Above it: forward, backward without weight gradients (as much again),
+    and the teacher's forward. The head: as above it, where loss is taken.
+    """
+    passes = 3 if distill else 2
+    head = 2 * config.dim * config.vocab_size
+    layer = sum(prefill_flops(config, length, logits=0) for length in lengths) / config.n_layers
+    return layer * (first + passes * (config.n_layers - first)) + passes * head * n_targets
 
 
 # -----------------------------------------------------------------------------
 # Bytes
 
 
-def layer_bytes(config: ModelConfig, layer: int, batch: int, context: int, executed: Executed) -> float:
+def layer_elements(config: ModelConfig, layer: int, batch: int, context: int, executed: Executed) -> float:
     """Elements that one decode step reads of one layer: weights of what runs for at least one row, keys and values."""
-    d, h = config.dim, config.head_dim
-    p, m, held = executed.layer(layer)
-    window = min(config.window(layer) or context, context)
-    keys = config.n_kv_heads if p > 0 or executed.kv == "all" else 0
-    queries = config.n_heads if p > 0 else 0
-    mlp = 3 * d * config.hidden_dim if m > 0 else 0
-    return 2 * d * h * (queries + keys) + mlp + 2 * batch * window * config.n_kv_heads * h * p * held
+    attn, mlp, held = executed.layer(layer)
+    slots = min(config.window(layer) or context, context) * attn * held
+    kv_width = config.n_kv_heads * config.head_dim
+
+    elements = 2 * batch * slots * kv_width
+    if attn > 0:
+        elements += 2 * config.dim * config.n_heads * config.head_dim
+    if attn > 0 or executed.kv == "all":
+        elements += 2 * config.dim * kv_width
+    if mlp > 0:
+        elements += 3 * config.dim * config.hidden_dim
+    return elements
 
 
 def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int, executed: Executed = DENSE) -> float:
     """Bytes that one decode step of the whole batch must read: weights, head, keys and values of `context` slots."""
-    layers = sum(layer_bytes(config, layer, batch, context, executed) for layer in range(config.n_layers))
-    return (layers + config.dim * config.vocab_size + config.dim * batch) * itemsize
+    head = config.dim * config.vocab_size
+    embeddings = config.dim * batch
+    layers = 0.0
+    for layer in range(config.n_layers):
+        layers += layer_elements(config, layer, batch, context, executed)
+    return (layers + head + embeddings) * itemsize
 
 
 def kv_bytes(config: ModelConfig, itemsize: int, length: int, skipped: float = 0) -> int:
     """Bytes of keys and values that `length` tokens leave, less `skipped` (layer, token) pairs that leave none."""
-    return int(2 * (length * config.n_layers - skipped) * config.n_kv_heads * config.head_dim * itemsize)
+    kept = length * config.n_layers - skipped
+    return int(2 * kept * config.n_kv_heads * config.head_dim * itemsize)
 
 
 # -----------------------------------------------------------------------------
@@ -118,18 +145,19 @@ def kv_bytes(config: ModelConfig, itemsize: int, length: int, skipped: float = 0
 
 def prefill_ceiling(config: ModelConfig, routing: RouterConfig, gates: Tensor, tokens: int) -> float:
     """By FLOPs, of a prompt of `tokens` tokens. gates (R,B) or (R,B,T)."""
-    shares = gates.flatten(1).mean(dim=1).tolist()
-    return prefill_flops(config, tokens) / prefill_flops(config, tokens, Executed.of(config, routing, shares))
+    executed = Executed.by(config, routing, gates)
+    return prefill_flops(config, tokens) / prefill_flops(config, tokens, executed)
 
 
-def decode_ceiling(config: ModelConfig, routing: RouterConfig, itemsize: int, context: int, gates: Tensor,
-                   steps: list[Tensor]) -> float:
+def decode_ceiling(
+    config: ModelConfig, routing: RouterConfig, itemsize: int, context: int, gates: Tensor, steps: list[Tensor]
+) -> float:
     """By bytes, of a decode step: the mean over steps. gates: of the context, (R,B) or (R,B,T); steps: (R,B[,1])."""
     batch, held = gates.shape[1], None
     if routing.unit == "token" and routing.kv == "routed":
-        held = Executed.of(config, routing, gates.flatten(1).mean(dim=1).tolist()).attn
+        held = Executed.by(config, routing, gates).attn
     read = []
     for step in steps:
-        executed = Executed.of(config, routing, step.flatten(1).mean(dim=1).tolist())
-        read.append(decode_bytes(config, batch, context, itemsize, replace(executed, held=held)))
+        executed = replace(Executed.by(config, routing, step), held=held)
+        read.append(decode_bytes(config, batch, context, itemsize, executed))
     return decode_bytes(config, batch, context, itemsize) / statistics.mean(read)

@@ -1,31 +1,37 @@
-"""What a place costs or is worth: Fisher costs per unit, benefits per sequence."""
+"""What a place costs or is worth: Fisher costs per unit, how far it turns its input, benefits per sequence."""
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
-import runtime
 from model import Transformer
-from recipe.passes import (
-    EVAL_BATCH,
-    Example,
-    by_length,
-    collate,
-    collect,
-    generator,
-    head_blocks,
-    head_gradient,
-    head_losses,
-    mine,
-    permutation,
-    states,
-)
-from recipe.trunk import TrunkCache
+from recipe.passes import Batch, Workload, collate, finite, head_blocks, head_gradient, head_losses, states
+from runtime import collect, generator, permutation, track
 
 COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over some examples tells of R places and N units: sequences, or a sample of their tokens."""
+
+    costs: Tensor  # (R,N) Fisher cost of skipping a unit
+    inputs: Tensor  # (R,N,D) what the routers read there
+    turned: Tensor  # (R,) 1 - cos of what enters a place's target and that plus its output, summed over tokens
+
+    def at(self, places: list[int]) -> "Measured":
+        """Of these places alone."""
+        return Measured(self.costs[places], self.inputs[places], self.turned[places])
+
+
+# -----------------------------------------------------------------------------
+# Looking into a forward pass
 
 
 @contextlib.contextmanager
@@ -40,90 +46,174 @@ def inputs_of(modules: list[nn.Module]):
             hook.remove()
 
 
-def draw_labels(model: Transformer, h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+@contextlib.contextmanager
+def sublayers_of(model: Transformer):
+    """A list that collects, for a while and by layer, what enters it and what its attention and feed-forward add."""
+    seen: list[dict[str, Tensor]] = []
+    hooks = []
+    for block in model.layers:
+        hooks.append(block.register_forward_pre_hook(lambda _, args: seen.append({"x": args[0].detach()})))
+        for name, part in (("attn", block.attention), ("mlp", block.feed_forward)):
+            hook = lambda _, args, out, name=name: seen[-1].update({name: out.detach().clone()})  # noqa: E731
+            hooks.append(part.register_forward_hook(hook))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# -----------------------------------------------------------------------------
+# Costs
+
+
+def measure_costs(work: Workload, seed: int) -> Measured:
+    """Fisher cost of skipping each unit, in nats summed over what it predicts, and the router inputs beside it.
+
+    With labels drawn from the model itself and every gate at 1, E[(d loss / d gate)^2] / 2 is the second-order KL
+    between the model with and without that unit. Unit token: a seeded sample of at most COST_TOKENS tokens; first
+    tokens, which always execute, are left out.
+    """
+    share = -(-COST_TOKENS // len(work.examples))
+    parts, token = [], work.model.routing.unit == "token"
+    for number, group in track(work.groups(4), "costs"):
+        n_targets = sum(len(example.targets) for example in group)
+        streams = [generator(seed, "labels", number, sample) for sample in range(LABEL_SAMPLES)]
+        draws = [torch.rand(n_targets, generator=stream).to(work.rt.device) for stream in streams]
+        for first in range(0, len(group), COST_ROWS):
+            batch = collate(group[first : first + COST_ROWS], work.rt.device)
+            drawn = sum(len(example.targets) for example in group[:first])
+            part = batch_costs(work.model, batch, [u[drawn : drawn + len(batch.at)] for u in draws])
+            if token:
+                rows, columns = sample_tokens(batch.lengths, share, (seed, "tokens", number, first))
+                part = Measured(part.costs[:, rows, columns], part.inputs[:, rows, columns], part.turned)
+            parts.append(((number, first), part))
+    parts = collect(parts, work.rt)
+    costs, inputs = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("costs", "inputs"))
+    finite(costs, work.model, "Fisher costs")
+    return Measured(costs, inputs, torch.stack([part.turned for part in parts]).sum(0))
+
+
+def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor]) -> Measured:
+    """The same for one batch: costs (R,B) or (R,B,T), inputs (R,B,D) or (R,B,T,D). draws: uniform numbers (n,)."""
+    device, routing = batch.tokens.device, model.routing
+    shape = batch.tokens.shape if routing.unit == "token" else batch.tokens.shape[:1]
+    gates = torch.ones(len(routing.places), *shape, device=device, requires_grad=True)
+    with inputs_of(model.routers()) as inputs, sublayers_of(model) as seen:
+        h = states(model, batch, route="mask", gates=gates)[0]
+    costs = torch.zeros_like(gates)
+    for u in draws:
+        gradient = head_gradient(model, h, draw_labels(model, h, u), scale=1.0)[1]
+        costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * len(draws))
+    return Measured(costs.detach().cpu(), torch.stack(inputs).float().cpu(), turned_by(model, batch, seen))
+
+
+def sample_tokens(lengths: list[int], share: int, key: tuple) -> tuple[list[int], list[int]]:
+    """Rows and columns of at most `share` tokens of each row, first tokens left out."""
+    rows, columns = [], []
+    for row, length in enumerate(lengths):
+        *name, first = key
+        picked = permutation(length - 1, *name, first + row)[:share]
+        rows += [row] * len(picked)
+        columns += [1 + i for i in picked]
+    return rows, columns
+
+
+def draw_labels(model: Transformer, h: Tensor, u: Tensor) -> Tensor:
     """One label (n,) per final state (n,D), drawn from the model's own distribution by uniform numbers u (n,)."""
     drawn = []
     for part in head_blocks(model, h):
         rising = model.head(h[part].detach()).softmax(-1).cumsum(-1)  # (n', V)
-        drawn.append(torch.searchsorted(rising, u[part, None] * rising[:, -1:]).squeeze(1).clamp(max=model.config.vocab_size - 1))
+        labels = torch.searchsorted(rising, u[part, None] * rising[:, -1:]).squeeze(1)
+        drawn.append(labels.clamp(max=model.config.vocab_size - 1))
     return torch.cat(drawn)
 
 
-def measure_costs(model: Transformer, examples: list[Example], rt: runtime.Runtime, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fisher cost (R,N) of skipping each unit, in nats summed over what it predicts, and the router inputs (R,N,D) beside it.
-
-    With labels drawn from the model itself and every gate at 1, E[(d loss / d gate)^2] / 2 is the second-order KL between the model with
-    and without that unit. Unit token: a seeded sample of at most COST_TOKENS tokens; first tokens, which always execute, are left out.
-    """
-    share = -(-COST_TOKENS // len(examples))
-    parts, token = [], model.routing.unit == "token"
-    for number, group in mine(by_length(examples, 4), rt):
-        n_targets = sum(len(e.targets) for e in group)
-        draws = [torch.rand(n_targets, generator=generator(seed, "labels", number, sample)).to(rt.device) for sample in range(LABEL_SAMPLES)]
-        for first in range(0, len(group), COST_ROWS):
-            batch = collate(group[first:first + COST_ROWS], rt.device)
-            gates = torch.ones(len(model.routers()), *(batch.tokens.shape if token else batch.tokens.shape[:1]), device=rt.device, requires_grad=True)
-            with inputs_of(model.routers()) as inputs:
-                h = states(model, batch, route="mask", gates=gates)[0]
-            costs, begin = torch.zeros_like(gates), sum(len(e.targets) for e in group[:first])
-            for u in draws:
-                labels = draw_labels(model, h, u[begin:begin + len(h)])
-                gradient = head_gradient(model, h, labels, scale=1.0)[1]
-                costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * LABEL_SAMPLES)
-            costs, inputs = costs.detach().cpu(), torch.stack(inputs).float().cpu()
-            if token:
-                picks = [[1 + i for i in permutation(length - 1, seed, "tokens", number, first + row)[:share]] for row, length in enumerate(batch.lengths)]
-                rows = [row for row, columns in enumerate(picks) for _ in columns]
-                columns = [column for columns in picks for column in columns]
-                costs, inputs = costs[:, rows, columns], inputs[:, rows, columns]  # (R,B,T) -> (R,N), (R,B,T,D) -> (R,N,D)
-            parts.append(((number, first), (costs, inputs)))
-    parts = collect(parts, rt)
-    return torch.cat([costs for costs, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
-
-
 @torch.no_grad()
-def measure_benefits(model: Transformer, examples: list[Example], rt: runtime.Runtime, skipped: tuple[int, ...], trunk: "TrunkCache | None" = None,
-                     distill: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What running each place is worth to each sequence (R,N) where everyone skips the `skipped` ones, and the router inputs (R,N,D) there.
+def turned_by(model: Transformer, batch: Batch, seen: list[dict[str, Tensor]]) -> Tensor:
+    """1 - cos(x, y) of each place (R,), summed over real tokens, fp64: x enters its target, y is that plus its output.
 
-    Benefit: the answer's loss without the layer minus its loss with it, each measured, in nats over the square root of the answer's tokens: a sum
-    over n tokens is as noisy as sqrt(n), and short answers should not drown. Only what stands above the toggled layer is computed again.
+    Source: What Matters in Transformers, arXiv 2406.15786. seen: what `sublayers_of` collected.
     """
-    parts, layers = [], [place.layer for place in model.routing.places]
-    assert model.routing.unit == "sequence"
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch = collate(group, rt.device)
-        x = model.trunk(batch.tokens) if trunk is None else trunk(model, group, batch)
-        teacher = states(model, batch, route="off", x=x, first_layer=layers[0])[0] if distill else None
-        gates = torch.ones(len(layers), len(group), device=rt.device)
-        gates[list(skipped)] = 0.0
-        distinct = list(dict.fromkeys(layers))
-        with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in distinct]) as entered:
-            h = states(model, batch, route="mask", gates=gates, x=x, first_layer=layers[0])[0]
-        entered = dict(zip(distinct, entered))  # layer -> (B,T,D)
-
-        def by_row(h: torch.Tensor) -> torch.Tensor:  # (n,D) -> (B,) loss of each answer
-            losses = head_losses(model, h, batch.labels, teacher)
-            return losses.new_zeros(len(group)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
-
-        now, benefits = by_row(h), []
-        for place, layer in enumerate(layers):
-            first = layers.index(layer)  # of the routers in this layer
-            toggled = gates[first:].clone()
-            toggled[place - first] = 1 - gates[place]
-            h = states(model, batch, route="gather", gates=toggled, x=entered[layer], first_layer=layer)[0]
-            benefits.append((by_row(h) - now) * (2 * gates[place] - 1))  # a skipped place's loss falls by what it is worth
-        weight = torch.tensor([len(e.targets) for e in group], device=rt.device) ** -0.5
-        parts.append((number, ((torch.stack(benefits) * weight).cpu(), torch.stack(inputs).cpu())))
-    parts = collect(parts, rt)
-    return torch.cat([benefits for benefits, _ in parts], dim=1), torch.cat([inputs for _, inputs in parts], dim=1)
+    lengths = torch.tensor(batch.lengths, device=batch.tokens.device)
+    real = torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths[:, None]  # (B,T)
+    totals = []
+    for place in model.routing.places:
+        layer = seen[place.layer]
+        x = layer["x"]
+        middle = x + layer["attn"].view_as(x)
+        after = middle + layer["mlp"].view_as(x)
+        before, changed = {"attn": (x, middle), "mlp": (middle, after), "block": (x, after)}[place.target]
+        cosine = F.cosine_similarity(before[real].float(), changed[real].float(), dim=-1)
+        totals.append((1 - cosine).double().sum())
+    return torch.stack(totals).cpu()
 
 
-def log_costs(costs: torch.Tensor) -> torch.Tensor:
-    """Log of Fisher costs (R,N). A cost estimated from few labels is often near zero by chance: a tenth of the place's mean keeps its log in bounds."""
+def log_costs(costs: Tensor) -> Tensor:
+    """Log of Fisher costs (R,N).
+
+    A cost estimated from few labels is often near zero by chance: a tenth of the place's mean keeps its log in bounds.
+    """
     return (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
 
 
-def typical_costs(costs: torch.Tensor) -> torch.Tensor:
-    """(R,) geometric mean of Fisher costs (R,N). An arithmetic one follows the few units that cost the most: the ranking by it changes with the sample."""
+def typical_costs(costs: Tensor) -> Tensor:
+    """(R,) geometric mean of Fisher costs (R,N).
+
+    An arithmetic one follows the few units that cost the most: the ranking by it changes with the sample.
+    """
     return log_costs(costs).mean(dim=1).exp()
+
+
+# -----------------------------------------------------------------------------
+# Benefits
+
+
+@torch.no_grad()
+def measure_benefits(work: Workload, skipped: tuple[int, ...], distill: bool = False) -> tuple[Tensor, Tensor]:
+    """What running each place is worth to each sequence (R,N) where everyone skips the `skipped` ones, and the router
+    inputs (R,N,D) there.
+
+    Benefit: the answer's loss without the place minus its loss with it, each measured, in nats over the square root of
+    the answer's tokens: a sum over n tokens is as noisy as sqrt(n), and short answers should not drown. distill: the
+    loss is the KL to the dense model.
+    """
+    assert work.model.routing.unit == "sequence"
+    parts = []
+    for number, group in track(work.groups(), "benefits"):
+        batch = collate(group, work.rt.device)
+        benefits, inputs = batch_benefits(work, batch, skipped, distill)
+        weight = torch.tensor([len(example.targets) for example in group], device=work.rt.device) ** -0.5
+        parts.append((number, ((benefits * weight).cpu(), inputs.cpu())))
+    parts = collect(parts, work.rt)
+    benefits = torch.cat([benefits for benefits, _ in parts], dim=1)
+    return finite(benefits, work.model, "benefits"), torch.cat([inputs for _, inputs in parts], dim=1)
+
+
+def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], distill: bool) -> tuple[Tensor, Tensor]:
+    """Loss of each answer without a place minus its loss with it (R,B), and router inputs (R,B,D).
+
+    Only what stands above a toggled place is computed again.
+    """
+    model, places = work.model, work.model.routing.places
+    start = {"x": work.entered(batch), "first_layer": work.first_layer}
+    teacher = states(model, batch, route="off", **start)[0] if distill else None
+    gates = torch.ones(len(places), len(batch.examples), device=batch.tokens.device)
+    gates[list(skipped)] = 0.0
+    layers = list(model.routing.layers)
+    with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in layers]) as entered:
+        h = states(model, batch, route="mask", gates=gates, **start)[0]
+
+    def by_row(h: Tensor) -> Tensor:  # (n,D) -> (B,) loss of each answer
+        losses = head_losses(model, h, batch.labels, teacher)
+        return losses.new_zeros(len(batch.examples)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
+
+    now, benefits = by_row(h), []
+    for number, place in enumerate(places):
+        first = model.routing.rows_of(place.layer).start
+        toggled = gates[first:].clone()
+        toggled[number - first] = 1 - gates[number]
+        x = entered[layers.index(place.layer)]
+        h = states(model, batch, route="gather", gates=toggled, x=x, first_layer=place.layer)[0]
+        benefits.append((by_row(h) - now) * (2 * gates[number] - 1))  # a skipped place's loss falls by what it is worth
+    return torch.stack(benefits), torch.stack(inputs)

@@ -1,89 +1,129 @@
-"""Passes over a data set: batches, losses, what routers decide, and the work of several ranks put together."""
+"""Passes over a set of examples: batches, losses, and what routers decide."""
 
-import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
-import runtime
+from data.records import Example
 from model import Transformer, pad
+from recipe.trunk import TrunkCache
 from router import RouterConfig, capacity, random_route
+from runtime import Runtime, collect, generator, mine, sum_over_ranks, track
 
 EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
-LOGITS_AT_ONCE = 2**22  # logits held at a time, 16 MiB in fp32 (on a GPU 16 times that): the head and its loss run over blocks of rows
+LOGITS_AT_ONCE = (
+    2**22
+)  # logits held at a time, 16 MiB in fp32 (on a GPU 16 times that): the head runs over blocks of rows
 
 
 @dataclass(frozen=True)
-class Example:
-    """One whole document. `prompt`: tokens before the first loss-carrying one; `targets`: positions whose token is predicted."""
+class Workload:
+    """Examples and how passes over them run: on these ranks, with activations of the trunk from a store, if there is
+    one.
+    """
 
-    tokens: list[int]
-    prompt: int
-    targets: list[int]
+    model: Transformer
+    examples: list[Example]
+    rt: Runtime
+    trunk: TrunkCache | None = None
+
+    def of(self, examples: list[Example]) -> "Workload":
+        return replace(self, examples=examples)
+
+    def groups(self, rows: int = EVAL_BATCH) -> list[tuple[int, list[Example]]]:
+        """This rank's share of the groups of at most `rows` examples, numbered over all ranks."""
+        return mine(by_length(self.examples, rows), self.rt)
+
+    def entered(self, batch: "Batch") -> Tensor:
+        """Activations (B,T,D) that enter the first routed layer."""
+        if self.trunk is None:
+            return self.model.trunk(batch.tokens)
+        return self.trunk(self.model, batch.examples, batch.tokens)
+
+    @property
+    def first_layer(self) -> int:
+        return self.model.routing.places[0].layer
 
 
-@dataclass
+# -----------------------------------------------------------------------------
+# Batches
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. `at` (n,) picks, from (B*T), the positions that predict `labels` (n,)."""
+    """Right-padded rows (B,T). `at` (n,) picks, from (B*T), the positions that predict `labels` (n,)."""
 
-    tokens: torch.Tensor
-    lengths: list[int]
-    prompts: list[int]
-    at: torch.Tensor
-    labels: torch.Tensor
+    examples: list[Example]
+    tokens: Tensor
+    at: Tensor
+    labels: Tensor
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(example.tokens) for example in self.examples]
 
-def generator(*key) -> torch.Generator:
-    """A random generator that depends on the key alone: no state to save, the same on every rank."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def permutation(n: int, *key) -> list[int]:
-    return torch.randperm(n, generator=generator(*key)).tolist()
+    @property
+    def prompts(self) -> list[int]:
+        return [example.prompt for example in self.examples]
 
 
 def collate(examples: list[Example], device: torch.device, multiple: int = 1) -> Batch:
     """Pad on the right to the longest example, rounded up to `multiple` (few shapes for a compiled model)."""
-    width = -(-max(len(e.tokens) for e in examples) // multiple) * multiple
-    tokens = pad([e.tokens for e in examples], width=width)  # (B, T)
-    at = torch.tensor([row * width + i - 1 for row, e in enumerate(examples) for i in e.targets])
-    labels = torch.tensor([e.tokens[i] for e in examples for i in e.targets])
-    return Batch(tokens.to(device), [len(e.tokens) for e in examples], [e.prompt for e in examples], at.to(device), labels.to(device))
+    width = -(-max(len(example.tokens) for example in examples) // multiple) * multiple
+    tokens = pad([example.tokens for example in examples], width=width)  # (B, T)
+    at = [row * width + i - 1 for row, example in enumerate(examples) for i in example.targets]
+    labels = [example.tokens[i] for example in examples for i in example.targets]
+    return Batch(examples, tokens.to(device), torch.tensor(at).to(device), torch.tensor(labels).to(device))
 
 
 def by_length(examples: list[Example], rows: int) -> list[list[Example]]:
     """Groups of at most `rows` examples of similar length: little padding. The same on every rank."""
-    order = sorted(examples, key=lambda e: -len(e.tokens))
-    return [order[i:i + rows] for i in range(0, len(order), rows)]
+    order = sorted(examples, key=lambda example: -len(example.tokens))
+    return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
-    """Loss of each token (n,), fp32: cross-entropy with labels (n,), or KL(teacher || model) of logits (n,V) where a teacher's are given."""
+def n_units(routing: RouterConfig, lengths: list[int]) -> int:
+    """What one place decides about: sequences, or their real tokens."""
+    return len(lengths) if routing.unit == "sequence" else sum(lengths)
+
+
+# -----------------------------------------------------------------------------
+# Losses, with few logits at a time
+
+
+def token_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> Tensor:
+    """Loss of each token (n,), fp32: cross-entropy with labels (n,), or KL(teacher || model) where a teacher's logits
+    (n,V) are given."""
     if teacher is None:
         return F.cross_entropy(logits, labels, reduction="none")
-    return F.kl_div(F.log_softmax(logits, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
+    log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(logits, -1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def head_blocks(model: Transformer, h: torch.Tensor) -> list[slice]:
-    """The rows of final states h (n,D), so many at a time that no more than LOGITS_AT_ONCE logits exist; none should outlive its block."""
-    size = max(1, LOGITS_AT_ONCE * (1 if h.device.type == "cpu" else 16) // model.config.vocab_size)
+def head_blocks(model: Transformer, h: Tensor) -> list[slice]:
+    """Rows of final states h (n,D), so many at a time that no more than LOGITS_AT_ONCE logits exist."""
+    at_once = LOGITS_AT_ONCE * (1 if h.device.type == "cpu" else 16)
+    size = max(1, at_once // model.config.vocab_size)
     return [slice(a, a + size) for a in range(0, len(h), size)]
 
 
 @torch.no_grad()
-def head_losses(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None) -> torch.Tensor:
+def head_losses(model: Transformer, h: Tensor, labels: Tensor, teacher_h: Tensor | None = None) -> Tensor:
     """Loss of each token (n,) of final states h (n,D)."""
-    return torch.cat([token_losses(model.head(h[part]), labels[part], None if teacher_h is None else model.head(teacher_h[part]))
-                      for part in head_blocks(model, h)])
+    losses = []
+    for part in head_blocks(model, h):
+        teacher = None if teacher_h is None else model.head(teacher_h[part])
+        losses.append(token_losses(model.head(h[part]), labels[part], teacher))
+    return torch.cat(losses)
 
 
-def head_gradient(model: Transformer, h: torch.Tensor, labels: torch.Tensor, teacher_h: torch.Tensor | None = None, *,
-                  scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def head_gradient(
+    model: Transformer, h: Tensor, labels: Tensor, teacher_h: Tensor | None = None, *, scale: float
+) -> tuple[Tensor, Tensor]:
     """Summed loss of final states h (n,D), and the gradient (n,D) of scale * loss with respect to them."""
     total, gradients = h.new_zeros((), dtype=torch.float32), []
     for part in head_blocks(model, h):
@@ -95,103 +135,101 @@ def head_gradient(model: Transformer, h: torch.Tensor, labels: torch.Tensor, tea
     return total, torch.cat(gradients)
 
 
-def states(model: Transformer, batch: Batch, **kwargs):
-    """Final states (n,D) at the positions that predict, gates and logits of one batch. Everything else is left to Transformer.hidden."""
-    h, gates, z = model.hidden(batch.tokens, lengths=batch.lengths, prompt_lengths=batch.prompts, return_scores=True, **kwargs)
+# -----------------------------------------------------------------------------
+# Passes
+
+
+def states(model: Transformer, batch: Batch, **kwargs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Final states (n,D) at the positions that predict, gates and logits of one batch. kwargs as Transformer.hidden."""
+    own = {"lengths": batch.lengths, "prompt_lengths": batch.prompts, "return_scores": True}
+    h, gates, z = model.hidden(batch.tokens, **own, **kwargs)
     return h.flatten(0, 1)[batch.at], gates, z  # (B,T,D) -> (B*T,D) -> (n,D)
 
 
-def mine(groups: list, rt: runtime.Runtime) -> list[tuple[int, list]]:
-    """This rank's share of the groups, numbered. Groups never depend on the number of ranks, only who works on them does."""
-    return list(enumerate(groups))[rt.rank::rt.world_size]
-
-
-def sum_over_ranks(values: torch.Tensor, rt: runtime.Runtime) -> torch.Tensor:
-    if rt.world_size > 1:
-        dist.all_reduce(values)
+def finite(values: Tensor, model: Transformer, what: str) -> Tensor:
+    """The values, none of which is NaN or infinite. Raises ValueError with what to do: the base overflows, or is
+    broken.
+    """
+    if not torch.isfinite(values).all():
+        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        raise ValueError(f"{what}: the model's outputs are not finite numbers in {dtype}; expected finite ones: use "
+                         "--dtype=float32 or --dtype=bfloat16, and if that does not help convert the checkpoint again")
     return values
 
 
-def wait_for_all(rt: runtime.Runtime) -> None:
-    if rt.world_size > 1:
-        dist.barrier()
-
-
-def collect(parts: list, rt: runtime.Runtime) -> list:
-    """Numbered parts of all ranks, in order of their numbers."""
-    if rt.world_size > 1:
-        everyone = [None] * rt.world_size
-        dist.all_gather_object(everyone, parts)
-        parts = [part for rank_parts in everyone for part in rank_parts]
-    return [part for _, part in sorted(parts, key=lambda numbered: numbered[0])]
-
-
 @torch.no_grad()
-def evaluate(model: Transformer, examples: list[Example], rt: runtime.Runtime, *, route: str, skipped: tuple[int, ...] | None = None,
-             random_at: float | None = None, teacher: dict[int, torch.Tensor] | None = None, trunk: Callable | None = None) -> dict:
-    """Mean loss per loss-carrying token, and realised capacity in all and by place.
+def evaluate(work: Workload, force: Callable | None = None, teacher: dict[int, Tensor] | None = None) -> dict:
+    """Mean loss per loss-carrying token, realised capacity in all and by place, of the routers or of forced routes.
 
-    Instead of the routers: skipped, places that everyone skips (a static list); random_at, the random control at this budget.
-    teacher: dense final states by group, as `dense_states` gives them: the loss is then the KL to the dense model.
+    force: one of `skip_everywhere` and `random_routes`. teacher: dense final states by group, as `dense_states` gives
+    them: the loss is then the KL to the dense model.
     """
-    n_routed = 0 if model.routing is None or route == "off" else len(model.routing.places)
-    sums = torch.zeros(3 + n_routed, dtype=torch.float64, device=rt.device)  # loss, tokens, units, executed units by place
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        batch, gates = collate(group, rt.device), None
-        if skipped is not None:  # (R,B) whatever the unit: a place that everyone skips costs nothing, first tokens and keys included
-            gates = torch.ones(n_routed, len(group), device=rt.device)
-            gates[list(skipped)] = 0.0
-        elif random_at is not None:
-            gates = random_gates(model, batch, random_at, number).to(rt.device)
-        start = {} if trunk is None or not n_routed else {"x": trunk(model, group, batch), "first_layer": model.routing.places[0].layer}
-        h, gates, _ = states(model, batch, route=route, gates=gates, **start)
+    model, rt = work.model, work.rt
+    sums = torch.zeros(3 + len(model.routing.places), dtype=torch.float64, device=rt.device)  # loss, n, units, by place
+    for number, group in track(work.groups(), "loss"):
+        batch = collate(group, rt.device)
+        forced = None if force is None else force(model, batch, number)
+        start = {"x": work.entered(batch), "first_layer": work.first_layer}
+        h, gates, _ = states(model, batch, route="gather", gates=forced, **start)
         sums[0] += head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
         sums[1] += len(batch.labels)
-        if n_routed:
-            sums[2] += len(group) if gates.dim() == 2 else sum(batch.lengths)
-            sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
-    loss, tokens, units, *executed = sum_over_ranks(sums, rt).tolist()
-    shares = [n / units for n in executed]
-    return {"loss": loss / tokens, "tokens": int(tokens), "capacity_per_layer": shares,
-            "capacity": capacity(torch.tensor(shares)[:, None], weights=model.place_weights()).item() if n_routed else 1.0}
+        sums[2] += len(group) if gates.dim() == 2 else sum(batch.lengths)
+        sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
+    loss, tokens, units, *executed = finite(sum_over_ranks(sums, rt), model, "loss").tolist()
+    shares = [count / units for count in executed]
+    realised = capacity(torch.tensor(shares)[:, None], weights=model.place_weights()).item()
+    return {"loss": loss / tokens, "tokens": int(tokens), "capacity_per_layer": shares, "capacity": realised}
 
 
-def random_gates(model: Transformer, batch: Batch, budget: float, number: int) -> torch.Tensor:
-    """Gates (R,B) or (R,B,T) of the random control for a numbered group of examples."""
-    width = batch.tokens.shape[1] if model.routing.unit == "token" else None
-    weights = model.place_weights()
-    routes = [random_route(weights, budget, generator("random routes", number, row), width) for row in range(len(batch.lengths))]
-    return torch.stack(routes, dim=1)
+def skip_everywhere(places: tuple[int, ...]) -> Callable:
+    """Routes of a static list: everyone skips these places, whole sequences of them whatever the unit."""
+
+    def gates(model: Transformer, batch: Batch, number: int) -> Tensor:
+        gates = torch.ones(len(model.routing.places), len(batch.lengths), device=batch.tokens.device)
+        gates[list(places)] = 0.0
+        return gates  # (R,B)
+
+    return gates
 
 
-def n_units(routing: RouterConfig, lengths: list[int]) -> int:
-    """What one layer decides about: sequences, or their real tokens."""
-    return len(lengths) if routing.unit == "sequence" else sum(lengths)
+def random_routes(budget: float) -> Callable:
+    """Routes of the random control at this budget."""
+
+    def gates(model: Transformer, batch: Batch, number: int) -> Tensor:
+        width = batch.tokens.shape[1] if model.routing.unit == "token" else None
+        weights = model.place_weights()
+        rows = range(len(batch.lengths))
+        routes = [random_route(weights, budget, generator("random routes", number, row), width) for row in rows]
+        return torch.stack(routes, dim=1).to(batch.tokens.device)  # (R,B) or (R,B,T)
+
+    return gates
 
 
 @torch.no_grad()
-def dense_states(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> dict[int, torch.Tensor]:
+def dense_states(work: Workload) -> dict[int, Tensor]:
     """Final states (n,D) of the dense model, by group of `evaluate`, for this rank's groups."""
-    groups = mine(by_length(examples, EVAL_BATCH), rt)
-    return {number: states(model, collate(group, rt.device), route="off")[0] for number, group in groups}
+    device = work.rt.device
+    return {number: states(work.model, collate(group, device), route="off")[0] for number, group in work.groups()}
 
 
-def real_logits(z: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def real_logits(z: Tensor, lengths: list[int]) -> Tensor:
     """Logits (R,B) or (R,B,T) of real units as (R,N) on the CPU. A first token's is +inf, since it always executes."""
     if z.dim() == 3:
-        z = torch.cat([F.pad(z[:, row, 1:length], (1, 0), value=math.inf) for row, length in enumerate(lengths)], dim=1)  # (R,B,T) -> (R,N)
+        rows = [F.pad(z[:, row, 1:length], (1, 0), value=math.inf) for row, length in enumerate(lengths)]
+        z = torch.cat(rows, dim=1)  # (R,B,T) -> (R,N)
     return z.detach().cpu()
 
 
 @torch.no_grad()
-def route_logits(model: Transformer, examples: list[Example], rt: runtime.Runtime) -> torch.Tensor:
+def route_logits(work: Workload) -> Tensor:
     """Logits (R,N) of every unit under the current cuts. A sequence decides on its prompt, so only that is run."""
-    if model.routing.unit == "sequence" and model.routing.pool == "prompt":
-        examples = [Example(e.tokens[:e.prompt], e.prompt, []) for e in examples]
+    model, routing = work.model, work.model.routing
+    if routing.unit == "sequence" and routing.pool == "prompt":
+        work = work.of([Example(example.tokens[: example.prompt], example.prompt, []) for example in work.examples])
     parts = []
-    for number, group in mine(by_length(examples, EVAL_BATCH), rt):
-        tokens = pad([e.tokens for e in group], rt.device)
-        lengths = [len(e.tokens) for e in group]
-        z = model.hidden(tokens, lengths=lengths, route="gather", return_scores=True)[2]
+    for number, group in track(work.groups(), "routes"):
+        lengths = [len(example.tokens) for example in group]
+        tokens = pad([example.tokens for example in group], work.rt.device)
+        z = finite(model.hidden(tokens, lengths=lengths, route="gather", return_scores=True)[2], model, "router logits")
         parts.append((number, real_logits(z, lengths)))
-    return torch.cat(collect(parts, rt), dim=1)
+    return torch.cat(collect(parts, work.rt), dim=1)

@@ -31,7 +31,7 @@ import runtime  # noqa: E402
 import train  # noqa: E402
 from recipe import passes  # noqa: E402
 from model import load_config, load_model  # noqa: E402
-from router import deep_layers, pool, ste_gate  # noqa: E402
+from router import RouterConfig, deep_layers, pool, ste_gate  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 
@@ -96,17 +96,18 @@ def one_side(cfg: TuningConfig) -> dict:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     tuning = settings(cfg)
-    examples, select, _ = train.load_data(tuning, load_tokenizer(cfg.model), load_config(cfg.model).max_seq_len)
+    data = train.load_data(tuning, load_tokenizer(cfg.model), load_config(cfg.model).max_seq_len)
+    examples = data.train
     batches = [sorted((examples[i] for i in train.global_batch(len(examples), cfg.batch_size, tuning.seed, step)), key=lambda e: -len(e.tokens))
                for step in range(cfg.steps + 1)]
     steps = 2 * cfg.steps + 1
     if cfg.side == "ours":
         rt = runtime.setup("cpu", "float32", tuning.seed)
         model = load_model(cfg.model)
-        tuner = train.Tuner(tuning, rt, model, examples, select)
-        tuner.route([str(layer) for layer in deep_layers(cfg.routed, model.config.n_layers)])  # without the search of drop orders, which is no part of a step
-        tuner.ready()
-        do = lambda batch: tuner.step()["loss"]  # noqa: E731
+        routing = RouterConfig.of(tuning.granularity, deep_layers(cfg.routed, model.config.n_layers))
+        model.add_routers(routing)  # without the search of orders, which is no part of a step
+        run = train.build(train.Job(tuning, rt, model, data, train.plan(tuning, data)), train.State(asdict(routing)), None)
+        do = lambda batch: train.step(run)["loss"]  # noqa: E731
     else:
         from compare_transformers import reference_of
         model = load_model(cfg.model)
@@ -133,7 +134,7 @@ def one_side(cfg: TuningConfig) -> dict:
 
     found = {"tokens_per_second": rate(), "losses": list(losses)}
     if cfg.side == "ours":
-        tuner.state.step = 1  # the same batches again
+        run.state.step = 1  # the same batches again
         found["cached_tokens_per_second"] = rate()
     return found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

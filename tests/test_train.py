@@ -1,85 +1,37 @@
-"""Tuning: the frozen base stays frozen, batches and ranks do not matter, runs go on bit for bit.  Run: python -m pytest tests/test_train.py"""
+"""Tuning: the frozen base stays frozen, batches and ranks do not matter, runs go on bit for bit.  Run: python -m pytest
+tests/test_train.py
+"""
 
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tuning import CPU, begun, selection, settings
 
 import router
 import runtime
 import train
-from recipe import calibrate, controls, fit, measure, orders, passes, trunk
-from model import ModelConfig, Transformer, load_model
-from recipe.cost import prefill_flops
+from model import load_model
+from recipe import controls, passes
+from recipe.passes import Workload
 from router import capacity
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 
 
-def byte_tokenizer() -> dict:
-    """The smallest tokenizer.json that knows every byte: 256 tokens, no merges."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelled = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
-    special = [{"id": 256 + i, "content": c, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-               for i, c in enumerate(("<s>", "</s>"))]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                      "byte_fallback": False, "ignore_merges": False, "vocab": {spelled[b]: b for b in range(256)}, "merges": []}}
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A random Llama of four layers with a byte tokenizer, and a data file; layers differ in how much they matter."""
-    folder = tmp_path_factory.mktemp("base")
-    config = ModelConfig(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=258, max_seq_len=128,
-                         norm_eps=1e-5, rope_theta=1e4, tie_embeddings=True)
-    torch.manual_seed(0)
-    model = Transformer(config)
-    for layer, block in enumerate(model.layers):
-        block.attention.wo.weight.data *= 2.0 + layer % 3
-    model.tok_embeddings.weight.data.normal_(std=0.5)  # a new model holds no values yet
-    save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}))
-    lines = []
-    for i in range(44):
-        ask, answer = ("add " if i % 2 else "say ") + "x" * (i % 7), "yes " * (1 + i % 3)
-        lines.append({"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}], "split": "heldout" if i % 5 == 0 else "train"})
-    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def settings(base, out, **changes):
-    return train.TrainConfig(**{"model": str(base), "data": (str(base / "data.jsonl"),), "out": str(out), "layers": "1-3", "granularity": "attn_sequence",
-                                "batch_size": 8, "micro_batch": 4, "steps": 6, "select_samples": 12, "cost_samples": 8, "clip": math.inf, "dtype": "float32", **changes})
-
-
-def tuner(base, **changes):
-    """A tuner before its first step."""
-    cfg = settings(base, "unused", **{"trunk_gb": 0, **changes})  # nothing is written
-    model = load_model(cfg.model)
-    sets = train.load_data(cfg, train.load_tokenizer(cfg.model), model.config.max_seq_len)
-    made = train.Tuner(cfg, CPU, model, sets[0], sets[1])
-    made.begin()
-    return made
-
-
-def gradients(made) -> torch.Tensor:
+def gradients(run) -> torch.Tensor:
     """Gradient of the step just done: AdamW's first moment holds a tenth of it."""
-    return torch.cat([made.optimizer.state[w]["exp_avg"] for w in made.weights]) * 10
+    return torch.cat([run.optimizer.state[w]["exp_avg"] for w in run.weights]) * 10
 
 
 def file_tensors(path) -> dict:
@@ -87,7 +39,8 @@ def file_tensors(path) -> dict:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
-# ------------------------------------------------------------------------------------------------------------ pure functions
+# ------------------------------------------------------------------------------------------------------------ pure
+# functions
 
 
 def test_global_batches_are_a_function_of_seed_and_step():
@@ -100,433 +53,194 @@ def test_global_batches_are_a_function_of_seed_and_step():
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [train.lr_at(step, 100, 1.0, 0.03) for step in range(100)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[3] == 1.0
-    assert all(a >= b for a, b in zip(rates[3:], rates[4:])) and rates[-1] < 1e-3 and train.lr_at(0, 1, 1.0, 0.03) == 1.0
+    assert (
+        all(a >= b for a, b in zip(rates[3:], rates[4:])) and rates[-1] < 1e-3 and train.lr_at(0, 1, 1.0, 0.03) == 1.0
+    )
 
 
-@pytest.mark.parametrize("budget, count", [(0.5, 3), (0.34, 2), (0.0, 0), (1.0, 6)])
-def test_quantile_cut_opens_the_asked_share(budget, count):
-    z = torch.tensor([[3.0, -1.0, 0.5], [2.0, 9.0, -4.0]])
-    assert (z >= router.quantile_cut(z, budget)).sum() == count
+# ----------------------------------------------------------------------------------------------------------------------
+# data
 
 
-def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
-    model = load_model(base)
-    torch.manual_seed(0)
-    h, other, labels = torch.randn(7, 32), torch.randn(7, 32), torch.randint(0, 258, (7,))
-    for teacher in (None, other):
-        monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 3 * 258)
-        loss, gradient = passes.head_gradient(model, h, labels, teacher, scale=0.5)
-        leaf = h.clone().requires_grad_()
-        whole = (torch.nn.functional.cross_entropy(model.head(leaf), labels, reduction="sum") if teacher is None else
-                 (model.head(teacher).softmax(-1) * (model.head(teacher).log_softmax(-1) - model.head(leaf).log_softmax(-1))).sum())
-        (whole * 0.5).backward()
-        torch.testing.assert_close(loss, whole.detach())
-        torch.testing.assert_close(gradient, leaf.grad)
-        torch.testing.assert_close(passes.head_losses(model, h, labels, teacher).sum(), loss)
-
-
-def test_ridge_fits_and_shrinks():
-    torch.manual_seed(0)
-    x, w = torch.randn(50, 8), torch.randn(8)
-    torch.testing.assert_close(fit.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
-    assert fit.ridge(x, x @ w, 10.0).norm() < w.norm()
-    wide = torch.randn(50, 20) + 3.0  # a strong mean: constants are met, to within the spread along it
-    constant = wide @ fit.ridge(wide, torch.full((50,), 2.0), 1.0)
-    assert constant.mean().item() == pytest.approx(2.0, rel=0.02) and constant.std() < 0.2
-    target = wide[:, 0] * 5.0
-    assert (wide @ fit.ridge(wide, target, 10.0)).mean().item() == pytest.approx(target.mean().item(), rel=0.02)  # shrunk to the mean, not to zero
-
-
-def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
-    """Woodbury's form equals the explicit inverse, and the sample's logits move by exactly the learning rate (root mean square)."""
-    torch.manual_seed(0)
-    inputs, weights = torch.randn(3, 7, 12), [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(3)]
-    before = torch.cat([w.detach().clone() for w in weights])
-    gradient = torch.randn(3, 12)
-    for w, g in zip(weights, gradient):
-        w.grad = g[None].clone()
-    rise = fit.RidgeDescent(weights, inputs, lr=0.3, counts=torch.ones(3)).step()
-    moved = torch.cat([w.detach() for w in weights]) - before
-    covariance = inputs.transpose(1, 2) @ inputs / 7
-    ridge = fit.STEP_RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
-    wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
-    logits = torch.einsum("rnd,rd->rn", inputs, moved)
-    assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
-    assert logits.mean().item() == pytest.approx(rise, abs=1e-5)
-    torch.testing.assert_close(moved / moved.norm(), wanted / wanted.norm(), atol=1e-4, rtol=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("record", [
-    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "domain": "x"},
-    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": "1"},
-    {"instruction": "q", "input": "", "output": "a"}, {"instruction": "q", "output": "a"},
-    {"prompt": "q", "response": "a"}, {"query": "q", "response": "a", "type": "GSM"},
-])
-def test_every_native_form_is_the_same_conversation(record):
-    assert train.to_messages(record, "here") == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-def test_alpaca_input_follows_the_instruction():
-    assert train.to_messages({"instruction": "q", "input": "i", "output": "a"}, "here")[0]["content"] == "q\n\ni"
-
-
-def test_prompt_ends_before_the_first_loss_carrying_token(base):
-    tok = train.load_tokenizer(base)
-    example = train.encode({"prompt": "question", "response": "answer"}, "here", tok, chat=None, limit=128, truncate=False)
-    assert example.targets == list(range(example.prompt, example.targets[-1] + 1)) and "question" in tok.decode(example.tokens[:example.prompt])
-    assert tok.decode(example.tokens[example.prompt:]).strip().startswith("answer")
-    text = train.encode({"text": "0123456789"}, "here", tok, chat=None, limit=128, truncate=False)  # no prompt: its first half is seen, its second predicted
-    assert text.prompt == 5 and text.targets == [5, 6, 7, 8, 9]
-
-
-def test_long_examples_are_refused_or_cut(base):
-    tok = train.load_tokenizer(base)
-    record = {"prompt": "q" * 20, "response": "a" * 60}
-    with pytest.raises(ValueError, match=r"file, line 3: \d+ tokens, expected at most 60.*--truncate"):
-        train.encode(record, "file, line 3", tok, chat=None, limit=60, truncate=False)
-    example = train.encode(record, "here", tok, chat=None, limit=60, truncate=True)
-    assert len(example.tokens) == 60 and max(example.targets) == 59
-    assert train.encode(record, "here", tok, chat=None, limit=10, truncate=True) is None
-
-
-def test_collated_positions_predict_their_labels(base):
-    tok = train.load_tokenizer(base)
-    examples = [train.encode({"prompt": "q" * n, "response": "ab"}, "here", tok, chat=None, limit=128, truncate=False) for n in (1, 9)]
-    batch = passes.collate(examples, CPU.device, multiple=16)
-    assert batch.tokens.shape[1] % 16 == 0 and batch.lengths == [len(e.tokens) for e in examples]
-    assert torch.equal(batch.tokens.flatten()[batch.at + 1], batch.labels) and len(batch.labels) == sum(len(e.targets) for e in examples)
-
-
-# ----------------------------------------------------------------------------------------------------------------- semantics
+# -----------------------------------------------------------------------------------------------------------------
+# semantics
 
 
 @pytest.mark.parametrize("granularity", router.GRANULARITIES)
 def test_paper_recipe_begins_dense(base, granularity):
     """Zero routers and a threshold of 0.5 execute everything: the first step's model is the base model, bit for bit."""
-    made = tuner(base, recipe="paper", granularity=granularity)
-    batch = passes.collate(made.train[:4], CPU.device)
-    h, gates, _ = passes.states(made.model, batch, route="mask")
-    dense, _, _ = passes.states(made.model, batch, route="off")
+    run = begun(base, recipe="paper", granularity=granularity)
+    batch = passes.collate(run.data.train[:4], CPU.device)
+    h, gates, _ = passes.states(run.model, batch, route="mask")
+    dense, _, _ = passes.states(run.model, batch, route="off")
     assert capacity(gates, torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]) == 1.0
-    assert torch.equal(h, dense) if granularity != "block_sequence" and granularity != "block_token" else torch.allclose(h, dense, atol=1e-5)
+    assert (
+        torch.equal(h, dense)
+        if granularity != "block_sequence" and granularity != "block_token"
+        else torch.allclose(h, dense, atol=1e-5)
+    )
 
 
-@pytest.mark.parametrize("granularity, recipe", [("attn_sequence", "paper"), ("attn_sequence", "default"), ("mlp_token", "default"), ("block_sequence", "paper")])
+@pytest.mark.parametrize(
+    "granularity, recipe",
+    [("attn_sequence", "paper"), ("attn_sequence", "default"), ("mlp_token", "default"), ("block_sequence", "paper")],
+)
 def test_only_routers_change(base, granularity, recipe):
-    made = tuner(base, recipe=recipe, granularity=granularity)
-    frozen = {name: p.clone() for name, p in made.model.named_parameters() if "router" not in name}
-    before = made.stacked()
-    made.step()
-    assert not torch.equal(before, made.stacked())
-    for name, p in made.model.named_parameters():
+    run = begun(base, recipe=recipe, granularity=granularity)
+    frozen = {name: p.clone() for name, p in run.model.named_parameters() if "router" not in name}
+    before = train.stacked(run.weights)
+    train.step(run)
+    assert not torch.equal(before, train.stacked(run.weights))
+    for name, p in run.model.named_parameters():
         assert "router" in name or (torch.equal(p, frozen[name]) and p.grad is None and not p.requires_grad)
 
 
 def test_no_graph_below_the_lowest_router(base):
-    made = tuner(base, layers="2,3", recipe="paper")
+    run = begun(base, layers="2,3", recipe="paper")
     grads = {}
-    for layer, block in enumerate(made.model.layers):
-        block.register_forward_hook(lambda _, args, out, layer=layer: grads.setdefault(layer, []).append(out[0].requires_grad))
-    made.step()
+    for layer, block in enumerate(run.model.layers):
+        block.register_forward_hook(
+            lambda _, args, out, layer=layer: grads.setdefault(layer, []).append(out[0].requires_grad)
+        )
+    train.step(run)
     assert not any(grads[0] + grads[1]) and any(grads[2]) and any(grads[3])
 
 
-@pytest.mark.parametrize("changes", [
-    {"recipe": "paper", "budget": 0.3, "lambda_": 0.5},
-    {"recipe": "default", "granularity": "attn_token", "kv": "routed"},
-    {"recipe": "default", "granularity": "mlp_sequence"},
-    {"recipe": "default", "granularity": "both_sequence"},
-    {"recipe": "paper", "granularity": "both_sequence", "budget": 0.3, "lambda_": 0.5},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": "paper", "budget": 0.3, "lambda_": 0.5},
+        {"recipe": "default", "granularity": "attn_token", "kv": "routed"},
+        {"recipe": "default", "granularity": "mlp_sequence"},
+        {"recipe": "default", "granularity": "both_sequence"},
+        {"recipe": "paper", "granularity": "both_sequence", "budget": 0.3, "lambda_": 0.5},
+    ],
+)
 def test_accumulation_does_not_change_the_gradient(base, changes):
-    made = [tuner(base, micro_batch=n, **changes) for n in (8, 3, 1)]
-    rows = [m.step() for m in made]
-    for m, row in zip(made[1:], rows[1:]):
-        torch.testing.assert_close(gradients(m), gradients(made[0]), rtol=2e-4, atol=1e-6)
-        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["capacity"] == pytest.approx(rows[0]["capacity"], abs=1e-6)
-        assert m.state.cut == pytest.approx(made[0].state.cut, abs=1e-6)
+    run = [begun(base, micro_batch=n, **changes) for n in (8, 3, 1)]
+    rows = [train.step(m) for m in run]
+    for m, row in zip(run[1:], rows[1:]):
+        torch.testing.assert_close(gradients(m), gradients(run[0]), rtol=2e-4, atol=1e-6)
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5) and row["capacity"] == pytest.approx(
+            rows[0]["capacity"], abs=1e-6
+        )
+        assert m.state.cut == pytest.approx(run[0].state.cut, abs=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "both_sequence"])
 def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularity):
-    """A penalty per micro-batch or per layer would push although the capacity of the whole batch is within the budget. MLPs count by their compute."""
+    """A penalty per micro-batch or per layer would push although the capacity of the whole batch is within the budget.
+    MLPs count by their compute.
+    """
 
     def first_gradient(budget, lambda_):
-        made = tuner(base, recipe="paper", budget=budget, lambda_=lambda_, micro_batch=1, granularity=granularity)
+        run = begun(base, recipe="paper", budget=budget, lambda_=lambda_, micro_batch=1, granularity=granularity)
         torch.manual_seed(6)
-        for w in made.weights:  # routes that differ by layer and sequence
+        for w in run.weights:  # routes that differ by layer and sequence
             w.data.normal_(std=2.0)
-        weights = made.stacked()
-        row = made.step()
-        return gradients(made), row["capacity"], made, weights
+        weights = train.stacked(run.weights)
+        row = train.step(run)
+        return gradients(run), row["capacity"], run, weights
 
     without, kept, _, _ = first_gradient(0.5, 0.0)
     assert 0.2 < kept < 0.8
     within, _, _, _ = first_gradient(kept + 0.01, 3.0)
-    over, _, made, weights = first_gradient(kept - 0.01, 3.0)
+    over, _, run, weights = first_gradient(kept - 0.01, 3.0)
     torch.testing.assert_close(within, without)
-    made.put(weights)  # reference: autograd of lambda * capacity over the whole batch at once
-    whole = sorted((made.train[i] for i in train.global_batch(len(made.train), 8, made.cfg.seed, 0)), key=lambda e: -len(e.tokens))
-    gates = passes.states(made.model, passes.collate(whole, CPU.device), route="mask")[1]
-    expected = torch.cat(torch.autograd.grad(3.0 * capacity(gates, weights=made.model.place_weights()), made.weights))
+    train.put(run, weights)  # reference: autograd of lambda * capacity over the whole batch at once
+    whole = sorted(
+        (run.data.train[i] for i in train.global_batch(len(run.data.train), 8, run.cfg.seed, 0)),
+        key=lambda e: -len(e.tokens),
+    )
+    gates = passes.states(run.model, passes.collate(whole, CPU.device), route="mask")[1]
+    expected = torch.cat(torch.autograd.grad(3.0 * capacity(gates, weights=run.model.place_weights()), run.weights))
     torch.testing.assert_close(over - without, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
-    """KL between the model with a gate at 1 and at 1 - e is e^2 times the cost, up to sampling and third order."""
-    monkeypatch.setattr(measure, "LABEL_SAMPLES", 600)
-    made = tuner(base, recipe="paper", layers="0-3")
-    examples = made.train[:2]
-    costs, inputs = measure.measure_costs(made.model, examples, CPU, 3)
-    assert costs.shape == (4, 2) and inputs.shape == (4, 2, 32)
-    batch, e = passes.collate(passes.by_length(examples, 4)[0], CPU.device), 0.05
-    dense = passes.states(made.model, batch, route="off")[0]
-    row = torch.tensor([i // batch.tokens.shape[1] for i in batch.at.tolist()])
-    for layer in range(4):
-        gates = torch.ones(4, 2)
-        gates[layer] -= e
-        h = passes.states(made.model, batch, route="mask", gates=gates)[0]
-        kl = passes.token_losses(made.model.head(h), batch.labels, made.model.head(dense)).detach()
-        by_row = torch.zeros(2).index_add(0, row, kl) / e**2
-        torch.testing.assert_close(costs[layer], by_row, rtol=0.25, atol=1e-4)
-
-
-def test_typical_cost_follows_all_units_not_the_dearest():
-    costs = torch.rand(4, 100, generator=torch.Generator().manual_seed(0)) + torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    costs[:, :10] = 0.0  # what few labels make of a small cost
-    assert torch.allclose(measure.typical_costs(7 * costs), 7 * measure.typical_costs(costs))
-    costs[0, 50] = 500.0
-    assert costs.mean(dim=1).argmin() != 0
-    assert measure.typical_costs(costs).argsort().tolist() == [0, 1, 2, 3]
-
-
-def test_drawn_labels_follow_the_model(base):
-    model = load_model(base)
-    h = torch.randn(1, 32) * 3
-    labels = measure.draw_labels(model, h.expand(20000, 32), torch.rand(20000))
-    share = torch.bincount(labels, minlength=258) / 20000
-    assert (share - model.head(h)[0].softmax(-1)).abs().max() < 0.015
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "both_sequence"])
 def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, granularity):
-    made = tuner(base, granularity=granularity, layers="0-3", budget=0.5)
-    z, weights = passes.route_logits(made.model, made.select, CPU), made.model.place_weights()
-    assert (capacity((z >= made.state.cut).float(), weights=weights) - 0.5).abs() < 0.02
-    beside = controls.Controls(made.model, made.select, CPU)
-    static = [beside.static(order, 0.5) for order in made.state.orders.values()]
-    # first tokens always execute, so a token router at the same capacity closes a few units of the next layer instead
-    assert made.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.01)
-    assert set(made.state.orders) == {"greedy", "fisher", "similarity"} and all(sorted(order) == list(range(len(weights))) for order in made.state.orders.values())
+    run = begun(base, granularity=granularity, layers="0-3", budget=0.5)
+    z, weights = passes.route_logits(selection(run)), run.model.place_weights()
+    assert (capacity((z >= run.state.cut).float(), weights=weights) - 0.5).abs() < 0.02
+    beside = controls.Controls(selection(run))
+    static = [beside.static(order, 0.5) for order in run.state.orders.values()]
+    # first tokens always execute, so a token router at the same capacity skips a few units of the next layer instead
+    assert run.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.01)
+    assert set(run.state.orders) == {"greedy", "fisher", "similarity"} and all(
+        sorted(order) == list(range(len(weights))) for order in run.state.orders.values()
+    )
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "both_sequence"])
-@pytest.mark.parametrize("distill", [False, True])
-def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill):
-    """Against whole forward passes of one example at a time, at a working point where everyone skips one layer."""
-    made, closed = tuner(base, granularity=granularity, layers="1-3", steps=0), (1,)
-    examples, n_places = made.train[:5], 6 if granularity == "both_sequence" else 3
-    benefits, inputs = measure.measure_benefits(made.model, examples, CPU, closed, made.trunk, distill)
-    assert benefits.shape == (n_places, 5) and inputs.shape == (n_places, 5, 32) and (benefits.abs() > 1e-4).all()
-    for n, example in enumerate(e for group in passes.by_length(examples, passes.EVAL_BATCH) for e in group):
-        batch, losses = passes.collate([example], CPU.device), {}
-        teacher = {0: passes.states(made.model, batch, route="off")[0]} if distill else None
-        for place in range(n_places):
-            for opened in (True, False):
-                dropped = tuple(sorted({*closed, place} if not opened else {*closed} - {place}))
-                losses[opened] = passes.evaluate(made.model, [example], CPU, route="gather", skipped=dropped, teacher=teacher)["loss"]
-            assert benefits[place, n].item() == pytest.approx((losses[False] - losses[True]) * len(example.targets) ** 0.5, rel=1e-3, abs=1e-5)
-
-
-def test_benefit_prior_runs_a_layer_where_it_is_worth_most():
-    """Two kinds of inputs, opposite benefits: at half the budget each kind runs its own layer; a layer that nobody needs stays closed first."""
-    torch.manual_seed(0)
-    kind = torch.tensor([0, 1] * 20)
-    inputs = torch.randn(3, 40, 16) * 0.1 + torch.randn(3, 1, 16) + torch.randn(2, 16)[kind] * 0.5
-    benefits = torch.stack([(kind == 0) * 2.0, (kind == 1) * 2.0, torch.full((40,), -1.0)]) + 0.1 * torch.randn(3, 40)
-    z = torch.einsum("rnd,rd->rn", inputs, fit.benefit_prior(benefits, inputs, torch.ones(3) / 3))
-    opened = z >= router.quantile_cut(z, 1 / 3)
-    assert torch.equal(opened, torch.stack([kind == 0, kind == 1, kind > 1]))
-
-
-def test_order_prior_is_the_static_order():
-    torch.manual_seed(0)
-    inputs = torch.randn(4, 30, 16) * 0.1 + torch.randn(4, 1, 16)  # a strong mean, as normalised inputs have
-    order = [2, 0, 3, 1]
-    weights = fit.order_prior(fit.ranks_of(order)[:, None].expand(4, 30), inputs)
-    z = torch.einsum("rnd,rd->rn", inputs, weights)
-    for closed in range(1, 4):
-        opened = z >= router.quantile_cut(z, 1 - closed / 4)
-        assert set(order[:closed]) == {place for place in range(4) if not opened[place].any()} and opened[order[closed:]].all()
-
-
-def test_greedy_order_drops_what_costs_least_each_time(base):
-    made = tuner(base, layers="0-3", recipe="paper")
-    for guess in ([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]):  # six tries see all four layers in the first round, so the guess does not matter there
-        order = orders.greedy_order(made.model, made.train, CPU, guess, 0.5)
-        loss = [passes.evaluate(made.model, made.train, CPU, route="gather", skipped=(place,))["loss"] for place in range(4)]
-        assert order[0] == min(range(4), key=lambda place: loss[place]) and sorted(order) == [0, 1, 2, 3]
-    everything = orders.greedy_order(made.model, made.train, CPU, guess, 1.0)
-    pairs = {place: passes.evaluate(made.model, made.train, CPU, route="gather", skipped=(order[0], place))["loss"] for place in range(4) if place != order[0]}
-    assert everything[:2] == order[:2] and pairs[order[1]] <= min(pairs.values()) + 0.02
-
-
-def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
-    made = tuner(base, layers="0-3", recipe="paper")
-    made.model.layers[2].attention.wo.weight.data *= 1e-4  # changes nothing any more
-    assert orders.similarity_order(made.model, made.train, CPU)[0] == 2
-    made.model.layers[2].attention.wo.weight.data *= 1e4
-
-
-def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
-    made = tuner(base, layers="2-3", recipe="paper")
-    monkeypatch.setattr(trunk.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
-    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, 1e9)
-    batch = passes.collate(made.train[:3], torch.device("cpu"))
-    assert not cache.place and not (tmp_path / "trunk.bin").exists()
-    torch.testing.assert_close(cache(made.model, made.train[:3], batch), made.model.trunk(batch.tokens))
-
-
-@pytest.mark.parametrize("limit, stored", [(1e9, True), (9000, True), (0, False)])
-def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
-    made = tuner(base, layers="2-3", recipe="paper", trunk_gb=0)
-    cache = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)
-    group = made.train[:5]
-    batch = passes.collate(group, torch.device("cpu"))
-    fresh = made.model.trunk(batch.tokens)
-    torch.testing.assert_close(cache(made.model, group, batch), fresh)
-    again = trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit)  # another run in the same folder
-    mixed = passes.collate(made.train[3:9], torch.device("cpu"))  # some stored, some not
-    torch.testing.assert_close(again(made.model, made.train[3:9], mixed), made.model.trunk(mixed.tokens))
-    read = again(made.model, group, batch)
-    for row, length in enumerate(batch.lengths):  # pads may differ: nothing reads them
-        torch.testing.assert_close(read[row, :length], fresh[row, :length])
-    size = (tmp_path / "trunk.bin").stat().st_size if (tmp_path / "trunk.bin").exists() else 0
-    assert size <= limit and bool(again.place) == stored
-    if stored:
-        made.model.fingerprint = "another base"
-        assert not trunk.TrunkCache(tmp_path / "trunk.bin", made.model, made.train, limit).done.any()
-
-
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "both_sequence"])
-def test_one_table_serves_every_budget(base, granularity):
-    made = tuner(base, granularity=granularity, layers="0-3")
-    torch.manual_seed(1)
-    for w in made.weights:  # routers that really tell inputs apart
-        w.data.normal_(std=1.0)
-    table = calibrate.calibrate(made.model, made.select, CPU, 0.5)
-    assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(calibrate.BUDGETS)
-    n = passes.route_logits(made.model, made.select, CPU).shape[1] * 4
-    for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
-        router.set_cuts(made.model, router.cuts_for(budget, table))
-        kept = passes.evaluate(made.model, made.select, CPU, route="gather")["capacity"]
-        if "token" in granularity:  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
-            assert kept == pytest.approx(max(budget, len(made.select) * 4 / n), abs=0.05)
-        else:
-            assert kept == pytest.approx(budget, abs=0.02 + 1.5 / n)
-
-
-def test_calibration_falls_back_on_the_best_static_order(base):
-    """Routers that run the wrong layers: the table then holds the cuts of the order that loses least, and realises the budget all the same."""
-    made = tuner(base, granularity="attn_sequence", layers="0-3")
-    order = min(made.state.orders.values(), key=lambda order: made.controls.static(order, 0.5))
-    inputs = made.inputs
-    wrong = fit.order_prior(fit.ranks_of(order[::-1])[:, None].expand(4, inputs.shape[1]), inputs)
-    made.put(wrong)
-    table = calibrate.calibrate(made.model, made.select, CPU, 0.5, made.controls, {"worst": order[::-1], "best": order})
-    assert table["static"][0.5] == "best"
-    router.set_cuts(made.model, router.cuts_for(0.5, table))
-    static = passes.evaluate(made.model, made.select, CPU, route="gather", skipped=tuple(order[:2]))
-    found = passes.evaluate(made.model, made.select, CPU, route="gather")
-    assert found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
-    assert not calibrate.calibrate(made.model, made.select, CPU, 0.5)["static"]
-
-
-def test_static_cuts_close_in_order_and_split_a_layer():
-    z, third = torch.arange(12.0).view(3, 4), torch.ones(3) / 3
-    opened = z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.5, third))[:, None]
-    assert opened.tolist() == [[False, False, True, True], [True] * 4, [False] * 4]
-    assert not (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.0, third))[:, None]).any() and (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 1.0, third))[:, None]).all()
-
-
-def test_evaluation_does_not_depend_on_the_route_mode(base):
-    made = tuner(base, layers="0-3")
-    by_mask, by_gather = (passes.evaluate(made.model, made.select, CPU, route=route) for route in ("mask", "gather"))
-    assert by_mask["loss"] == pytest.approx(by_gather["loss"], abs=1e-5) and by_mask["capacity_per_layer"] == by_gather["capacity_per_layer"]
-    closed = passes.evaluate(made.model, made.select, CPU, route="gather", skipped=(0, 2))
-    assert closed["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and closed["capacity"] == 0.5
-    assert passes.evaluate(made.model, made.select, CPU, route="gather", skipped=())["loss"] == pytest.approx(
-        passes.evaluate(made.model, made.select, CPU, route="off")["loss"], abs=1e-5)
-
-
-def test_static_control_interpolates_between_whole_layers(base):
-    made = tuner(base, layers="0-3")
-    losses = [passes.evaluate(made.model, made.select, CPU, route="gather", skipped=closed)["loss"] for closed in ((2,), (2, 0))]
-    beside = controls.Controls(made.model, made.select, CPU)
-    assert beside.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
-    assert beside.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
-
-
-@pytest.mark.parametrize("granularity, kv", [("attn_sequence", "routed"), ("attn_token", "all"), ("mlp_token", "routed"), ("block_sequence", "routed")])
-def test_share_saved_counts_flops(base, granularity, kv):
-    """Two layers off for everyone save two layers; half of all tokens of every layer save less than half of them where keys and values stay."""
-    made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
-    beside = controls.Controls(made.model, made.select, CPU)
-    saved, ceiling = beside.share_saved([0.0, 1.0, 0.0, 1.0])
-    assert ceiling > 1 and (saved < 0.5 if kv == "all" else saved == pytest.approx(0.5))
-    assert beside.share_saved([1.0] * 4) == (0.0, 1.0)
-
-
-def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
-    losses = []
-    for granularity, kv in (("attn_sequence", "routed"), ("attn_token", "all"), ("attn_token", "routed")):
-        made = tuner(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
-        routing = made.model.routing
-        losses.append(passes.evaluate(made.model, made.select, CPU, route="gather", skipped=(1, 3))["loss"])
-        assert made.model.routing is routing and made.model.layers[1].routing is routing
-    assert losses[0] == losses[1] == losses[2]
-
-
-def test_step_flops_count_passes():
-    """One routed layer of two: the lower layer runs once, the upper one forward, backward and as teacher; the head where loss is taken."""
-    config = ModelConfig(family="llama", dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=16, vocab_size=10, max_seq_len=64, norm_eps=1e-5,
-                         rope_theta=1e4)
-    layer = (prefill_flops(config, 3, logits=0) + prefill_flops(config, 5, logits=0)) / 2
-    assert train.step_flops(config, 1, [3, 5], 4, distill=True) == layer * (1 + 3) + 3 * 4 * 2 * 8 * 10
-    assert train.step_flops(config, 0, [3, 5], 4, distill=False) == layer * (2 + 2) + 2 * 4 * 2 * 8 * 10
-
-
-# --------------------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------------------------------- whole
+# runs
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "both_sequence"])
 def test_run_writes_what_it_promises(base, tmp_path, granularity):
     cfg = settings(base, tmp_path / "run", layers="auto:3", granularity=granularity)
     summary = train.train(cfg)
-    promised = {"heldout_loss_dense", "heldout_loss_routed", "capacity", "budget", "capacity_per_layer", "granularity", "layers", "tokens_per_second",
-                "peak_memory_bytes", "seconds", "prefill_speedup", "prefill_ceiling"}
+    promised = {
+        "heldout_loss_dense",
+        "heldout_loss_routed",
+        "capacity",
+        "budget",
+        "capacity_per_layer",
+        "granularity",
+        "layers",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "seconds",
+        "prefill_speedup",
+        "prefill_ceiling",
+    }
     assert promised <= set(summary) and summary == json.loads((tmp_path / "run/summary.json").read_text())
-    assert len(summary["layers"]) == 3 == len(summary["capacity_per_layer"]) and all(math.isfinite(summary[k]) for k in promised if k.startswith(("held", "prefill")))
+    assert len(summary["layers"]) == 3 == len(summary["capacity_per_layer"]) and all(
+        math.isfinite(summary[k]) for k in promised if k.startswith(("held", "prefill"))
+    )
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
-    assert list(log[0]) == ["step", "loss", "capacity", "lr", "grad_norm", "budget", "cut", "select_loss", "milliseconds", "tokens_per_second", "mfu"]
+    assert list(log[0]) == [
+        "step",
+        "loss",
+        "capacity",
+        "lr",
+        "grad_norm",
+        "budget",
+        "cut",
+        "select_loss",
+        "milliseconds",
+        "tokens_per_second",
+        "mfu",
+    ]
     assert "held-out loss" in train.show(summary)
     model = load_model(base, routers=tmp_path / "run/routers.safetensors")  # what was written is what was measured
-    held = train.load_data(cfg, train.load_tokenizer(base), 128)[2]
-    again = passes.evaluate(model, held, CPU, route="gather")
-    assert again["loss"] == pytest.approx(summary["heldout_loss_routed"], abs=1e-6) and again["capacity"] == summary["capacity"]
-    assert load_model(base, routers=tmp_path / "run/routers.safetensors", budget=0.9).routers()[0].cut < model.routers()[0].cut
-    assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json"]
+    held = train.load_data(cfg, load_tokenizer(base), 128).held
+    again = passes.evaluate(Workload(model, held, CPU))
+    assert (
+        again["loss"] == pytest.approx(summary["heldout_loss_routed"], abs=1e-6)
+        and again["capacity"] == summary["capacity"]
+    )
+    assert (
+        load_model(base, routers=tmp_path / "run/routers.safetensors", budget=0.9).routers()[0].cut
+        < model.routers()[0].cut
+    )
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "checkpoint.safetensors",
+        "log.jsonl",
+        "routers.safetensors",
+        "summary.json",
+    ]
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_compiled_steps_end_as_eager_ones(base, tmp_path, recipe, monkeypatch):
-    """The whole run with blocks compiled for its steps: what stands before and after them looks into the blocks, and must not meet compiled ones."""
+    """The whole run with blocks compiled for its steps: what stands before and after them looks into the blocks, and
+    must not meet compiled ones.
+    """
     ends, plain = {}, torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))  # traced, not built: no C++ needed
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options)
+    )  # traced, not built: no C++ needed
     for compiled in (False, True):
         torch.compiler.reset()
         ends[compiled] = train.train(settings(base, tmp_path / str(compiled), recipe=recipe, steps=3, compile=compiled))
@@ -558,7 +272,9 @@ def test_official_router_file_becomes_ours(base, tmp_path):
     torch.manual_seed(2)
     weights = {f"model.layers.{i}.router.weight": torch.randn(1, 32) for i in (1, 3)}
     save_file(weights, tmp_path / "official.safetensors")
-    summary = train.train(settings(base, tmp_path / "out", import_official=str(tmp_path / "official.safetensors"), recipe="paper"))
+    summary = train.train(
+        settings(base, tmp_path / "out", import_official=str(tmp_path / "official.safetensors"), recipe="paper")
+    )
     assert summary["layers"] == [1, 3] and summary["steps"] == 0
     for name, tensor in file_tensors(tmp_path / "out/routers.safetensors").items():
         assert torch.equal(tensor, weights[name])
@@ -566,12 +282,24 @@ def test_official_router_file_becomes_ours(base, tmp_path):
 
 
 def test_a_finished_file_is_calibrated_on_other_data(base, tmp_path):
-    """Weights, granularity and orders stay, cuts follow the new examples; the settings of the command line have no say in what the file decides."""
+    """Weights, granularity and orders stay, cuts follow the new examples; the settings of the command line have no say
+    in what the file decides.
+    """
     train.train(settings(base, tmp_path / "a", granularity="mlp_sequence", layers="0,2,3"))
-    lines = [{"messages": [{"role": "user", "content": "sum " * (1 + i % 5)}, {"role": "assistant", "content": "no " * (1 + i % 4)}]} for i in range(40)]
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": "sum " * (1 + i % 5)},
+                {"role": "assistant", "content": "no " * (1 + i % 4)},
+            ]
+        }
+        for i in range(40)
+    ]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     old = tmp_path / "a/routers.safetensors"
-    summary = train.train(settings(base, tmp_path / "b", recalibrate=str(old), data=(str(tmp_path / "other.jsonl"),), select_samples=30))
+    summary = train.train(
+        settings(base, tmp_path / "b", recalibrate=str(old), data=(str(tmp_path / "other.jsonl"),), select_samples=30)
+    )
     new = tmp_path / "b/routers.safetensors"
     assert (summary["granularity"], summary["layers"], summary["steps"]) == ("mlp_sequence", [0, 2, 3], 0)
     assert all(torch.equal(tensor, file_tensors(new)[name]) for name, tensor in file_tensors(old).items())
@@ -584,16 +312,81 @@ def test_a_finished_file_is_calibrated_on_other_data(base, tmp_path):
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
 def test_running_quantile_holds_the_budget(base, granularity):
     """Every gate that opens lowers the loss, so all logits rise while tuning; the cut rises with them."""
-    made = tuner(base, layers="0-3", granularity=granularity, steps=30, lr=0.05, batch_size=16)
-    kept = [made.step()["capacity"] for _ in range(30)]
-    assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.05) and made.state.cut > 0.0
+    run = begun(base, layers="0-3", granularity=granularity, steps=30, lr=0.05, batch_size=16)
+    kept = [train.step(run)["capacity"] for _ in range(30)]
+    assert sum(kept) / len(kept) == pytest.approx(0.5, abs=0.05) and run.state.cut > 0.0
+
+
+def test_damaged_stores_of_activations_are_computed_again(base, tmp_path):
+    """Cut, emptied or altered while a run is interrupted: the same losses, whatever the file holds."""
+    cfg = settings(base, tmp_path / "whole", layers="2-3", steps=2)
+    whole = train.train(cfg)
+    stored = tmp_path / "whole/trunk/rank0.bin"
+    content = stored.read_bytes()
+    for damage in (content[: len(content) // 2], b"", bytes(len(content)), content[:-8] + b"\x01" * 8):
+        stored.write_bytes(damage)
+        again = train.train(settings(base, tmp_path / "whole", layers="2-3", steps=2, overwrite=True))
+        for name in ("heldout_loss_dense", "heldout_loss_routed", "capacity"):
+            assert again[name] == pytest.approx(whole[name], abs=1e-6)
+
+
+def test_a_torn_line_of_the_log_is_done_again(base, tmp_path):
+    train.train(settings(base, tmp_path / "run"))
+    log = tmp_path / "run/log.jsonl"
+    (tmp_path / "run/summary.json").unlink()  # killed before the end
+    log.write_text(log.read_text() + '{"step": 9, "lo')
+    train.train(settings(base, tmp_path / "run"))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_keeps_the_dtype_that_auto_stood_for(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    train.train(settings(base, tmp_path / "run", dtype="auto", steps=1))
+    (tmp_path / "run/summary.json").unlink()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another processor
+    assert train.stored_dtype(settings(base, tmp_path / "run", dtype="auto")) == "bfloat16"
+    assert train.stored_dtype(settings(base, tmp_path / "new", dtype="auto")) == "auto"
+    assert train.train(settings(base, tmp_path / "run", dtype="auto", steps=1))["steps"] == 1
+
+
+@pytest.mark.parametrize("effort", train.EFFORTS)
+def test_effort_sets_what_is_not_set(base, tmp_path, effort):
+    cfg = train.TrainConfig(effort=effort, cost_samples=5)
+    assert cfg.cost_samples == 5 and cfg.benefit_samples == train.EFFORTS[effort]["benefit_samples"]
+
+
+def test_not_finite_outputs_of_the_base_are_told_with_a_remedy(tmp_path, base):
+    """One projection too large for float16: measuring stops with a sentence."""
+    folder = tmp_path / "large"
+    shutil.copytree(base, folder)
+    weights = file_tensors(folder / "model.safetensors")
+    weights["layers.1.feed_forward.w2.weight"] *= 1e6
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not finite numbers in float16; .*--dtype=float32"):
+        train.train(settings(folder, tmp_path / "out", dtype="float16"))
+
+
+def test_auto_may_leave_mlps_alone(base, tmp_path):
+    """both_token keeps keys and values of skipped tokens; where only MLPs are routed there are none to keep."""
+    for layers in ("auto:1", "auto:2", "auto:3", "auto:4"):
+        run = begun(base, granularity="both_token", layers=layers, steps=0)
+        kinds = {place.target for place in run.model.routing.places}
+        assert run.model.routing.kv == ("all" if "attn" in kinds else "routed")
 
 
 def run_cli(arguments, *, ranks=None, prelude=None):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-                   str(ROOT / "train.py")]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            str(ROOT / "train.py"),
+        ]
     elif prelude:
         command = [sys.executable, "-c", f"{prelude}\nimport runtime, train\nruntime.run_main(train.main)"]
     else:
@@ -602,88 +395,137 @@ def run_cli(arguments, *, ranks=None, prelude=None):
 
 
 def flags(base, out, **changes):
-    cfg = {"model": base, "data": base / "data.jsonl", "out": out, "dtype": "float32", "layers": "1-3", "batch_size": 8, "micro_batch": 2, "steps": 8, "select_samples": 12,
-           "cost_samples": 8, "save_every": 3, "lr": 0.1, **changes}
+    cfg = {
+        "model": base,
+        "data": base / "data.jsonl",
+        "out": out,
+        "dtype": "float32",
+        "layers": "1-3",
+        "batch_size": 8,
+        "micro_batch": 2,
+        "steps": 8,
+        "select_samples": 12,
+        "cost_samples": 8,
+        "save_every": 3,
+        "lr": 0.1,
+        **changes,
+    }
     return [f"--{name}={value}" for name, value in cfg.items()]
 
 
 KILLS = {
-    "in step 5": "import os, train\nstep = train.Tuner.step\ntrain.Tuner.step = lambda self: os.kill(os.getpid(), 9) if self.state.step == 4 else step(self)",
+    "in step 5": "import os, train\nstep = train.step\ntrain.step = lambda run: os.kill(os.getpid(), 9) if "
+                 "run.state.step == 4 else step(run)",
     "while writing the second checkpoint": "import os, runtime\nrename, count = os.replace, []\n"
-        "def replace(a, b):\n    count.append(b)\n    os.kill(os.getpid(), 9) if sum('checkpoint' in str(p) for p in count) == 2 else rename(a, b)\nos.replace = replace",
+    "def replace(a, b):\n    count.append(b)\n    os.kill(os.getpid(), 9) if sum('checkpoint' in str(p) for p in "
+    "count) == 2 else rename(a, b)\nos.replace = replace",
     "before the summary": "import os, runtime\nruntime.write_json = lambda *a: os.kill(os.getpid(), 9)",
 }
 
 
 def test_killed_and_continued_equals_uninterrupted(base, tmp_path):
-    """SIGKILL in a step, in the middle of a checkpoint and before the summary: the same command ends in the same bytes."""
+    """SIGKILL in a step, in the middle of a checkpoint and before the summary: the same command ends in the same
+    bytes.
+    """
     train.train(runtime.cli(train.TrainConfig, flags(base, tmp_path / "whole")))
     for prelude in KILLS.values():
         killed = run_cli(flags(base, tmp_path / "killed"), prelude=prelude)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     continued = run_cli(flags(base, tmp_path / "killed"))
     assert continued.returncode == 0 and "going on from step" in continued.stdout, continued.stderr
-    assert (tmp_path / "whole/routers.safetensors").read_bytes() == (tmp_path / "killed/routers.safetensors").read_bytes()
-    assert sorted(os.listdir(tmp_path / "killed")) == ["checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json", "trunk"]
-    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
-    timeless = [[{k: v for k, v in row.items() if k not in ("milliseconds", "tokens_per_second")} for row in log] for log in logs]
+    assert (tmp_path / "whole/routers.safetensors").read_bytes() == (
+        tmp_path / "killed/routers.safetensors"
+    ).read_bytes()
+    assert sorted(os.listdir(tmp_path / "killed")) == [
+        "checkpoint.safetensors",
+        "log.jsonl",
+        "routers.safetensors",
+        "summary.json",
+        "trunk",
+    ]
+    logs = [
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("whole", "killed")
+    ]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("milliseconds", "tokens_per_second")} for row in log]
+        for log in logs
+    ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 8
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_two_ranks_equal_one(base, tmp_path, recipe):
-    changes = {"recipe": recipe, "budget": 0.4, "granularity": "attn_token" if recipe == "default" else "attn_sequence", "lr": 0.02}
+    changes = {
+        "recipe": recipe,
+        "budget": 0.4,
+        "granularity": "attn_token" if recipe == "default" else "attn_sequence",
+        "lr": 0.02,
+    }
     train.train(runtime.cli(train.TrainConfig, flags(base, tmp_path / "one", **changes)))
     two = run_cli(flags(base, tmp_path / "two", **changes), ranks=2)
     assert two.returncode == 0, two.stderr
     a, b = (file_tensors(tmp_path / run / "routers.safetensors") for run in ("one", "two"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and two.stdout.count("iter 1/8") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------------------------------
+# errors
 
 
 def good_line() -> str:
     return json.dumps({"prompt": "q", "response": "a"}) + "\n"
 
 
-@pytest.mark.parametrize("changes, part", [
-    ({"budget": 1.5}, "budget is 1.5, expected a share between 0 and 1"),
-    ({"budget": 0.0}, "budget is 0.0"),
-    ({"layers": "9"}, "this model has layers 0 to 3"),
-    ({"layers": "deep:9"}, "deep:9"),
-    ({"layers": "some"}, "'some'"),
-    ({"granularity": "attention"}, "granularity is 'attention'"),
-    ({"granularity": "mlp_token", "kv": "all"}, "kv is 'all'"),
-    ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
-    ({"lambda_": -1.0}, "lambda is -1.0, expected 0 or more: change --lambda"),
-    ({"heldout": 1.0}, "heldout is 1.0"),
-    ({"max_length": 1000}, "max_length is 1,000, expected at most the model's context of 128"),
-    ({"max_length": 12}, "data.jsonl, line .*tokens, expected at most 12"),
-    ({"model": "nowhere"}, "nowhere"),
-    ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl was not found"),
-    ({"heldout": "nowhere.jsonl", "max_samples": 4}, "nowhere.jsonl was not found"),
-    ({"max_samples": 1}, "max_samples is 1"),
-    ({"import_official": "nowhere.safetensors"}, "nowhere.safetensors"),
-])
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"budget": 1.5}, "budget is 1.5, expected a share between 0 and 1"),
+        ({"budget": 0.0}, "budget is 0.0"),
+        ({"layers": "9"}, "this model has layers 0 to 3"),
+        ({"layers": "deep:9"}, "deep:9"),
+        ({"layers": "some"}, "'some'"),
+        ({"granularity": "attention"}, "granularity is 'attention'"),
+        ({"granularity": "mlp_token", "kv": "all"}, "kv is 'all'"),
+        ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+        ({"lambda_": -1.0}, "lambda is -1.0, expected 0 or more: change --lambda"),
+        ({"heldout": 1.0}, "heldout is 1.0"),
+        ({"max_length": 1000}, "max_length is 1,000, expected at most the model's context of 128"),
+        ({"max_length": 12}, "data.jsonl, line .*tokens, expected at most 12"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"data": ("nowhere.jsonl",)}, "nowhere.jsonl was not found"),
+        ({"heldout": "nowhere.jsonl", "max_samples": 4}, "nowhere.jsonl was not found"),
+        ({"max_samples": 1}, "max_samples is 1"),
+        ({"import_official": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ],
+)
 def test_wrong_settings_are_told_and_nothing_is_written(base, tmp_path, changes, part):
     with pytest.raises((ValueError, FileNotFoundError), match=part):
         train.train(settings(base, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line, part", [
-    ("{not json}\n", "line 2 is not JSON"),
-    ('{"question": "q"}\n', r"line 2 has the keys \['question'\]; expected messages"),
-    ('{"messages": "text"}\n', "line 2: messages is not a list of turns"),
-    ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 2: a turn has role 'tool'"),
-    ('{"messages": [{"role": "user", "content": null}]}\n', "line 2: a turn has role 'user' and content of type NoneType"),
-    ('{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: no turn of the assistant"),
-    ('{"text": ""}\n', "line 2: no loss-carrying token"),
-])
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        ("{not json}\n", "line 2 is not JSON"),
+        ('{"question": "q"}\n', r"line 2 has the keys \['question'\]; expected messages"),
+        ('{"messages": "text"}\n', "line 2: messages is not a list of turns"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "line 2: no turn of the assistant"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}\n',
+            "line 2, turn 1 has role 'user' and content of type NoneType",
+        ),
+        ('{"messages": [{"role": "user", "content": "x"}]}\n', "line 2: no turn of the assistant"),
+        ('{"text": ""}\n', "line 2: no loss-carrying token"),
+    ],
+)
 def test_bad_lines_are_named(base, tmp_path, line, part):
     (tmp_path / "data.jsonl").write_text(good_line() + line + good_line() * 9)
     with pytest.raises(ValueError, match=part):
@@ -697,9 +539,14 @@ def test_user_errors_end_with_status_two_and_one_line(base, tmp_path):
     broken.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((base / name).read_bytes())
-    (broken / "model.safetensors").write_bytes(weights[:len(weights) // 2])
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     result = run_cli(flags(base, tmp_path / "out", model=broken))
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and "model.safetensors" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("error: ")
+        and "model.safetensors" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -708,3 +555,43 @@ def test_ranks_must_share_a_batch_evenly(base, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="batch_size is 8 on 3 ranks"):
         patch.setattr(runtime, "setup", lambda *a: three)
         train.train(cfg)
+
+
+def write_rows(path, rows) -> tuple[str]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (str(path),)
+
+
+def test_all_bad_rows_are_listed_and_may_be_left_out(base, tmp_path, capsys):
+    good = [json.loads(good_line()) for _ in range(12)]
+    data = write_rows(tmp_path / "data.jsonl", [*good, {"foo": 1}, {"text": ""}, {"prompt": "q" * 500, "response": "a"}])
+    with pytest.raises(ValueError, match=r"(?s)3 rows cannot be used.*line 13.*line 14.*line 15.*tokens, expected"):
+        train.train(settings(base, tmp_path / "out", data=data, heldout=0.3))
+    assert not (tmp_path / "out").exists()
+    train.train(settings(base, tmp_path / "out", data=data, heldout=0.3, skip_bad=True, steps=0))
+    assert "3 bad rows are left out" in capsys.readouterr().out
+
+
+def test_held_out_texts_that_are_tuned_on_are_counted(base, tmp_path, capsys):
+    rows = [{"prompt": "q" * (1 + i), "response": "a"} for i in range(24)]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    load = lambda **changes: train.load_data(  # noqa: E731
+        settings(base, tmp_path / "out", data=data, **changes), load_tokenizer(base), 128
+    )
+    load()
+    assert "also tuned on" not in capsys.readouterr().out
+    load(heldout=data[0])
+    assert "24 of 24 held-out texts are also tuned on" in capsys.readouterr().out
+    write_rows(tmp_path / "data.jsonl", rows + rows[:8])
+    data_set = load(heldout=0.5)
+    tuned = {tuple(example.tokens) for example in data_set.train + data_set.select}
+    leaked = sum(tuple(example.tokens) in tuned for example in data_set.held)
+    assert f"{leaked} of {len(data_set.held)} held-out texts" in capsys.readouterr().out and leaked
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "Heldout"])
+def test_other_splits_are_refused_with_their_counts(base, tmp_path, split):
+    rows = [{"prompt": "q", "response": "a", "split": name} for name in ["train"] * 8 + ["heldout"] * 8 + [split] * 8]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    with pytest.raises(ValueError, match=f"'{split}'.*'heldout' 8.*'{split}' 8|'{split}' 8.*'heldout' 8"):
+        train.train(settings(base, tmp_path / "out", data=data))

@@ -1,0 +1,321 @@
+"""Rows of instruction data: every form that people publish, read once, for train.py and eval.py alike.
+
+    form            keys
+    messages        messages: [{role, content}, ...], tools
+    ShareGPT        conversations: [{from, value}, ...], system, tools
+    Alpaca          instruction, input, output (or response), system, history: [[question, answer], ...]
+    pairs           prompt, query or question with response, completion or answer; system, history
+    text            text: no prompt; its first half is what a router may see, its second half is predicted
+
+A turn may say that no loss is taken on it: "weight": 0, "train": false or "loss": false. What would change a prompt and
+is not read here is refused by its name; other keys (id, source, domain, split, ...) say something about the row.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.stream import read_rows
+from tokenizer import Tokenizer, encode_chat
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+PAIRS = [
+    (question, answer)
+    for question in ("instruction", "prompt", "query", "question")
+    for answer in ("output", "response", "completion", "answer")
+]
+# Keys of a row that change what the model is asked; a row that has one which its form does not read is refused.
+PROMPT_KEYS = ("system", "system_prompt", "history", "tools", "functions", "input", "context", "documents", "images")
+LOSS_KEYS = ("weight", "train", "loss")
+TURN_KEYS = ("role", "from", "content", "value", *LOSS_KEYS)
+TEMPLATE_KEYS = (
+    "reasoning_content",
+    "thinking",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+)  # where the model's template reads them
+SHOWN = 10  # bad rows that an error lists
+
+
+@dataclass(frozen=True)
+class Example:
+    """One whole document in tokens.
+
+    prompt: tokens before the first loss-carrying one; targets: positions whose token is predicted; domain: what the row
+    says of itself.
+    """
+
+    tokens: list[int]
+    prompt: int
+    targets: list[int]
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows become tokens.
+
+    limit: longest example in tokens; chat: a chat form, None for the model's own; truncate: cut longer examples instead
+    of refusing them; last_only: take the loss on a conversation's last answer alone.
+    """
+
+    tok: Tokenizer
+    limit: int
+    chat: str | None = None
+    truncate: bool = False
+    last_only: bool = False
+
+
+# -----------------------------------------------------------------------------
+# From files to rows
+
+
+def read_records(path: str | Path, bad: list[str] | None = None) -> list[tuple[str, dict]]:
+    """All objects of a file of JSON lines or of one JSON list, perhaps gzipped, each with its place in words.
+
+    What is wrong with a single row goes to `bad`; without `bad` it raises ValueError. Raises FileNotFoundError or
+    ValueError for a file that is no such file (data/stream.py).
+    """
+    faults = []
+    rows = list(read_rows(path, faults))
+    if len(faults) > 1 and not rows:
+        _refuse_object(path)
+    if faults and bad is None:
+        raise ValueError(faults[0])
+    if faults:
+        bad += faults
+    return rows
+
+
+def _refuse_object(path: str | Path) -> None:
+    """Say so where a file without one good line is a single object over many lines, which may hold the rows."""
+    try:
+        whole = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        return
+    raise ValueError(f"{path} holds one JSON object with the keys {sorted(whole)[:8]}, expected a list of rows or one "
+                     "row a line: write the list that it holds as a file of its own")
+
+
+# -----------------------------------------------------------------------------
+# From rows to conversations
+
+
+def to_messages(row: dict, place: str) -> tuple[list[dict], list | None] | str:
+    """A row of any form as (messages, tools), or as plain text. Raises ValueError naming the place and what is
+    wrong.
+    """
+    question, answer = next((pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), ("", ""))
+    if "messages" in row:
+        turns, read = _turns(row["messages"], place), ("tools",)
+    elif "conversations" in row:
+        turns, read = _with_system(row, _turns(row["conversations"], place), place), ("system", "tools")
+    elif question:
+        more = "input" if question == "instruction" else None
+        turns, read = _with_system(row, _pair(row, question, answer, place), place), ("system", "history", more)
+    elif isinstance(row.get("text"), str):
+        turns, read = row["text"], ()
+    else:
+        raise ValueError(f"{place} has the keys {sorted(row)[:12]}; expected messages, conversations, instruction + "
+                         "output, prompt + response, query + response, or text: convert the row")
+    if unread := [key for key in PROMPT_KEYS if key not in read and row.get(key)]:
+        raise ValueError(f"{place}: {unread[0]!r} changes the prompt and is not read beside {_name(row, question)}; "
+                         "expected it in the prompt itself: put it there, or delete the key")
+    if isinstance(turns, str):
+        return turns
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise ValueError(f"{place}: no turn of the assistant, so there is nothing to predict: add the answer or delete "
+                         "it")
+    return turns, _tools(row, place)
+
+
+def _name(row: dict, question: str) -> str:
+    return next((key for key in ("messages", "conversations", question, "text") if key in row), "text")
+
+
+def _turns(turns, place: str) -> list[dict]:
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{place}: messages is not a list of turns; expected "
+                         '[{"role": ..., "content": ...}, ...]: mend the row')
+    return [_turn(turn, f"{place}, turn {number}") for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: dict, place: str) -> dict:
+    said = turn.get("role", turn.get("from"))
+    role, content = ROLES.get(str(said).lower()), turn.get("content", turn.get("value"))
+    if role is None or not isinstance(content, str):
+        raise ValueError(f"{place} has role {said!r} and content of type {type(content).__name__}; expected a role of "
+                         f"{', '.join(ROLES)} and a text: mend the row")
+    message = {"role": role, "content": content}
+    message |= {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key)}
+    if not _carries_loss(turn, place):
+        message["loss"] = False
+    elif role != "assistant" and any(key in turn for key in LOSS_KEYS):
+        raise ValueError(f"{place}: loss is asked for on a turn of the {role}; expected it on the assistant's: set it "
+                         "to 0")
+    return message
+
+
+def _carries_loss(turn: dict, place: str) -> bool:
+    flags = {key: turn[key] for key in LOSS_KEYS if turn.get(key) is not None}
+    for key, value in flags.items():
+        if value not in (0, 1):  # True and False are 1 and 0
+            raise ValueError(f"{place}: {key!r} is {value!r}, expected 0 or 1: loss is taken on a turn or it is not")
+    return all(flags.values())
+
+
+def _pair(row: dict, question: str, answer: str, place: str) -> list[dict]:
+    """Turns of a row that holds one question and its answer, after those of its history."""
+    turns = []
+    for earlier in row.get("history") or []:
+        if not isinstance(earlier, (list, tuple)) or [type(text) for text in earlier] != [str, str]:
+            raise ValueError(f"{place}: history holds {str(earlier)[:60]!r}, expected pairs [question, answer]: mend "
+                             "the row")
+        turns += [{"role": "user", "content": earlier[0]}, {"role": "assistant", "content": earlier[1]}]
+    asked = row[question]
+    if question == "instruction" and row.get("input"):
+        if not isinstance(row["input"], str):
+            raise ValueError(f"{place}: input is a {type(row['input']).__name__}, expected a text: mend the row")
+        asked += f"\n\n{row['input']}"
+    return [*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
+
+
+def _with_system(row: dict, turns: list[dict], place: str) -> list[dict]:
+    """The turns behind the row's own system message, where it has one."""
+    system = row.get("system")
+    if not system:
+        return turns
+    if not isinstance(system, str):
+        raise ValueError(f"{place}: system is a {type(system).__name__}, expected a text: mend the row")
+    if turns[0]["role"] == "system":
+        raise ValueError(f"{place}: a system message stands in the row and in its first turn, expected one: delete one "
+                         "of them")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _tools(row: dict, place: str) -> list | None:
+    tools = row.get("tools") or None
+    if isinstance(tools, str):  # often a JSON text
+        try:
+            tools = json.loads(tools) or None
+        except ValueError as error:
+            raise ValueError(f"{place}: tools is not JSON ({error}), expected a list: mend the row") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{place}: tools is a {type(tools).__name__}, expected a list: mend the row")
+    return tools
+
+
+def usable_rows(path: str | Path, bad: list[str]) -> list[tuple[str, dict]]:
+    """Rows of a file that hold a conversation or a text, with their places; what is wrong with others goes to `bad`."""
+    rows = []
+    for place, row in read_records(path, bad):
+        try:
+            to_messages(row, place)
+        except ValueError as error:
+            bad.append(str(error))
+        else:
+            rows.append((place, row))
+    return rows
+
+
+def split_rows(rows: list[tuple[str, dict]]) -> tuple[list, list]:
+    """Rows to tune on, and rows whose "split" is heldout. Raises ValueError for any other split than these two."""
+    splits = [row.get("split") for _, row in rows]
+    if unknown := [split for split in splits if split not in (None, "train", "heldout")]:
+        counts = ", ".join(f"{split!r} {splits.count(split)}" for split in sorted({*splits}, key=str))
+        raise ValueError(f"rows have the split {unknown[0]!r} (all: {counts}); expected train or heldout: rename it, "
+                         "or delete these rows")
+    held = [row for row in rows if row[1].get("split") == "heldout"]
+    return [row for row in rows if row[1].get("split") != "heldout"], held
+
+
+# -----------------------------------------------------------------------------
+# From conversations to tokens
+
+
+def encode(row: dict, place: str, form: Form) -> Example | None:
+    """Tokens and targets of one row; None where truncation leaves nothing to predict. Raises ValueError naming the
+    place.
+    """
+    content = to_messages(row, place)
+    try:
+        ids, targets = _encode_text(content, form) if isinstance(content, str) else _encode_turns(*content, form)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if not targets:
+        raise ValueError(f"{place}: no loss-carrying token among {len(ids)}; expected an answer that is not empty and "
+                         "on which loss is taken: mend or delete the row")
+    if len(ids) > form.limit:
+        if not form.truncate:
+            raise ValueError(f"{place}: {len(ids):,} tokens, expected at most {form.limit:,}: raise --max_length (up "
+                             "to the model's context), cut examples with --truncate, or delete the row")
+        ids, targets = ids[: form.limit], [position for position in targets if position < form.limit]
+        if not targets:
+            return None
+    return Example(ids, targets[0], targets, row.get("domain"))
+
+
+def _encode_text(text: str, form: Form) -> tuple[list[int], list[int]]:
+    ids = form.tok.encode(text, bos=form.tok.adds_bos)
+    return ids, list(range(max(1, len(ids) // 2), len(ids)))
+
+
+def _encode_turns(messages: list[dict], tools: list | None, form: Form) -> tuple[list[int], list[int]]:
+    template = form.tok.template if form.chat is None else ""
+    needed = [key for message in messages for key in TEMPLATE_KEYS if key in message] + (["tools"] if tools else [])
+    if unread := [key for key in needed if not re.search(rf"['\".]{key}\b|\b{key} ", template)]:
+        raise ValueError(f"{unread[0]!r} stands in the row, and the chat form in use does not read it; expected a "
+                         "model whose chat template does: delete the key, or put it into the text")
+    if form.last_only:
+        last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        messages = [message if place == last else message | {"loss": False} for place, message in enumerate(messages)]
+    ids, mask = encode_chat(form.tok, messages, form=form.chat, **({"tools": tools} if tools else {}))
+    return ids, [position for position, carries in enumerate(mask) if carries and position > 0]
+
+
+# -----------------------------------------------------------------------------
+# Many rows, some of them bad
+
+
+def encode_all(rows: Iterable[tuple[str, dict]], form: Form, bad: list[str]) -> tuple[list[Example], int]:
+    """Examples of all good rows, and how many rows were left without an answer by truncation. Faults go to `bad`."""
+    examples, cut = [], 0
+    for place, row in rows:
+        try:
+            example = encode(row, place, form)
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        if example is None:
+            cut += 1
+        else:
+            examples.append(example)
+    return examples, cut
+
+
+def settle_bad(bad: list[str], skip: bool, say=print) -> None:
+    """Raise one ValueError that lists the bad rows, or say how many are left out where that was asked for."""
+    if not bad:
+        return
+    more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    listed = "".join(f"\n  {reason}" for reason in bad[:SHOWN]) + more
+    if not skip:
+        if len(bad) == 1:
+            raise ValueError(f"{bad[0]} (--skip_bad leaves such rows out)")
+        raise ValueError(f"{len(bad)} rows cannot be used; mend them, or leave them out with --skip_bad:{listed}")
+    say(f"{len(bad)} bad rows are left out (--skip_bad):{listed}")

@@ -1,0 +1,65 @@
+"""Routers beside their controls, as rows and in words."""
+
+from recipe.controls import Controls
+from recipe.passes import Workload
+from router import set_cuts
+from runtime import Phases, print0
+
+COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "mean_route", "random")
+
+
+def show_step(row: dict, steps: int, best: bool) -> None:
+    """Print a step's line. best: the router tried after it is the best so far."""
+    parts = [
+        f"iter {row['step']}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"capacity {row['capacity']:.3f} (budget {row['budget']:.3f})",
+        f"lr {row['lr']:.1e}",
+        f"gnorm {row['grad_norm']:.2e}",
+        f"{row['milliseconds']:,.0f} ms",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        f"mfu {row['mfu']:.1%}" if row["mfu"] else "mfu n/a",
+    ]
+    if row["select_loss"] is not None:
+        parts.append(f"selection loss {row['select_loss']:.4f}{' (best)' if best else ''}")
+    if Phases.active is not None:
+        parts.append(Phases.active.eta(row["step"] / steps))
+    print0(" | ".join(parts))
+
+
+def compare(held: Workload, cuts: dict[float, list[float]], orders: dict[str, list[int]]) -> list[dict]:
+    """A row for each budget. cuts: those (R) that realise it; the model is left at the last one's."""
+    controls, rows = Controls(held), []
+    for budget, values in cuts.items():
+        set_cuts(held.model, values)
+        rows.append(controls.row(budget, orders))
+        row = rows[-1]
+        print0(f"held out at budget {budget:.3f}: capacity {row['capacity']:.3f}, loss {row['routed']:.4f}")
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as lines of text, under a head."""
+    names = " ".join(f"{name.replace('_', ' '):>10}" for name in COLUMNS)
+    lines = [f"budget capacity  ceiling {names} gap closed"]
+    for row in rows:
+        closed = "n/a" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
+        losses = " ".join(f"{row[name]:10.4f}" for name in COLUMNS)
+        lines.append(f"{row['budget']:6.3f} {row['capacity']:8.3f} {row['ceiling']:8.3f} {losses}{closed:>11}")
+    return "\n".join(lines)
+
+
+def show(summary: dict) -> str:
+    """The summary of a run in words."""
+    s = summary
+    layers = ", ".join(f"{layer}: {share:.2f}" for layer, share in zip(s["layers"], s["capacity_per_layer"]))
+    return f"""
+{s["granularity"]}, recipe {s["recipe"]}, {s["steps"]} steps, {s["tokens_per_second"]:,.0f} tok/s, \
+{s["seconds"]:,.0f} s in all, peak {s["peak_memory_bytes"] / 2**20:,.0f} MiB on {s["device"]}
+held-out loss on {s["heldout_tokens"]:,} answer tokens, routers beside their controls at equal capacity
+(greedy, fisher, similarity: static lists, which skip the same places for everyone)
+{table(s["report"])}
+capacity by place  {layers}
+prefill            {s["prefill_speedup"]:.3f}x of dense at {s["prefill_context"]} tokens, batch 1, capacity \
+{s["prefill_capacity"]:.2f} there; FLOPs allow {s["prefill_ceiling"]:.3f}x
+routers            {s["routers"]}"""

@@ -1,0 +1,355 @@
+"""The recipe: costs, benefits, orders, fits, calibration and controls, by property.
+
+Run: python -m pytest tests/test_recipe.py
+"""
+
+import pytest
+import torch
+from tuning import CPU, begun, selection
+
+import router
+import train
+from data.records import Form, encode
+from model import ModelConfig, load_model
+from recipe import calibrate, controls, fit, measure, orders, passes, trunk
+from recipe.cost import prefill_flops, step_flops
+from recipe.passes import Workload
+from tokenizer import load_tokenizer
+
+
+@pytest.mark.parametrize("budget, count", [(0.5, 3), (0.34, 2), (0.0, 0), (1.0, 6)])
+def test_quantile_cut_opens_the_asked_share(budget, count):
+    z = torch.tensor([[3.0, -1.0, 0.5], [2.0, 9.0, -4.0]])
+    assert (z >= router.quantile_cut(z, budget)).sum() == count
+
+
+def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
+    model = load_model(base)
+    torch.manual_seed(0)
+    h, other, labels = torch.randn(7, 32), torch.randn(7, 32), torch.randint(0, 258, (7,))
+    for teacher in (None, other):
+        monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 3 * 258)
+        loss, gradient = passes.head_gradient(model, h, labels, teacher, scale=0.5)
+        leaf = h.clone().requires_grad_()
+        whole = (
+            torch.nn.functional.cross_entropy(model.head(leaf), labels, reduction="sum")
+            if teacher is None
+            else (
+                model.head(teacher).softmax(-1)
+                * (model.head(teacher).log_softmax(-1) - model.head(leaf).log_softmax(-1))
+            ).sum()
+        )
+        (whole * 0.5).backward()
+        torch.testing.assert_close(loss, whole.detach())
+        torch.testing.assert_close(gradient, leaf.grad)
+        torch.testing.assert_close(passes.head_losses(model, h, labels, teacher).sum(), loss)
+
+
+def test_ridge_fits_and_shrinks():
+    torch.manual_seed(0)
+    x, w = torch.randn(50, 8), torch.randn(8)
+    torch.testing.assert_close(fit.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
+    assert fit.ridge(x, x @ w, 10.0).norm() < w.norm()
+    wide = torch.randn(50, 20) + 3.0  # a strong mean: constants are met, to within the spread along it
+    constant = wide @ fit.ridge(wide, torch.full((50,), 2.0), 1.0)
+    assert constant.mean().item() == pytest.approx(2.0, rel=0.02) and constant.std() < 0.2
+    target = wide[:, 0] * 5.0
+    assert (wide @ fit.ridge(wide, target, 10.0)).mean().item() == pytest.approx(
+        target.mean().item(), rel=0.02
+    )  # shrunk to the mean, not to zero
+
+
+def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
+    """Woodbury's form equals the explicit inverse, and the sample's logits move by exactly the learning rate (root mean
+    square).
+    """
+    torch.manual_seed(0)
+    inputs, weights = torch.randn(3, 7, 12), [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(3)]
+    before = torch.cat([w.detach().clone() for w in weights])
+    gradient = torch.randn(3, 12)
+    for w, g in zip(weights, gradient):
+        w.grad = g[None].clone()
+    rise = fit.RidgeDescent(weights, inputs, lr=0.3, counts=torch.ones(3)).step()
+    moved = torch.cat([w.detach() for w in weights]) - before
+    covariance = inputs.transpose(1, 2) @ inputs / 7
+    ridge = fit.STEP_RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
+    logits = torch.einsum("rnd,rd->rn", inputs, moved)
+    assert logits.square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-4)
+    assert logits.mean().item() == pytest.approx(rise, abs=1e-5)
+    torch.testing.assert_close(moved / moved.norm(), wanted / wanted.norm(), atol=1e-4, rtol=1e-3)
+
+
+def test_collated_positions_predict_their_labels(base):
+    tok = load_tokenizer(base)
+    examples = [encode({"prompt": "q" * n, "response": "ab"}, "here", Form(tok, 128)) for n in (1, 9)]
+    batch = passes.collate(examples, CPU.device, multiple=16)
+    assert batch.tokens.shape[1] % 16 == 0 and batch.lengths == [len(e.tokens) for e in examples]
+    assert torch.equal(batch.tokens.flatten()[batch.at + 1], batch.labels) and len(batch.labels) == sum(
+        len(e.targets) for e in examples
+    )
+
+
+def test_fisher_cost_is_the_second_order_kl(base, monkeypatch):
+    """KL between the model with a gate at 1 and at 1 - e is e^2 times the cost, up to sampling and third order."""
+    monkeypatch.setattr(measure, "LABEL_SAMPLES", 600)
+    run = begun(base, recipe="paper", layers="0-3")
+    examples = run.data.train[:2]
+    measured = measure.measure_costs(Workload(run.model, examples, CPU), 3)
+    costs, inputs = measured.costs, measured.inputs
+    assert costs.shape == (4, 2) and inputs.shape == (4, 2, 32)
+    batch, e = passes.collate(passes.by_length(examples, 4)[0], CPU.device), 0.05
+    dense = passes.states(run.model, batch, route="off")[0]
+    row = torch.tensor([i // batch.tokens.shape[1] for i in batch.at.tolist()])
+    for layer in range(4):
+        gates = torch.ones(4, 2)
+        gates[layer] -= e
+        h = passes.states(run.model, batch, route="mask", gates=gates)[0]
+        kl = passes.token_losses(run.model.head(h), batch.labels, run.model.head(dense)).detach()
+        by_row = torch.zeros(2).index_add(0, row, kl) / e**2
+        torch.testing.assert_close(costs[layer], by_row, rtol=0.25, atol=1e-4)
+
+
+def test_typical_cost_follows_all_units_not_the_dearest():
+    costs = torch.rand(4, 100, generator=torch.Generator().manual_seed(0)) + torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    costs[:, :10] = 0.0  # what few labels make of a small cost
+    assert torch.allclose(measure.typical_costs(7 * costs), 7 * measure.typical_costs(costs))
+    costs[0, 50] = 500.0
+    assert costs.mean(dim=1).argmin() != 0
+    assert measure.typical_costs(costs).argsort().tolist() == [0, 1, 2, 3]
+
+
+def test_drawn_labels_follow_the_model(base):
+    model = load_model(base)
+    h = torch.randn(1, 32) * 3
+    labels = measure.draw_labels(model, h.expand(20000, 32), torch.rand(20000))
+    share = torch.bincount(labels, minlength=258) / 20000
+    assert (share - model.head(h)[0].softmax(-1)).abs().max() < 0.015
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "both_sequence"])
+@pytest.mark.parametrize("distill", [False, True])
+def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill):
+    """Against whole forward passes of one example at a time, at a working point where everyone skips one layer."""
+    run, skipped = begun(base, granularity=granularity, layers="1-3", steps=0), (1,)
+    examples, n_places = run.data.train[:5], 6 if granularity == "both_sequence" else 3
+    benefits, inputs = measure.measure_benefits(Workload(run.model, examples, CPU, run.work.trunk), skipped, distill)
+    assert benefits.shape == (n_places, 5) and inputs.shape == (n_places, 5, 32) and (benefits.abs() > 1e-4).all()
+    for n, example in enumerate(e for group in passes.by_length(examples, passes.EVAL_BATCH) for e in group):
+        batch, losses = passes.collate([example], CPU.device), {}
+        teacher = {0: passes.states(run.model, batch, route="off")[0]} if distill else None
+        for place in range(n_places):
+            for executed in (True, False):
+                left = tuple(sorted({*skipped, place} if not executed else {*skipped} - {place}))
+                losses[executed] = passes.evaluate(
+                    Workload(run.model, [example], CPU), passes.skip_everywhere(left), teacher
+                )["loss"]
+            assert benefits[place, n].item() == pytest.approx(
+                (losses[False] - losses[True]) * len(example.targets) ** 0.5, rel=1e-3, abs=1e-5
+            )
+
+
+def test_benefit_prior_runs_a_layer_where_it_is_worth_most():
+    """Two kinds of inputs, opposite benefits: at half the budget each kind runs its own layer; a layer that nobody
+    needs stays skipped first.
+    """
+    torch.manual_seed(0)
+    kind = torch.tensor([0, 1] * 20)
+    inputs = torch.randn(3, 40, 16) * 0.1 + torch.randn(3, 1, 16) + torch.randn(2, 16)[kind] * 0.5
+    benefits = torch.stack([(kind == 0) * 2.0, (kind == 1) * 2.0, torch.full((40,), -1.0)]) + 0.1 * torch.randn(3, 40)
+    z = torch.einsum("rnd,rd->rn", inputs, fit.benefit_prior(benefits, inputs, torch.ones(3) / 3))
+    executed = z >= router.quantile_cut(z, 1 / 3)
+    assert torch.equal(executed, torch.stack([kind == 0, kind == 1, kind > 1]))
+
+
+def test_order_prior_is_the_static_order():
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 30, 16) * 0.1 + torch.randn(4, 1, 16)  # a strong mean, as normalised inputs have
+    order = [2, 0, 3, 1]
+    weights = fit.order_prior(order, inputs)
+    z = torch.einsum("rnd,rd->rn", inputs, weights)
+    for skipped in range(1, 4):
+        executed = z >= router.quantile_cut(z, 1 - skipped / 4)
+        assert (
+            set(order[:skipped]) == {place for place in range(4) if not executed[place].any()}
+            and executed[order[skipped:]].all()
+        )
+
+
+def test_greedy_order_drops_what_costs_least_each_time(base):
+    run = begun(base, layers="0-3", recipe="paper")
+    for guess in (
+        [1.0, 2.0, 3.0, 4.0],
+        [4.0, 3.0, 2.0, 1.0],
+    ):  # six tries see all four layers in the first round, so the guess does not matter there
+        order = orders.greedy_order(Workload(run.model, run.data.train, CPU), torch.tensor(guess), 0.5)
+        loss = [
+            passes.evaluate(Workload(run.model, run.data.train, CPU), passes.skip_everywhere((place,)))["loss"]
+            for place in range(4)
+        ]
+        assert order[0] == min(range(4), key=lambda place: loss[place]) and sorted(order) == [0, 1, 2, 3]
+    everything = orders.greedy_order(Workload(run.model, run.data.train, CPU), torch.tensor(guess), 1.0)
+    pairs = {
+        place: passes.evaluate(Workload(run.model, run.data.train, CPU), passes.skip_everywhere((order[0], place)))[
+            "loss"
+        ]
+        for place in range(4)
+        if place != order[0]
+    }
+    assert everything[:2] == order[:2] and pairs[order[1]] <= min(pairs.values()) + 0.02
+
+
+def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
+    run = begun(base, layers="0-3", recipe="paper")
+    run.model.layers[2].attention.wo.weight.data *= 1e-4  # changes nothing any more
+    assert measure.measure_costs(Workload(run.model, run.data.train, CPU), 0).turned.argsort()[0] == 2
+    run.model.layers[2].attention.wo.weight.data *= 1e4
+
+
+def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
+    run = begun(base, layers="2-3", recipe="paper")
+    monkeypatch.setattr(trunk.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
+    cache = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, 1e9)
+    batch = passes.collate(run.data.train[:3], torch.device("cpu"))
+    assert not cache.slots and not (tmp_path / "trunk.bin").exists()
+    torch.testing.assert_close(cache(run.model, run.data.train[:3], batch.tokens), run.model.trunk(batch.tokens))
+
+
+@pytest.mark.parametrize("limit, stored", [(1e9, True), (9000, True), (0, False)])
+def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
+    run = begun(base, layers="2-3", recipe="paper", trunk_gb=0)
+    cache = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit)
+    group = run.data.train[:5]
+    batch = passes.collate(group, torch.device("cpu"))
+    fresh = run.model.trunk(batch.tokens)
+    torch.testing.assert_close(cache(run.model, group, batch.tokens), fresh)
+    again = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit)  # another run in the same folder
+    mixed = passes.collate(run.data.train[3:9], torch.device("cpu"))  # some stored, some not
+    torch.testing.assert_close(again(run.model, run.data.train[3:9], mixed.tokens), run.model.trunk(mixed.tokens))
+    read = again(run.model, group, batch.tokens)
+    for row, length in enumerate(batch.lengths):  # pads may differ: nothing reads them
+        torch.testing.assert_close(read[row, :length], fresh[row, :length])
+    size = (tmp_path / "trunk.bin").stat().st_size if (tmp_path / "trunk.bin").exists() else 0
+    assert size <= limit and bool(again.slots) == stored
+    if stored:
+        run.model.fingerprint = "another base"
+        assert not trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit).sums.any()
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "both_sequence"])
+def test_one_table_serves_every_budget(base, granularity):
+    run = begun(base, granularity=granularity, layers="0-3")
+    torch.manual_seed(1)
+    for w in run.weights:  # routers that really tell inputs apart
+        w.data.normal_(std=1.0)
+    table = calibrate.calibrate(selection(run), 0.5)
+    assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(calibrate.BUDGETS)
+    n = passes.route_logits(selection(run)).shape[1] * 4
+    for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
+        router.set_cuts(run.model, router.cuts_for(budget, table))
+        kept = passes.evaluate(selection(run))["capacity"]
+        if (
+            "token" in granularity
+        ):  # first tokens execute under every budget; equal bytes have equal logits, so shares come in steps
+            assert kept == pytest.approx(max(budget, len(run.data.select) * 4 / n), abs=0.05)
+        else:
+            assert kept == pytest.approx(budget, abs=0.02 + 1.5 / n)
+
+
+def test_calibration_falls_back_on_the_best_static_order(base):
+    """Routers that run the wrong layers: the table then holds the cuts of the order that loses least, and realises the
+    budget all the same.
+    """
+    run = begun(base, granularity="attn_sequence", layers="0-3")
+    beside = controls.Controls(selection(run))
+    order = min(run.state.orders.values(), key=lambda order: beside.static(order, 0.5))
+    train.put(run, fit.order_prior(order[::-1], run.inputs))
+    table = calibrate.calibrate(selection(run), 0.5, beside, {"worst": order[::-1], "best": order})
+    assert table["static"][0.5] == "best"
+    router.set_cuts(run.model, router.cuts_for(0.5, table))
+    static = passes.evaluate(selection(run), passes.skip_everywhere(tuple(order[:2])))
+    found = passes.evaluate(selection(run))
+    assert (
+        found["loss"] == pytest.approx(static["loss"]) and found["capacity_per_layer"] == static["capacity_per_layer"]
+    )
+    assert not calibrate.calibrate(selection(run), 0.5)["static"]
+
+
+def test_static_cuts_close_in_order_and_split_a_layer():
+    z, third = torch.arange(12.0).view(3, 4), torch.ones(3) / 3
+    executed = z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.5, third))[:, None]
+    assert executed.tolist() == [[False, False, True, True], [True] * 4, [False] * 4]
+    assert (
+        not (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 0.0, third))[:, None]).any()
+        and (z >= torch.tensor(calibrate.static_cuts(z, [2, 0, 1], 1.0, third))[:, None]).all()
+    )
+
+
+def loss_by_route(run, route: str) -> float:
+    """Mean loss of the selection set in one batch."""
+    batch = passes.collate(run.data.select, CPU.device)
+    return passes.head_losses(run.model, passes.states(run.model, batch, route=route)[0], batch.labels).mean().item()
+
+
+def test_evaluation_does_not_depend_on_the_route_mode(base):
+    run = begun(base, layers="0-3")
+    assert passes.evaluate(selection(run))["loss"] == pytest.approx(loss_by_route(run, "mask"), abs=1e-5)
+    skipped = passes.evaluate(selection(run), passes.skip_everywhere((0, 2)))
+    assert skipped["capacity_per_layer"] == [0.0, 1.0, 0.0, 1.0] and skipped["capacity"] == 0.5
+    dense = passes.evaluate(selection(run), passes.skip_everywhere(()))["loss"]
+    assert dense == pytest.approx(loss_by_route(run, "off"), abs=1e-5)
+
+
+def test_static_control_interpolates_between_whole_layers(base):
+    run = begun(base, layers="0-3")
+    losses = [passes.evaluate(selection(run), passes.skip_everywhere(skipped))["loss"] for skipped in ((2,), (2, 0))]
+    beside = controls.Controls(selection(run))
+    assert beside.static([2, 0, 1, 3], 0.25) == pytest.approx(losses[0])
+    assert beside.static([2, 0, 1, 3], 0.35) == pytest.approx(0.6 * losses[0] + 0.4 * losses[1])
+
+
+@pytest.mark.parametrize(
+    "granularity, kv",
+    [("attn_sequence", "routed"), ("attn_token", "all"), ("mlp_token", "routed"), ("block_sequence", "routed")],
+)
+def test_share_saved_counts_flops(base, granularity, kv):
+    """Two layers off for everyone save two layers; half of all tokens of every layer save less than half of them where
+    keys and values stay.
+    """
+    run = begun(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
+    beside = controls.Controls(selection(run))
+    saved, ceiling = beside.share_saved([0.0, 1.0, 0.0, 1.0])
+    assert ceiling > 1 and (saved < 0.5 if kv == "all" else saved == pytest.approx(0.5))
+    assert beside.share_saved([1.0] * 4) == (0.0, 1.0)
+
+
+def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
+    losses = []
+    for granularity, kv in (("attn_sequence", "routed"), ("attn_token", "all"), ("attn_token", "routed")):
+        run = begun(base, layers="0-3", granularity=granularity, kv=kv, recipe="paper")
+        routing = run.model.routing
+        losses.append(passes.evaluate(selection(run), passes.skip_everywhere((1, 3)))["loss"])
+        assert run.model.routing is routing and run.model.layers[1].routing is routing
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_step_flops_count_passes():
+    """One routed layer of two: the lower layer runs once, the upper one forward, backward and as teacher; the head
+    where loss is taken.
+    """
+    config = ModelConfig(
+        family="llama",
+        dim=8,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=4,
+        hidden_dim=16,
+        vocab_size=10,
+        max_seq_len=64,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+    )
+    layer = (prefill_flops(config, 3, logits=0) + prefill_flops(config, 5, logits=0)) / 2
+    assert step_flops(config, 1, [3, 5], 4, distill=True) == layer * (1 + 3) + 3 * 4 * 2 * 8 * 10
+    assert step_flops(config, 0, [3, 5], 4, distill=False) == layer * (2 + 2) + 2 * 4 * 2 * 8 * 10

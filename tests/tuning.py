@@ -1,0 +1,42 @@
+"""What the tests of tuning and of its recipe share: a small base with data, settings, a run before its first step."""
+
+import math
+
+import torch
+
+import runtime
+import train
+from model import load_model
+from recipe.passes import Workload
+from tokenizer import load_tokenizer
+
+CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
+SETTINGS = {
+    "layers": "1-3",
+    "granularity": "attn_sequence",
+    "batch_size": 8,
+    "micro_batch": 4,
+    "steps": 6,
+    "select_samples": 12,
+    "cost_samples": 8,
+    "clip": math.inf,
+    "dtype": "float32",
+}
+
+
+def settings(base, out, **changes) -> train.TrainConfig:
+    files = {"model": str(base), "data": (str(base / "data.jsonl"),), "out": str(out)}
+    return train.TrainConfig(**{**files, **SETTINGS, **changes})
+
+
+def begun(base, **changes) -> train.Run:
+    """A run before its first step."""
+    cfg = settings(base, "unused", **{"trunk_gb": 0, **changes})  # nothing is written
+    model = load_model(cfg.model)
+    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
+    return train.begin(train.Job(cfg, CPU, model, data, train.plan(cfg, data)))
+
+
+def selection(run: train.Run) -> Workload:
+    """The selection set of a run, without stored activations."""
+    return Workload(run.model, run.data.select, CPU)
