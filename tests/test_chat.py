@@ -303,6 +303,32 @@ def test_a_template_that_looks_for_a_special_token_gets_it_from_answers(tmp_path
     assert spans(tok, ids, mask) == ["answer</s></s>"]
 
 
+ANSWER = 'say "hi" <b> now'
+PRINTED_ANEW = {  # how the answer is printed, and the stretches of it that carry loss
+    "{{ m.content | tojson }}": ['say \\"hi\\" <b> now'],
+    "{{ m.content | e }}": ["say &#34;hi&#34; &lt;b&gt; now</s>"],
+    "{{ m.content }}|{{ m.content }}": [ANSWER, ANSWER + "</s>"],
+    "{{ m.content[:8] }}": ['say "hi"</s>'],
+    "{{ m.content[1:] }}": [ANSWER[1:] + "</s>"],
+    "{% for word in m.content.split(' ') %}[{{ word }}]{% endfor %}": ["say", '"hi"', "<b>", "now"],
+    "{% for letter in m.content %}{{ letter }}{% endfor %}": [ANSWER + "</s>"],
+    "{{ m.content | wordwrap(8) }}": [ANSWER.replace('" ', '"\n') + "</s>"],
+    "{% set x %}{% generation %} {{ m.content }} {% endgeneration %}{% endset %}{{ x | trim }}": [ANSWER + "</s>"],
+    "{{ m.content if 'stop' not in m.content.lower() and m.content | length > 3 else '' }}": [ANSWER + "</s>"],
+}
+
+
+@pytest.mark.parametrize("shape", PRINTED_ANEW)
+def test_answers_printed_anew_are_followed(tmp_path, shape):
+    """Split, cut, repeated, escaped, spaced anew: what comes of the answer carries loss, and nothing else."""
+    template = "{% for m in messages %}{{ '(' ~ m.role ~ ')' }}" + shape + "{{ eos_token }}\n{% endfor %}"
+    tok = chat_tokenizer(tmp_path, template, pre="digits")
+    messages = talk("say hi", ANSWER)
+    ids, mask = encode_chat(tok, messages)
+    assert ids == reference_of(tmp_path).apply_chat_template(messages, return_dict=False)
+    assert spans(tok, ids, mask) == PRINTED_ANEW[shape]
+
+
 UNFOLLOWED = {
     "upper": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
     "reverse": "{% for m in messages %}{{ m.content | reverse }}{% endfor %}",
