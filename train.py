@@ -113,7 +113,7 @@ class TrainConfig:
     skip_bad: bool = setting(False, "leave out rows that cannot be used, instead of stopping")
     heldout: float | str = setting(0.1, 'held-out share, or file; data with "split" fields decide themselves')
     heldout_samples: int = setting(64, "most held-out examples that are scored")
-    chat: str | None = setting(None, "plain, chatml, llama3, mistral, or a template of the model by name; none: its own")
+    chat: str | None = setting(None, "plain, chatml, llama3, mistral, or one of the model's templates; none: its own")
     loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
     batch_size: int = setting(16, "examples per step, over all ranks")
     micro_batch: int = setting(4, "examples per forward pass and rank; does not change the result")
