@@ -945,7 +945,7 @@ def stamp_tasks(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime, ready: Sequen
     """Mark each task with a hash of all that decides its records."""
     routers = hashlib.sha256(Path(cfg.routers).read_bytes()).hexdigest() if cfg.routers else None
     decides = [
-        run.model.fingerprint,
+        run.model.exact_fingerprint,
         routers,
         run.route,
         cfg.budget,

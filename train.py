@@ -589,7 +589,7 @@ def identity(job: Job) -> dict:
     settings = {name: value for name, value in asdict(job.cfg).items() if name not in FREE}
     tokens = json.dumps([[example.tokens, example.targets] for example in job.data.train + job.data.select])
     digest = hashlib.sha256(tokens.encode()).hexdigest()[:16]
-    return json.loads(json.dumps({**settings, "base fingerprint": job.model.fingerprint, "data digest": digest}))
+    return json.loads(json.dumps({**settings, "base fingerprint": job.model.exact_fingerprint, "data digest": digest}))
 
 
 def refuse_other(out: Path, saved: dict, now: dict) -> None:

@@ -232,7 +232,7 @@ def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     size = (tmp_path / "trunk.bin").stat().st_size if (tmp_path / "trunk.bin").exists() else 0
     assert size <= limit and bool(again.slots) == stored
     if stored:
-        run.model.fingerprint = "another base"
+        run.model.exact_fingerprint = "another base"
         assert not trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit).sums.any()
 
 
