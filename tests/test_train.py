@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tuning import CPU, begun, selection, settings
 
+import eval as scoring
 import router
 import runtime
 import train
@@ -596,3 +597,29 @@ def test_other_splits_are_refused_with_their_counts(base, tmp_path, split):
     data = write_rows(tmp_path / "data.jsonl", rows)
     with pytest.raises(ValueError, match=f"'{split}'.*'heldout' 8.*'{split}' 8|'{split}' 8.*'heldout' 8"):
         train.train(settings(base, tmp_path / "out", data=data))
+
+
+FORMS = {
+    "messages": lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+    "sharegpt": lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+    "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "pairs": lambda q, a: {"query": q, "response": a},
+    "text": lambda q, a: {"text": q + a},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_command_printed_as_next_scores_what_was_held_out(base, tmp_path, form):
+    """For every form of rows that train.py reads, chat form and truncation included: the same loss, by eval.py."""
+    rows = [FORMS[form]("say " + "x" * i, "yes " * (2 + i % 3)) for i in range(12)]
+    data, held = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "b.jsonl", rows[::2])
+    more = {"max_length": 40, "truncate": True, **({} if form == "text" else {"chat": "plain"})}
+    cfg = settings(base, tmp_path / "out", data=data, heldout=held[0], steps=0, **more)
+    summary = train.train(cfg)
+    program, script, *words = train.next_command(cfg, summary["routers"]).split()
+    assert (program, script) == ("python", "eval.py")
+    report = scoring.evaluate(runtime.cli(scoring.EvalConfig, [*words, "--dtype=float32"]), CPU)
+    found = report["results"]["perplexity"]
+    assert found["tokens"] == summary["heldout_tokens"]
+    assert found["loss"] == pytest.approx(summary["heldout_loss_routed"], abs=1e-4)
+    assert found["capacity"] == pytest.approx(summary["capacity"], abs=1e-6)
