@@ -32,8 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import runtime
-from data.records import Example, Form, read_records, settle_bad
-from data.records import encode as encode_record
+from data.records import Example, Form, encode, read_records, settle_bad
 from data.rows import (
     NEW_TOKENS,
     Item,
@@ -236,12 +235,12 @@ def texts_of(path: Path, split: str | None, bad: list[str]) -> list[tuple[str, d
 
 def row_items(index: int, place: str, row: dict, form: Form) -> list[Item]:
     """The item of a row whose answers are scored; none where truncation leaves no answer."""
-    example = encode_record(row, place, form)
+    example = encode(row, place, form)
     if example is None:
         return []
     item = answer_item(index, example)
     if form.truncate and len(example.tokens) == form.limit:
-        item.truncated = len(encode_record(row, place, replace(form, limit=sys.maxsize)).tokens) > form.limit
+        item.truncated = len(encode(row, place, replace(form, limit=sys.maxsize)).tokens) > form.limit
     return [item]
 
 
@@ -398,7 +397,8 @@ def log_probs(model: Transformer, h: Tensor, wanted: Sequence[int]) -> list[floa
     values = []
     for part, tokens in zip(h.split(HEAD_ROWS), torch.tensor(wanted, device=h.device).split(HEAD_ROWS)):
         # log_softmax as lm-eval: on a CPU its fp32 sums are off by about 1e-5 a token, which logsumexp would not share
-        logits = finite(model.head(part), model, "scoring")  # (n,D) -> (n,V)
+        logits = model.head(part)  # (n,D) -> (n,V)
+        finite(logits.sum(-1), model, "scoring")  # one NaN or infinity makes the sum one, and a sum is cheap
         values += logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
     return values
 
@@ -537,7 +537,9 @@ def generate_answers(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) 
     read, answers = read_contexts(run, rows, max(row.width for row in rows), prefix), [[] for _ in rows]
 
     def choose(last: Tensor, going: list[int]) -> tuple[Tensor, list[int]]:
-        chosen, further = finite(run.model.head(last), run.model, "scoring").argmax(-1), []
+        logits, further = run.model.head(last), []
+        finite(logits.sum(-1), run.model, "scoring")
+        chosen = logits.argmax(-1)
         for index, (number, token) in enumerate(zip(going, chosen.tolist())):  # the one host sync of a step
             answers[number].append(token)
             tail = run.tok.decode(answers[number][-STOP_TAIL:])
