@@ -42,7 +42,6 @@ from data.rows import (
     common_prefix,
     encode_prompt,
     encode_pairs,
-    has_template,
     rows_of,
     window_items,
 )
@@ -911,7 +910,7 @@ def context_limit(cfg: EvalConfig, run: Scorer, tasks: Sequence[Task]) -> int:
         raise ValueError(
             f"gsm8k generates {NEW_TOKENS} tokens; it needs a context beyond {limit} and a cache: --route=off or gather"
         )
-    if cfg.apply_chat_template and cfg.chat is None and not has_template(run.tok):
+    if cfg.apply_chat_template and cfg.chat is None and not run.tok.templates:
         raise ValueError(
             "--apply_chat_template, but this model has no chat template; name a form with --chat, or leave it away"
         )

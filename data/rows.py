@@ -50,8 +50,7 @@ class Item:
 
 def encode_prompt(tok: Tokenizer, text: str) -> list[int]:
     """Tokens of a prompt as in lm-eval: special tokens in it count as such, and one BOS is enough."""
-    begins = tok.bos_id is not None and text.startswith(tok.decode([tok.bos_id]))
-    return tok.encode(text, bos=tok.adds_bos and not begins, special=True)
+    return tok.encode(text, bos=tok.adds_bos, special=True)
 
 
 def prefix(tok: Tokenizer) -> list[int]:
@@ -102,11 +101,6 @@ def rows_of(item: int, pairs: Sequence[tuple[list[int], list[int]]], limit: int,
         scored = range(len(before), len(before) + len(target))
         rows.append(Row(item, choice, head, array("i", before + target), scored))
     return rows, any(starts)
-
-
-def has_template(tok: Tokenizer) -> bool:
-    """The checkpoint brings a chat template of its own."""
-    return bool(getattr(tok, "templates", None) or getattr(tok, "template", None))
 
 
 def chat_context(tok: Tokenizer, messages: list[dict], form: str | None) -> str:
