@@ -119,11 +119,16 @@ def test_a_tuning_step_below_and_above_the_first_router(distill):
 
 
 def touched(model: Transformer) -> set:
-    """Weights of every matrix product that runs from now on, as a set that fills itself."""
+    """Weights of every matrix product that runs for some token from now on, as a set that fills itself."""
     seen = set()
+
+    def note(module, args, out):
+        if len(out):
+            seen.add(module.weight)
+
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda module, *_: seen.add(module.weight))
+            module.register_forward_hook(note)
     return seen
 
 
