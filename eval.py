@@ -110,7 +110,7 @@ class EvalConfig:
     )
     control: str = setting(
         "none",
-        "forced routes: greedy, fisher or similarity (the router file's drop orders) at "
+        "forced routes: greedy, fisher or similarity (lists of the router file) at "
         "--budget, static:LAYERS to skip (both_sequence: 5.attn,7.mlp), random:SEED at "
         "--budget, mean:FILE.json of a routed run",
     )

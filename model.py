@@ -523,8 +523,9 @@ class RMSNorm(nn.Module):
             wide = x.float()  # the mean of squares needs fp32
             scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
             return self.weight * (wide * scale).to(x.dtype)
-        few = x.numel() < 64 * x.shape[-1]
-        if few or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # asked first when compiling: a number of rows that code asks for is one that it is compiled for
+        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu"
+        if plain or x.numel() < 64 * x.shape[-1]:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # torch's own holds x three times more, each a page fault per 4 KiB
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
