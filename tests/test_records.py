@@ -262,7 +262,7 @@ def test_splits_are_train_and_heldout_and_nothing_else():
 # -----------------------------------------------------------------------------
 # Drawn at random: a conversation, written in any form that can hold it, is read as itself
 
-EXAMPLES = int(os.environ.get("RT_EXAMPLES", 200))  # by hand: RT_EXAMPLES=10000
+EXAMPLES = int(os.environ.get("RT_EXAMPLES", 500))  # by hand: RT_EXAMPLES=10000
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8)
 METADATA = ("id", "source", "domain", "split", "category", "score", "model", "lang")
 SPELLED = {
