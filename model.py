@@ -89,12 +89,19 @@ class ModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
-        if self.window_layers is not None:
-            object.__setattr__(self, "window_layers", tuple(self.window_layers))
         sizes = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len".split()
         for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"config: {name} is {getattr(self, name)!r}; expected a positive integer")
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < NOWHERE:
+                raise ValueError(f"config: {name} is {value!r:.60}; expected a positive integer")
+        for name in ("qkv_bias", "qk_norm", "tie_embeddings"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"config: {name} is {getattr(self, name)!r:.60}; expected true or false")
+        layers = () if self.window_layers is None else self.window_layers
+        if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
+            raise ValueError(f"config: window_layers is {layers!r:.60}; expected layer numbers, or null")
+        if self.window_layers is not None:
+            object.__setattr__(self, "window_layers", tuple(layers))
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
@@ -103,7 +110,7 @@ class ModelConfig:
         numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
         if scaling is not None:
             kind = scaling.get("type") if isinstance(scaling, dict) else None
-            if kind not in ROPE_TYPES:
+            if not isinstance(kind, str) or kind not in ROPE_TYPES:
                 raise ValueError(f"config: rope_scaling type is {kind!r}; supported: {', '.join(ROPE_TYPES)}, or null")
             numbers |= {f"rope_scaling {key}": scaling.get(key) for key in ROPE_TYPES[kind]}
         for name, value in numbers.items():
@@ -1030,6 +1037,8 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         try:
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
             header.pop("__metadata__", None)
+            if not all(map(_is_entry, header.values())):
+                raise ValueError
             expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or "
@@ -1038,6 +1047,13 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or "
                          "damaged: convert or copy it again")
     return header, 8 + length
+
+
+def _is_entry(entry) -> bool:
+    """Whether a header's entry has a dtype, a shape and offsets, each of its kind."""
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    counted = all(type(number) is int and number >= 0 for number in numbers)
+    return isinstance(entry["dtype"], str) and len(entry["data_offsets"]) == 2 and counted
 
 
 def read_config(folder: str | Path) -> dict:

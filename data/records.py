@@ -12,6 +12,7 @@ is not read here is refused by its name; other keys (id, source, domain, split, 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,11 +235,12 @@ def usable_rows(path: str | Path, bad: list[str]) -> list[tuple[str, dict]]:
 
 def split_rows(rows: list[tuple[str, dict]]) -> tuple[list, list]:
     """Rows to tune on, and rows whose "split" is heldout. Raises ValueError for any other split than these two."""
-    splits = [row.get("split") for _, row in rows]
-    if unknown := [split for split in splits if split not in (None, "train", "heldout")]:
-        counts = ", ".join(f"{split!r} {splits.count(split)}" for split in sorted({*splits}, key=str))
-        raise ValueError(f"rows have the split {unknown[0]!r} (all: {counts}); expected train or heldout: rename it, "
-                         "or delete these rows")
+    splits = [row["split"] for _, row in rows if row.get("split") is not None]
+    if unknown := [split for split in splits if split not in ("train", "heldout")]:
+        counts = Counter(map(repr, splits))
+        found = ", ".join(f"{split} {count}" for split, count in sorted(counts.items()))
+        raise ValueError(f"rows have the split {unknown[0]!r:.60} (all: {found[:200]}); expected train or heldout: "
+                         "rename it, or delete these rows")
     held = [row for row in rows if row[1].get("split") == "heldout"]
     return [row for row in rows if row[1].get("split") != "heldout"], held
 
