@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -1046,7 +1046,11 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or "
                          "damaged: convert or copy it again")
-    return header, 8 + length
+    try:
+        with safe_open(path, framework="pt"):  # what the library asks of a header beyond that
+            return header, 8 + length
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); convert or copy it again") from None
 
 
 def _is_entry(entry) -> bool:
