@@ -36,7 +36,8 @@ class TrunkCache:
         if not size:
             return
         digest = hashlib.sha256(json.dumps(list(self.slots)).encode()).hexdigest()
-        about = {"fingerprint": model.exact_fingerprint, "first_layer": first, "dtype": str(weight.dtype), "tokens": digest}
+        about = {"fingerprint": model.exact_fingerprint, "first_layer": first}
+        about |= {"dtype": str(weight.dtype), "tokens": digest}
         sums = path.with_suffix(".sums")
         _clear_other(path.with_suffix(".json"), (path, sums), about)
         self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
