@@ -16,7 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ import runtime
 from model import KVCache, ModelConfig, Transformer, compile_model, decode, load_model, load_routers
 from recipe.cost import Executed, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, random_route, set_cuts
+from runtime import setting
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -43,10 +44,6 @@ PUBLISHED = {
 SHAPES = {"llama3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "qwen2.5-7b": "Qwen2.5-7B"}
 ANALYTIC_PREFILL = (512, 2048, 8192, 32768)
 ANALYTIC_DECODE = ((1, 512), (1, 8192), (16, 2048), (16, 8192), (64, 2048), (64, 8192))  # (batch, context)
-
-
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -66,7 +66,7 @@ from recipe.forced import Control, make_control
 from recipe.passes import Workload, finite
 from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
 from router import set_cuts
-from runtime import Progress, collect
+from runtime import Progress, collect, setting
 from tokenizer import Tokenizer, load_tokenizer
 
 HEAD_ROWS = 512  # positions whose logits exist at once: 512 x 128k x 4 bytes = 256 MiB
@@ -78,10 +78,6 @@ STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-eval tasks/gsm8k/gsm8k.yaml
 STOP_TAIL = 16  # last tokens of an answer that are searched for a stop text
 STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # the same file
 IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")  # the same file: deleted before answers are compared
-
-
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

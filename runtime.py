@@ -267,6 +267,11 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; --help lists all settings")
 
 
+def setting(default, text: str):
+    """A field of a settings dataclass: its default, and what --help says of it."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def cli(cls: type, argv: list[str] | None = None):
     """Build the flat dataclass `cls` from --name=value, --name value and, for a bool, --name; the last one counts.
 

@@ -55,7 +55,7 @@ from router import (
     GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
     official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of,
 )
-from runtime import Runtime, collect, permutation, print0, sum_over_ranks, wait_for_all
+from runtime import Runtime, collect, permutation, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -84,10 +84,6 @@ LEAST = {  # least value of each number
 INPUT_SAMPLES = 512  # router inputs on which RidgeDescent measures its steps
 SEARCH_SAMPLES = 96  # examples, at most, on which orders are searched
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
-
-
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

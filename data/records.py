@@ -41,7 +41,6 @@ PAIRS = [
 # Keys of a row that change what the model is asked; a row that has one which its form does not read is refused.
 PROMPT_KEYS = ("system", "system_prompt", "history", "tools", "functions", "input", "context", "documents", "images")
 LOSS_KEYS = ("weight", "train", "loss")
-TURN_KEYS = ("role", "from", "content", "value", *LOSS_KEYS)
 TEMPLATE_KEYS = (
     "reasoning_content",
     "thinking",
