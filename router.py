@@ -209,8 +209,13 @@ def freeze_all_but_routers(model: nn.Module) -> tuple[int, int]:
     model.requires_grad_(False)
     for router in routers_of(model):
         router.requires_grad_(True)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable
+    count = sum(p.numel() for p in trainable(model).values())
+    return count, sum(p.numel() for p in model.parameters()) - count
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters that require gradients, by name: what an optimizer and a checkpoint see."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def capacity(gates: Tensor, real: Tensor | None = None, weights: Tensor | None = None) -> Tensor:

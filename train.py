@@ -23,6 +23,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,7 @@ from recipe.start import benefit_start, best_static, loss_at_budget, place_route
 from recipe.trunk import TrunkCache
 from router import (
     GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
-    official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of,
+    official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of, trainable,
 )
 from runtime import Runtime, collect, permutation, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
@@ -311,14 +312,14 @@ class Run(Job):
 
     state: State
     inputs: Tensor | None  # (R,N,D) router inputs that RidgeDescent measures its steps on
-    weights: list[Tensor]  # R x (1,D)
+    weights: dict[str, Tensor]  # all that is trained, by name
     counts: Tensor  # (R,) what each place counts
     work: Workload  # the training examples
     select: Workload
     teacher: dict[int, Tensor] | None  # dense states of the selection set, objective distill
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     student: nn.Module
-    best: Tensor  # (R,D) the routers that lost least on the selection set
+    best: dict[str, Tensor]  # what lost least on the selection set
 
     @property
     def compiled(self) -> bool:
@@ -328,7 +329,7 @@ class Run(Job):
 def build(job: Job, state: State, inputs: Tensor | None) -> Run:
     """A run of a model whose routers stand where they are to be tuned."""
     freeze_all_but_routers(job.model)
-    weights = [router.weight for router in job.model.routers()]
+    weights = trainable(job.model)
     counts = job.model.place_weights().float().to(job.rt.device)
     student = Student(job.model)
     if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
@@ -344,31 +345,33 @@ def build(job: Job, state: State, inputs: Tensor | None) -> Run:
         work=work,
         select=select,
         teacher=dense_states(select) if job.cfg.objective == "distill" else None,
-        optimizer=optimizer_of(job.cfg, weights, inputs, counts),
+        optimizers=optimizers_of(job.cfg, weights, inputs, counts),
         student=student,
-        best=stacked(weights),
+        best=copied(weights),
     )
 
 
-def optimizer_of(cfg: TrainConfig, weights: list[Tensor], inputs: Tensor | None, counts: Tensor):
-    """An optimizer: ridge steps where router inputs were measured, else AdamW."""
+def optimizers_of(cfg: TrainConfig, weights: dict[str, Tensor], inputs: Tensor | None, counts: Tensor) -> list:
+    """Optimizers: ridge steps where router inputs were measured, else AdamW. Each group's `peak` is its highest lr."""
     if inputs is not None:
-        return RidgeDescent(weights, inputs, cfg.lr, counts)
-    optimizer = torch.optim.AdamW(weights, weight_decay=cfg.weight_decay)
-    for w in weights:  # as AdamW makes them at its first step; a resumed run overwrites them
-        zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[w] = {"step": torch.zeros(()), **zeros}
-    return optimizer
+        optimizer = RidgeDescent(list(weights.values()), inputs, cfg.lr, counts)
+    else:
+        optimizer = torch.optim.AdamW(weights.values(), cfg.lr, weight_decay=cfg.weight_decay)
+        for w in weights.values():  # as AdamW makes them at its first step; a resumed run overwrites them
+            zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[w] = {"step": torch.zeros(()), **zeros}
+    optimizer.param_groups[0]["peak"] = cfg.lr
+    return [optimizer]
 
 
-def stacked(weights: list[Tensor]) -> Tensor:
-    return torch.cat([w.detach() for w in weights]).clone()  # R x (1,D) -> (R,D)
+def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: w.detach().clone() for name, w in weights.items()}
 
 
-def put(run: Run, values: Tensor) -> None:
-    """Give the routers these weights (R,D)."""
-    for w, row in zip(run.weights, values):
-        w.data.copy_(row[None])
+def put(weights: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Give these weights these values; a router (1,D) takes a row (D,)."""
+    for w, value in zip(weights, values, strict=True):
+        w.data.copy_(value)
 
 
 def begin(job: Job) -> Run:
@@ -414,11 +417,12 @@ def first_routers(run: Run, measured: Measured) -> None:
         examples = run.data.train[: cfg.benefit_samples]
         starts["benefits"] = benefit_start(run.work.of(examples), skipped, cfg.objective == "distill")
     tried = {}
+    routers = [router.weight for router in run.model.routers()]
     for name, weights in starts.items():
-        put(run, weights)
+        put(routers, weights)
         tried[name] = try_out(run)
     print0("selection loss of starts: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
-    put(run, run.best)
+    put(run.weights.values(), run.best.values())
     if not cfg.evaluations:
         state.best_loss = math.inf  # nothing is tried later: the last routers are taken
     state.cut = settle(run.select, cfg.budget)
@@ -429,7 +433,7 @@ def try_out(run: Run) -> float:
     loss = loss_at_budget(run.select, run.cfg.budget, run.teacher)
     set_cuts(run.model, run.state.cut)
     if loss < run.state.best_loss:
-        run.state.best_loss, run.state.best_step, run.best = loss, run.state.step, stacked(run.weights)
+        run.state.best_loss, run.state.best_step, run.best = loss, run.state.step, copied(run.weights)
     return loss
 
 
@@ -475,7 +479,6 @@ def step(run: Run) -> dict:
     whole, batches = micro_batches(run, state.step)
     lengths = [len(example.tokens) for example in whole]
     n_targets, units = sum(len(example.targets) for example in whole), n_units(model.routing, lengths)
-    lr = lr_at(state.step, cfg.steps, cfg.lr, cfg.warmup)
     over = cfg.lambda_ > 0 and capacity_of(run, batches, units) > cfg.budget
     loss, executed, logits = torch.zeros((), device=rt.device), torch.zeros((), device=rt.device), []
     for number, batch in batches:
@@ -488,21 +491,29 @@ def step(run: Run) -> dict:
         loss += part
         executed += executed_units(run, gates)
         logits.append((number, real_logits(z, batch.lengths)))
-    norm = torch.nn.utils.clip_grad_norm_(run.weights, cfg.clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(list(run.weights.values()), cfg.clip).item()
     loss, executed = sum_over_ranks(torch.stack([loss, executed]), rt).tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(f"step {state.step}: loss {loss}, gradient norm {norm}; expected finite numbers: lower --lr, "
                          "or use --dtype=float32")
-    run.optimizer.param_groups[0]["lr"] = lr
-    rise = run.optimizer.step()
-    run.optimizer.zero_grad()
+    rises = [move(optimizer, state.step, cfg) for optimizer in run.optimizers]
     if cfg.recipe == "default":
-        hold_budget(run, torch.cat(collect(logits, rt), dim=1), rise)
+        hold_budget(run, torch.cat(collect(logits, rt), dim=1), rises[0])
+    lr = run.optimizers[0].param_groups[0]["lr"]
     state.step += 1
     state.tokens += sum(lengths)
     flops = step_flops(model.config, run.work.first_layer, lengths, n_targets, cfg.objective == "distill")
     row = {"step": state.step, "loss": loss / n_targets, "capacity": executed / units, "lr": lr, "grad_norm": norm}
     return {**row, "budget": cfg.budget, "cut": state.cut, "tokens": sum(lengths), "flops": flops}
+
+
+def move(optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig):
+    """One step of an optimizer at the learning rate of this step; returns what it returns."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, cfg.steps, group["peak"], cfg.warmup)
+    result = optimizer.step()
+    optimizer.zero_grad()
+    return result
 
 
 def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, Batch]]]:
@@ -597,16 +608,20 @@ def refuse_other(out: Path, saved: dict, now: dict) -> None:
                          "another --out, or --overwrite to begin anew")
 
 
+def tensors_of(run: Run) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a run, by name: trained weights, the best ones, the optimizers' moments, inputs."""
+    kept = {**run.weights, **{f"best.{name}": w for name, w in run.best.items()}}
+    for optimizer in run.optimizers:
+        for name, w in run.weights.items():
+            kept |= {f"{moment}.{name}": value for moment, value in optimizer.state.get(w, {}).items()}
+    return kept if run.inputs is None else {**kept, "inputs": run.inputs}
+
+
 def save_checkpoint(run: Run, path: Path) -> None:
-    """Write the checkpoint atomically: routers, best routers, the optimizer's moments, and State as JSON."""
-    moments = [run.optimizer.state[w] for w in run.weights]
-    tensors = {name: torch.stack([moment[name] for moment in moments]) for name in moments[0]}
-    tensors |= {"weights": stacked(run.weights), "best": run.best}
-    if run.inputs is not None:
-        tensors["inputs"] = run.inputs
+    """Write the checkpoint atomically: the run's tensors, and State as JSON."""
     about = {"state": asdict(run.state), "identity": identity(run)}
     data = save(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(run).items()},
         metadata={name: json.dumps(value) for name, value in about.items()},
     )
     runtime.write_atomic(path, lambda p: p.write_bytes(data))
@@ -628,15 +643,11 @@ def read_checkpoint(path: Path) -> tuple[State, dict, dict[str, Tensor]]:
 def resume(job: Job, saved: tuple[State, dict]) -> Run:
     """The run whose state and tensors a checkpoint holds."""
     state, tensors = saved
-    tensors = {name: tensor.to(job.rt.device) for name, tensor in tensors.items()}
     places = tuple(map(tuple, state.routing["places"]))
     job.model.add_routers(RouterConfig(**{**state.routing, "places": places}))
     run = build(job, state, tensors.get("inputs"))
-    put(run, tensors["weights"])
-    run.best = tensors["best"]
-    for i, w in enumerate(run.weights):
-        for name, moment in run.optimizer.state[w].items():
-            moment.copy_(tensors[name][i])
+    kept = tensors_of(run)
+    put(kept.values(), [tensors[name] for name in kept])
     set_cuts(job.model, state.cut)
     print0(f"going on from step {state.step} of {job.cfg.steps}")
     return run
@@ -751,7 +762,7 @@ def tuned(job: Job, saved: tuple | None) -> State:
     with job.phases("tuning", begun=run.state.step / max(1, job.cfg.steps)):
         tune(run, Path(job.cfg.out))
     if job.cfg.recipe == "default" and run.state.best_loss < math.inf:
-        put(run, run.best)
+        put(run.weights.values(), run.best.values())
     return run.state
 
 
@@ -855,7 +866,7 @@ def claim(job: Job) -> tuple[dict | None, tuple | None]:
 def describe(run: Run) -> None:
     """Print each decision that was derived from the settings, once."""
     cfg, rt, model, routing = run.cfg, run.rt, run.model, run.model.routing
-    trainable, total = sum(w.numel() for w in run.weights), sum(p.numel() for p in model.parameters())
+    trainable, total = sum(w.numel() for w in run.weights.values()), sum(p.numel() for p in model.parameters())
     dtype, per_rank = str(rt.dtype).removeprefix("torch."), cfg.batch_size // rt.world_size
     print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled}")
     print0(f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint "

@@ -240,7 +240,7 @@ def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
 def test_one_table_serves_every_budget(base, granularity):
     run = begun(base, granularity=granularity, layers="0-3")
     torch.manual_seed(1)
-    for w in run.weights:  # routers that really tell inputs apart
+    for w in run.weights.values():  # routers that really tell inputs apart
         w.data.normal_(std=1.0)
     table = calibrate.calibrate(selection(run), 0.5)
     assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(calibrate.BUDGETS)
@@ -263,7 +263,7 @@ def test_calibration_falls_back_on_the_best_static_order(base):
     run = begun(base, granularity="attn_sequence", layers="0-3")
     beside = controls.Controls(selection(run))
     order = min(run.state.orders.values(), key=lambda order: beside.static(order, 0.5))
-    train.put(run, fit.order_prior(order[::-1], run.inputs))
+    train.put(run.weights.values(), fit.order_prior(order[::-1], run.inputs))
     table = calibrate.calibrate(selection(run), 0.5, beside, {"worst": order[::-1], "best": order})
     assert table["static"][0.5] == "best"
     router.set_cuts(run.model, router.cuts_for(0.5, table))

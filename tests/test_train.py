@@ -32,7 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def gradients(run) -> torch.Tensor:
     """Gradient of the step just done: AdamW's first moment holds a tenth of it."""
-    return torch.cat([run.optimizer.state[w]["exp_avg"] for w in run.weights]) * 10
+    return torch.cat([run.optimizers[0].state[w]["exp_avg"] for w in run.weights.values()]) * 10
+
+
+def stacked(run) -> torch.Tensor:
+    """Its routers (R,D), copied."""
+    return torch.cat([w.detach() for w in run.weights.values()])
 
 
 def file_tensors(path) -> dict:
@@ -89,9 +94,9 @@ def test_paper_recipe_begins_dense(base, granularity):
 def test_only_routers_change(base, granularity, recipe):
     run = begun(base, recipe=recipe, granularity=granularity)
     frozen = {name: p.clone() for name, p in run.model.named_parameters() if "router" not in name}
-    before = train.stacked(run.weights)
+    before = stacked(run)
     train.step(run)
-    assert not torch.equal(before, train.stacked(run.weights))
+    assert not torch.equal(before, stacked(run))
     for name, p in run.model.named_parameters():
         assert "router" in name or (torch.equal(p, frozen[name]) and p.grad is None and not p.requires_grad)
 
@@ -138,9 +143,9 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
     def first_gradient(budget, lambda_):
         run = begun(base, recipe="paper", budget=budget, lambda_=lambda_, micro_batch=1, granularity=granularity)
         torch.manual_seed(6)
-        for w in run.weights:  # routes that differ by layer and sequence
+        for w in run.weights.values():  # routes that differ by layer and sequence
             w.data.normal_(std=2.0)
-        weights = train.stacked(run.weights)
+        weights = stacked(run)
         row = train.step(run)
         return gradients(run), row["capacity"], run, weights
 
@@ -149,13 +154,14 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
     within, _, _, _ = first_gradient(kept + 0.01, 3.0)
     over, _, run, weights = first_gradient(kept - 0.01, 3.0)
     torch.testing.assert_close(within, without)
-    train.put(run, weights)  # reference: autograd of lambda * capacity over the whole batch at once
+    train.put(run.weights.values(), weights)  # reference: autograd of lambda * capacity over the whole batch at once
     whole = sorted(
         (run.data.train[i] for i in train.global_batch(len(run.data.train), 8, run.cfg.seed, 0)),
         key=lambda e: -len(e.tokens),
     )
     gates = passes.states(run.model, passes.collate(whole, CPU.device), route="mask")[1]
-    expected = torch.cat(torch.autograd.grad(3.0 * capacity(gates, weights=run.model.place_weights()), run.weights))
+    penalty = 3.0 * capacity(gates, weights=run.model.place_weights())
+    expected = torch.cat(torch.autograd.grad(penalty, list(run.weights.values())))
     torch.testing.assert_close(over - without, expected, rtol=1e-3, atol=1e-6)
 
 
