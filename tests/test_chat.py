@@ -565,7 +565,7 @@ def test_prompt_is_a_prefix_and_nothing_is_injected(tmp_path, spm, kind, form): 
     check()
 
 
-def test_mistral_forms(tmp_path, spm):
+def test_mistral_forms(tmp_path, spm):  # noqa: F811  the fixture
     """v0.1 has no control tokens: [INST] is text with spaces inside; each part is a text with a space in front."""
     reference = sentencepiece.SentencePieceProcessor(model_proto=spm)
     tok = load_tokenizer(write(tmp_path / "v3", tokenizer__model__v3=spm))
@@ -601,7 +601,7 @@ def test_plain_form_adds_bos_where_the_tokenizer_does(tmp_path):
         ([{"role": "system", "content": "s"}], True, "the last message has the role system"),
     ],
 )
-def test_bad_conversations(byte_level, messages, generate, reason):
+def test_bad_conversations(byte_level, messages, generate, reason):  # noqa: F811
     with pytest.raises(ValueError, match=reason):
         encode_chat(byte_level, messages, generate=generate)
 
