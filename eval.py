@@ -3,6 +3,7 @@
     python eval.py --model=DIR --tasks=arc_easy,mmlu --data=data/eval --limit=100 --out=dense.json
     python eval.py --model=DIR --routers=FILE --budget=0.7 --tasks=arc_easy --against=dense.json --samples=F.jsonl
     python eval.py --model=DIR --perplexity=FILE.jsonl [--rolling]
+    python eval.py --model=DIR --routers=FILE --fidelity=FILE.jsonl [--yardstick]   # how far from the dense model
     torchrun --nproc_per_node=8 eval.py ...         # the same batches shared out, hence the same numbers
 
 Tasks: boolq rte openbookqa piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy (data/tasks.py; the
@@ -62,10 +63,11 @@ from data.tasks import (
 from model import KVCache, Transformer, decode, load_model, load_routers, pad
 from recipe.calibrate import settle
 from recipe.cost import kv_bytes
+from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
 from recipe.forced import Control, make_control
 from recipe.passes import Workload, finite
 from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
-from router import set_cuts
+from router import read_router_file, set_cuts
 from runtime import Progress, collect, setting
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -97,7 +99,12 @@ class EvalConfig:
     perplexity_split: str | None = setting(None, "of that file only the rows with this `split`")
     rolling: bool = setting(False, "score all of each text in windows: word and byte perplexity (always so for .txt)")
     skip_bad: bool = setting(False, "leave out rows that cannot be used, and say which, instead of refusing the file")
-    truncate: bool = setting(False, "cut longer rows of --perplexity instead of refusing them")
+    truncate: bool = setting(False, "cut longer rows of --perplexity and --fidelity instead of refusing them")
+    fidelity: str | None = setting(
+        None, "file of rows: how far the routed model's words are from the dense model's, beside controls"
+    )
+    fidelity_split: str | None = setting(None, "of that file only the rows with this `split`")
+    yardstick: bool = setting(False, "beside --fidelity, the dense model with weights rounded to 8 and to 4 bits")
     routers: str | None = setting(None, "router file")
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
@@ -117,7 +124,7 @@ class EvalConfig:
     apply_chat_template: bool = setting(False, "put each prompt into the model's chat template, as lm-eval does")
     system_instruction: str = setting("", "stands before the task's own description")
     fewshot_as_multiturn: bool = setting(True, "with a chat template each shot is a turn; false: all in one message")
-    chat: str | None = setting(None, "chat form in place of the model's own, for tasks and --perplexity")
+    chat: str | None = setting(None, "chat form in place of the model's own, for tasks and files of rows")
     seed: int = setting(1234, "of the few-shot draw; 1234 is lm-eval's")
     limit: int | None = setting(None, "first N items of each task only")
     max_length: int | None = setting(None, "context length; longer items lose their beginning; none: the model's")
@@ -224,7 +231,7 @@ def texts_of(path: Path, split: str | None, bad: list[str]) -> list[tuple[str, d
             ) from None
     rows = [(place, row) for place, row in read_records(path, bad) if split is None or row.get("split") == split]
     if not rows and not bad:
-        raise ValueError(f"{path} holds no row whose split is {split!r}; check --perplexity and --perplexity_split")
+        raise ValueError(f"{path} holds no row whose split is {split!r}; name another split, or none")
     return rows
 
 
@@ -265,6 +272,29 @@ def prepare_texts(cfg: EvalConfig, tok: Tokenizer, limit: int) -> ReadyTask:
         digest.update(array("i", [*context, *target, -len(context)]).tobytes())
     ready.sha, ready.seconds = digest.hexdigest()[:16], time.perf_counter() - start
     return ready
+
+
+def fidelity_examples(cfg: EvalConfig, tok: Tokenizer, limit: int) -> list[Example]:
+    """Rows of --fidelity, at most --limit of them, whose prompts leave room for an answer within the context."""
+    bad, examples, form = [], [], Form(tok, limit, cfg.chat, cfg.truncate)
+    rows = texts_of(Path(cfg.fidelity), cfg.fidelity_split, bad)[: cfg.limit]
+    for place, row in rows:
+        try:
+            example = encode(row, place, form)
+            if example is not None and example.prompt > limit - ANSWER_TOKENS:
+                raise ValueError(
+                    f"{place}: a prompt of {example.prompt:,} tokens; expected at most {limit - ANSWER_TOKENS:,}, the "
+                    "context less the answer: raise --max_length or delete the row"
+                )
+            examples += [] if example is None else [example]
+        except ValueError as error:
+            bad.append(str(error))
+    settle_bad(bad, cfg.skip_bad, say)
+    if not examples:
+        raise ValueError(f"{cfg.fidelity}: no row has an answer within {limit} tokens; raise --max_length")
+    if len(examples) + len(bad) < len(rows):
+        say(f"note: {len(rows) - len(examples) - len(bad)} rows have no answer within {limit} tokens and are left out")
+    return examples
 
 
 # -----------------------------------------------------------------------------
@@ -857,9 +887,10 @@ def score_task(
 
 def check_settings(cfg: EvalConfig) -> None:
     """Refuse settings that contradict each other before anything is loaded."""
-    if not cfg.tasks and not cfg.custom and cfg.perplexity is None:
+    if not cfg.tasks and not cfg.custom and cfg.perplexity is None and cfg.fidelity is None:
         raise ValueError(
-            "there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl or --perplexity=FILE.jsonl"
+            "there is nothing to score; give --tasks=NAME,..., --custom=FILE.jsonl, --perplexity=FILE.jsonl or "
+            "--fidelity=FILE.jsonl"
         )
     forced = cfg.route in ("mask", "gather") or cfg.control != "none" or cfg.budget is not None
     if cfg.routers is None and forced:
@@ -876,12 +907,23 @@ def check_settings(cfg: EvalConfig) -> None:
         )
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
-    for name in ("rolling", "truncate", "perplexity_split"):
+    for name in ("rolling", "perplexity_split"):
         if getattr(cfg, name) and cfg.perplexity is None:
             raise ValueError(f"--{name} says how --perplexity is read, and there is none; give --perplexity=FILE")
+    for name in ("yardstick", "fidelity_split"):
+        if getattr(cfg, name) and cfg.fidelity is None:
+            raise ValueError(f"--{name} belongs to --fidelity, and there is none; give --fidelity=FILE")
+    if cfg.truncate and cfg.perplexity is None and cfg.fidelity is None:
+        raise ValueError("--truncate says how a file of rows is read, and there is none; give --perplexity=FILE")
+    if cfg.fidelity is not None and (cfg.routers is None or cfg.route not in ("auto", "gather")):
+        raise ValueError(
+            f"--fidelity={cfg.fidelity} compares routed answers with dense ones, with --routers={cfg.routers} and "
+            f"--route={cfg.route}; give --routers, and no --route"
+        )
     if not cfg.fewshot_as_multiturn and not cfg.apply_chat_template:
         raise ValueError("--fewshot_as_multiturn=false says how shots stand in a chat; give --apply_chat_template too")
-    if cfg.chat is not None and not cfg.apply_chat_template and cfg.perplexity is None:
+    rows = cfg.perplexity is not None or cfg.fidelity is not None
+    if cfg.chat is not None and not cfg.apply_chat_template and not rows:
         raise ValueError(f"--chat={cfg.chat} names a chat form, and prompts are plain; give --apply_chat_template too")
     lowest = {"fewshot": 0, "limit": 1, "max_length": 2, "max_batch_tokens": 1, "threads": 1, "calibrate": 1}
     for name, low in lowest.items():
@@ -923,7 +965,7 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     orders = load_routers(model, cfg.routers, budget).orders if cfg.routers else {}
     route = "off" if cfg.routers is None else "gather"
     run = Scorer(model, tok, route if cfg.route == "auto" else cfg.route, max_batch_tokens=cfg.max_batch_tokens)
-    names = [task.name for task in tasks] + ([NAMES[0]] if cfg.perplexity else [])
+    names = [task.name for task in tasks] + ([NAMES[0]] if cfg.perplexity else []) + ([TASK] if cfg.fidelity else [])
     run = replace(run, control=make_control(cfg.control, model, cfg.budget, orders, names))
     limit = context_limit(cfg, run, tasks)
     ready = [prepare_task(task, paths[task.name], run, cfg, limit) for task in tasks]
@@ -933,7 +975,7 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
         ready.append(replace(ready[-1], task=replace(ready[-1].task, name=NAMES[1])))
     stamp_tasks(cfg, run, rt, ready)
     say_notes(ready, limit, cfg.data)
-    if run.sequence and any(item.counts for item in ready[-1].items):
+    if run.sequence and ready and any(item.counts for item in ready[-1].items):
         say("note: with --rolling a sequence router decides from what stands before each window, mostly one token")
     return run, ready
 
@@ -988,6 +1030,18 @@ def results_by_task(cfg: EvalConfig, ready: Sequence[ReadyTask], records: dict, 
     return results
 
 
+def measure_fidelity(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime) -> dict:
+    """What --fidelity asks for: the routed model and its controls, beside the dense model."""
+    examples, model = fidelity_examples(cfg, run.tok, context_limit(cfg, run, ())), run.model
+    name = "routed" if run.control is None else cfg.control
+    orders = read_router_file(cfg.routers)[1].orders
+    variants = with_controls(Variant(name, model, run.route, run.control), orders, Workload(model, examples, rt))
+    variants.insert(0, Variant("dense", model))
+    if cfg.yardstick:
+        variants += [Variant(f"int{bits}", rounded(model, bits, group)) for bits, group in ((8, None), (4, GROUP))]
+    return fidelity(variants, examples, run.tok.stop_ids, rt) | {"file": cfg.fidelity}
+
+
 @torch.inference_mode()
 def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     """Everything that --out holds."""
@@ -1017,6 +1071,8 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     report |= {"peak_memory_bytes": runtime.peak_memory_bytes(rt.device)} | route_report(results, domains)
     if domains:
         report["domains"] = domains
+    if cfg.fidelity:
+        report["fidelity"] = measure_fidelity(cfg, run, rt)
     if cfg.against:
         report["against"] = {"file": cfg.against, "tasks": compare_runs(items, other)}
     return report
@@ -1032,7 +1088,7 @@ def main() -> None:
         if cfg.out:
             runtime.write_json(cfg.out, report)
         bold = {task.name: task.metrics[0] for task in tasks_named(cfg.tasks, cfg.custom)}
-        print("\n".join(report_lines(report, bold)))
+        print("\n".join(report_lines(report, bold) + fidelity_lines(report.get("fidelity"))))
     runtime.cleanup()
 
 

@@ -15,6 +15,12 @@ def mean_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
 
 
+def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, float | None]:
+    """Mean over the tokens of all items, from each item's sum; a ratio of sums, its error by linearisation."""
+    mean, n = sum(sums) / sum(tokens), len(tokens)
+    return mean, mean_stderr([(d - mean * t) * n / sum(tokens) for d, t in zip(sums, tokens)])[1]
+
+
 def variance(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / len(values)
@@ -117,10 +123,9 @@ def compare_runs(items: dict, other: dict) -> dict:
 
 
 def compare_losses(change: Sequence[float], tokens: Sequence[int]) -> dict:
-    """Difference of losses per token: a ratio of sums, its error by linearisation."""
-    mean, n = sum(change) / sum(tokens), len(tokens)
-    error = mean_stderr([(d - mean * t) * n / sum(tokens) for d, t in zip(change, tokens)])[1]
-    return {"difference": mean, "stderr": error, "n": n}
+    """Difference of losses per token."""
+    mean, error = mean_per_token(change, tokens)
+    return {"difference": mean, "stderr": error, "n": len(tokens)}
 
 
 # -----------------------------------------------------------------------------
