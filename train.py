@@ -39,14 +39,14 @@ from torch.nn.parallel import DistributedDataParallel
 import runtime
 from data.records import Example, Form, encode_all, read_records, settle_bad, split_rows, usable_rows
 from model import Transformer, load_config, load_model
-from recipe.calibrate import calibrate, settle
+from recipe.calibrate import calibrate
 from recipe.controls import Controls
 from recipe.cost import step_flops
 from recipe.fit import RidgeDescent
 from recipe.measure import Measured, measure_costs
 from recipe.orders import search_orders
 from recipe.passes import (
-    Batch, Workload, collate, dense_states, head_gradient, n_units, real_logits, states,
+    Batch, Workload, collate, dense_states, head_gradient, n_units, prompts_of, real_logits, states,
 )
 from recipe.report import compare, show, show_step
 from recipe.speed import measure_prefill
@@ -296,9 +296,11 @@ class Job:
     phases: runtime.Phases
 
     def workload(self) -> Workload:
-        """The training examples, with a store for activations below the first routed layer."""
+        """The training examples, with a store for activations below the first routed layer: made once routers stand,
+        and passed on."""
         path, limit = Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.cfg.trunk_gb * 1e9
-        trunk = TrunkCache(path, self.model, self.data.all, limit / self.rt.world_size)
+        stored = [*self.data.all, *prompts_of(self.data.all)]
+        trunk = TrunkCache(path, self.model, stored, limit / self.rt.world_size)
         return Workload(self.model, self.data.train, self.rt, trunk)
 
     def costed(self) -> Workload:
@@ -326,15 +328,14 @@ class Run(Job):
         return self.rt.device.type == "cuda" if self.cfg.compile is None else self.cfg.compile
 
 
-def build(job: Job, state: State, inputs: Tensor | None) -> Run:
-    """A run of a model whose routers stand where they are to be tuned."""
+def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
+    """A run of a model whose routers stand where they are to be tuned. work: the training examples."""
     freeze_all_but_routers(job.model)
     weights = trainable(job.model)
     counts = job.model.place_weights().float().to(job.rt.device)
     student = Student(job.model)
     if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
         student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False)
-    work = job.workload()
     select = work.of(job.data.select)
     return Run(
         **vars(job),
@@ -379,12 +380,13 @@ def begin(job: Job) -> Run:
     cfg, started, inputs = job.cfg, time.perf_counter(), None
     with job.phases("costs"):
         measured = place_routers(job.costed(), *candidates(cfg, job.model.config.n_layers), cfg.seed)
+    work = job.workload()
     with job.phases("orders"):
-        orders = orders_of(job, measured)
+        orders = orders_of(job, work, measured)
     if cfg.recipe == "default":
         inputs = measured.inputs[:, permutation(measured.inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
     dtype = str(job.rt.dtype).removeprefix("torch.")
-    run = build(job, State(asdict(job.model.routing), orders, dtype), inputs)
+    run = build(job, work, State(asdict(job.model.routing), orders, dtype), inputs)
     if cfg.recipe == "default":
         with job.phases("first routers"):
             first_routers(run, measured)
@@ -400,9 +402,9 @@ def candidates(cfg: TrainConfig, n_layers: int) -> tuple[RouterConfig, int | Non
     return routing, chosen if kind == "auto" else None
 
 
-def orders_of(job: Job, measured: Measured) -> dict[str, list[int]]:
+def orders_of(job: Job, work: Workload, measured: Measured) -> dict[str, list[int]]:
     """Orders of the static lists, as deep as the budgets in question go."""
-    cfg, work = job.cfg, job.workload()
+    cfg = job.cfg
     examples = work.examples[: min(cfg.cost_samples, SEARCH_SAMPLES)]
     return search_orders(work.of(examples), measured, 1 - min((cfg.budget, *cfg.report)))
 
@@ -411,30 +413,32 @@ def first_routers(run: Run, measured: Measured) -> None:
     """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses
     less, from routers fitted to what was measured."""
     cfg, state, routing = run.cfg, run.state, run.model.routing
-    name, skipped = best_static(run.select, state.orders, cfg.budget)
+    name, skipped = best_static(Controls(run.select), state.orders, cfg.budget)
     starts = router_starts(measured, name, state.orders[name], routing.unit)
     if routing.unit == "sequence" and cfg.benefit_samples:
         examples = run.data.train[: cfg.benefit_samples]
         starts["benefits"] = benefit_start(run.work.of(examples), skipped, cfg.objective == "distill")
-    tried = {}
+    tried, cuts = {}, {}
     routers = [router.weight for router in run.model.routers()]
     for name, weights in starts.items():
         put(routers, weights)
-        tried[name] = try_out(run)
+        tried[name], cuts[name] = try_out(run)
     print0("selection loss of starts: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
     put(run.weights.values(), run.best.values())
     if not cfg.evaluations:
         state.best_loss = math.inf  # nothing is tried later: the last routers are taken
-    state.cut = settle(run.select, cfg.budget)
+    state.cut = cuts[min(tried, key=tried.get)]
+    set_cuts(run.model, state.cut)
 
 
-def try_out(run: Run) -> float:
-    """Loss on the selection set at exactly the budget; keeps the weights if they are the best so far."""
-    loss = loss_at_budget(run.select, run.cfg.budget, run.teacher)
+def try_out(run: Run) -> tuple[float, float]:
+    """Loss on the selection set at exactly the budget, and the cut there; keeps the weights if they are the best so
+    far."""
+    loss, cut = loss_at_budget(run.select, run.cfg.budget, run.teacher)
     set_cuts(run.model, run.state.cut)
     if loss < run.state.best_loss:
         run.state.best_loss, run.state.best_step, run.best = loss, run.state.step, copied(run.weights)
-    return loss
+    return loss, cut
 
 
 # -----------------------------------------------------------------------------
@@ -458,7 +462,7 @@ def tune(run: Run, out: Path) -> None:
         started = time.perf_counter()
         row = step(run)
         seconds = time.perf_counter() - started
-        tried = try_out(run) if cfg.recipe == "default" and state.step in tries else None
+        tried = try_out(run)[0] if cfg.recipe == "default" and state.step in tries else None
         row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
         state.step_seconds += seconds
         state.seconds = time.perf_counter() - begun
@@ -645,7 +649,7 @@ def resume(job: Job, saved: tuple[State, dict]) -> Run:
     state, tensors = saved
     places = tuple(map(tuple, state.routing["places"]))
     job.model.add_routers(RouterConfig(**{**state.routing, "places": places}))
-    run = build(job, state, tensors.get("inputs"))
+    run = build(job, job.workload(), state, tensors.get("inputs"))
     kept = tensors_of(run)
     put(kept.values(), [tensors[name] for name in kept])
     set_cuts(job.model, state.cut)
@@ -672,11 +676,11 @@ def clean_up(out: Path, log: Path, step: int) -> None:
 # The end: calibrate, write, compare
 
 
-def finish(job: Job, state: State) -> dict:
+def finish(job: Job, work: Workload, state: State) -> dict:
     """Calibrate the routers as they stand, write their file, compare on held-out examples, write the summary."""
     cfg, model, data, started = job.cfg, job.model, job.data, time.perf_counter()
     plain = cfg.recipe == "paper" or cfg.import_official is not None  # cuts of 0, and no static lists in the table
-    work, path = job.workload(), Path(cfg.out) / "routers.safetensors"
+    path = Path(cfg.out) / "routers.safetensors"
     with job.phases("calibration"):
         examples = [*data.select, *reversed(data.train)]  # last first: the least fitted ones
         calibration = work.of(examples[: max(cfg.calibrate_samples, len(data.select))])
@@ -755,7 +759,7 @@ def next_command(cfg: TrainConfig, routers: str) -> str:
 # The three ways to a router file
 
 
-def tuned(job: Job, saved: tuple | None) -> State:
+def tuned(job: Job, saved: tuple | None) -> tuple[Workload, State]:
     """Begin or resume a run, take the steps that are left, and put its best routers into the model."""
     run = begin(job) if saved is None else resume(job, saved)
     describe(run)
@@ -763,21 +767,28 @@ def tuned(job: Job, saved: tuple | None) -> State:
         tune(run, Path(job.cfg.out))
     if job.cfg.recipe == "default" and run.state.best_loss < math.inf:
         put(run.weights.values(), run.best.values())
-    return run.state
+    return run.work, run.state
 
 
-def recalibrated(job: Job) -> State:
+def recalibrated(job: Job) -> tuple[Workload, State]:
     """Routers of our file, which the model came with, and the orders that it holds."""
     orders, names = read_router_file(job.cfg.recalibrate)[1].orders, job.model.routing.names
-    if orders:
-        return State(orders={name: [names.index(place) for place in order] for name, order in orders.items()})
-    return State(orders=orders_of(job, measure_costs(job.costed(), job.cfg.seed)))
+    if not orders:
+        return searched(job)
+    numbers = {name: [names.index(place) for place in order] for name, order in orders.items()}
+    return job.workload(), State(orders=numbers)
 
 
-def imported(job: Job, tensors: dict[str, Tensor]) -> State:
+def imported(job: Job, tensors: dict[str, Tensor]) -> tuple[Workload, State]:
     """Routers of a file of the official code, put into the model."""
     load_router_weights(job.cfg.import_official, job.model, tensors, job.model.routing)
-    return State(orders=orders_of(job, measure_costs(job.costed(), job.cfg.seed)))
+    return searched(job)
+
+
+def searched(job: Job) -> tuple[Workload, State]:
+    """Orders of the static lists beside routers that stand already."""
+    work, measured = job.workload(), measure_costs(job.costed(), job.cfg.seed)
+    return work, State(orders=orders_of(job, work, measured))
 
 
 def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
@@ -815,12 +826,12 @@ def train(cfg: TrainConfig) -> dict:
         print0(f"{cfg.out} holds this run, finished: nothing to do (--overwrite begins anew)")
         return summary
     if cfg.recalibrate:
-        state = recalibrated(job)
+        work, state = recalibrated(job)
     elif cfg.import_official:
-        state = imported(job, tensors)
+        work, state = imported(job, tensors)
     else:
-        state = tuned(job, saved)
-    return finish(job, state)
+        work, state = tuned(job, saved)
+    return finish(job, work, state)
 
 
 def stored_dtype(cfg: TrainConfig) -> str:

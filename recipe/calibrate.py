@@ -93,6 +93,8 @@ def cuts_by_budget(routes: dict[float, dict[float, float]]) -> dict[float, float
 def prefer_static(rows: dict[float, list[float]], controls: Controls, orders: dict[str, list[int]]) -> dict[float, str]:
     """Budgets near one of ANCHORS where a static list loses less than the routers -> the name of its order."""
     static, work = {}, controls.work
+    ends = [controls.ends(order, 1 - anchor) for order in orders.values() for anchor in ANCHORS]
+    controls.measure(part for whole, touched, _ in ends for part in (whole, touched))
     for anchor in ANCHORS:
         set_cuts(work.model, rows[anchor])
         settle(work, anchor, rounds=1)  # compared at exactly this capacity

@@ -1,40 +1,66 @@
 """Static lists, the mean route and random routes beside the routers, on the same examples at the same capacity."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from recipe.cost import Executed, prefill_flops
-from recipe.passes import Workload, evaluate, random_routes, skip_everywhere
+from recipe.lists import Prefixes, list_states, room_for_prefixes
+from recipe.passes import Workload, collate, evaluate, finite, head_losses, random_routes
 from router import RouterConfig, mean_order, skipped_shares
+from runtime import sum_over_ranks, track
 
 
 class Controls:
     """What simple alternatives reach on the same examples at the capacity that a router realised.
 
-    Each set of skipped places is measured once.
+    Each set of skipped places is measured once. searching: sets are asked for one after another, so activations are
+    kept from one to the next, for as long as this object lives.
     """
 
-    def __init__(self, work: Workload):
+    def __init__(self, work: Workload, searching: bool = False):
         self.work, self.known = work, {}
+        self.kept: dict[int, Prefixes] | None = {} if searching else None  # by number of the group
+
+    def measure(self, sets: Iterable[tuple[int, ...]]) -> None:
+        """Measure the loss of each set of skipped places that is not known, in one walk over the examples."""
+        model, groups = self.work.model, self.work.groups()
+        places = range(len(model.routing.places))
+        new = {tuple(sorted(skipped)) for skipped in sets} - self.known.keys()
+        ordered = sorted(new, key=lambda skipped: [place in skipped for place in places])  # neighbours begin alike
+        sums = torch.zeros(len(ordered), dtype=torch.float64, device=self.work.rt.device)
+        for number, group in track(groups, "loss") if ordered else ():
+            batch, room = collate(group, self.work.rt.device), room_for_prefixes(model)
+            if self.kept is None:
+                prefixes = Prefixes(room)
+            else:
+                prefixes = self.kept.setdefault(number, Prefixes(room // len(groups)))
+            for index, skipped in enumerate(ordered):
+                h = list_states(self.work, batch, skipped, prefixes)
+                sums[index] += head_losses(model, h, batch.labels).sum()
+        tokens = sum(len(example.targets) for example in self.work.examples)
+        losses = finite(sum_over_ranks(sums, self.work.rt), model, "loss") / tokens
+        self.known |= dict(zip(ordered, losses.tolist()))
 
     def loss(self, skipped: tuple[int, ...]) -> float:
         """Loss where everyone skips these places, given in any order."""
-        skipped = tuple(sorted(skipped))
-        if skipped not in self.known:
-            self.known[skipped] = evaluate(self.work, skip_everywhere(skipped))["loss"]
-        return self.known[skipped]
+        self.measure([skipped])
+        return self.known[tuple(sorted(skipped))]
+
+    def ends(self, order: list[int], skip: float) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+        """Places of a static list that skips `skip` of all they count, the first of the order in front: those that it
+        skips whole, those and the one within which it ends, and how much of that one it skips."""
+        shares = skipped_shares(order, self.work.model.place_weights(), skip)
+        whole = tuple(place for place, share in enumerate(shares) if share == 1.0)
+        touched = tuple(place for place, share in enumerate(shares) if share > 0.0)
+        return whole, touched, next((share for share in shares if 0.0 < share < 1.0), 0.0)
 
     def static(self, order: list[int], skip: float) -> float:
-        """Loss where everyone skips the first places of an order, `skip` of all they count.
-
-        Where that ends within a place the loss is interpolated.
-        """
-        shares = skipped_shares(order, self.work.model.place_weights(), skip)
-        part = next((share for share in shares if 0.0 < share < 1.0), 0.0)
-        loss = self.loss(tuple(place for place, share in enumerate(shares) if share == 1.0))
-        if part == 0.0:
-            return loss
-        more = self.loss(tuple(place for place, share in enumerate(shares) if share > 0.0))
-        return loss + part * (more - loss)
+        """Loss of that list; where it ends within a place the loss is interpolated."""
+        whole, touched, part = self.ends(order, skip)
+        self.measure([whole, touched])
+        return self.loss(whole) + part * (self.loss(touched) - self.loss(whole))
 
     def prefill_flops(self, routing: RouterConfig, shares: list[float]) -> float:
         """FLOPs of all examples when the places (R) execute these shares of their units."""
@@ -51,9 +77,20 @@ class Controls:
         dense, none = (self.prefill_flops(whole, [share] * len(shares)) for share in (1.0, 0.0))
         return (dense - routed) / (dense - none), dense / routed
 
-    def row(self, budget: float, orders: dict[str, list[int]]) -> dict:
-        """Losses of the routers, as their cuts stand, and of all controls: at equal capacity and at equal ceiling."""
-        routed = evaluate(self.work)
+    def rows(self, routed: dict[float, dict], orders: dict[str, list[int]]) -> list[dict]:
+        """A row for each budget, whose routes `evaluate` scored: their loss beside that of all controls, at equal
+        capacity and at equal ceiling."""
+        sets = [()]
+        for found in routed.values():
+            skips = (1 - found["capacity"], self.share_saved(found["capacity_per_layer"])[0])
+            lists = [(order, skip) for order in orders.values() for skip in skips]
+            lists.append((mean_order(found["capacity_per_layer"]), skips[0]))
+            sets += [part for order, skip in lists for part in self.ends(order, skip)[:2]]
+        self.measure(sets)  # of all budgets together
+        return [self.row(budget, found, orders) for budget, found in routed.items()]
+
+    def row(self, budget: float, routed: dict, orders: dict[str, list[int]]) -> dict:
+        """The same for one budget."""
         shares, realised, loss = routed["capacity_per_layer"], routed["capacity"], routed["loss"]
         saved, ceiling = self.share_saved(shares)
         static = {name: self.static(order, 1 - realised) for name, order in orders.items()}

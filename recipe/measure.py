@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from recipe.passes import Batch, Workload, collate, finite, head_blocks, head_gradient, head_losses, states
+from recipe.lists import Prefixes, list_states, room_for_prefixes
+from recipe.passes import Batch, Workload, collate, finite, head_blocks, head_losses, states
 from runtime import collect, generator, permutation, track
 
 COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
@@ -102,8 +103,7 @@ def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor]) -> Measur
     with inputs_of(model.routers()) as inputs, sublayers_of(model) as seen:
         h = states(model, batch, route="mask", gates=gates)[0]
     costs = torch.zeros_like(gates)
-    for u in draws:
-        gradient = head_gradient(model, h, draw_labels(model, h, u), scale=1.0)[1]
+    for gradient in drawn_gradients(model, h, draws):
         costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * len(draws))
     return Measured(costs.detach().cpu(), torch.stack(inputs).float().cpu(), turned_by(model, batch, seen))
 
@@ -119,14 +119,28 @@ def sample_tokens(lengths: list[int], share: int, key: tuple) -> tuple[list[int]
     return rows, columns
 
 
-def draw_labels(model: Transformer, h: Tensor, u: Tensor) -> Tensor:
-    """One label (n,) per final state (n,D), drawn from the model's own distribution by uniform numbers u (n,)."""
-    drawn = []
+def drawn_gradients(model: Transformer, h: Tensor, draws: list[Tensor]) -> list[Tensor]:
+    """Gradients (n,D) of the summed cross-entropy with respect to final states h (n,D), one for each of `draws`.
+
+    draws: uniform numbers (n,), by which labels are drawn from the model's own distribution.
+    """
+    gradients = [[] for _ in draws]
     for part in head_blocks(model, h):
-        rising = model.head(h[part].detach()).softmax(-1).cumsum(-1)  # (n', V)
-        labels = torch.searchsorted(rising, u[part, None] * rising[:, -1:]).squeeze(1)
-        drawn.append(labels.clamp(max=model.config.vocab_size - 1))
-    return torch.cat(drawn)
+        own = h[part].detach().requires_grad_()
+        logits = model.head(own)
+        probs = logits.detach().softmax(-1)  # (n', V)
+        for u, parts in zip(draws, gradients):
+            change = probs.clone()  # of the loss, by logits: probabilities minus 1 at the label
+            change[torch.arange(len(change)), draw_labels(probs, u[part])] -= 1.0
+            parts.append(torch.autograd.grad(logits, own, change, retain_graph=True)[0])
+    return [torch.cat(parts) for parts in gradients]
+
+
+def draw_labels(probs: Tensor, u: Tensor) -> Tensor:
+    """One label (n,) from each distribution (n,V), drawn by uniform numbers u (n,)."""
+    rising = probs.cumsum(-1)
+    labels = torch.searchsorted(rising, u[:, None] * rising[:, -1:]).squeeze(1)
+    return labels.clamp(max=probs.shape[-1] - 1)
 
 
 @torch.no_grad()
@@ -195,25 +209,20 @@ def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], disti
 
     Only what stands above a toggled place is computed again.
     """
-    model, places = work.model, work.model.routing.places
-    start = {"x": work.entered(batch), "first_layer": work.first_layer}
-    teacher = states(model, batch, route="off", **start)[0] if distill else None
-    gates = torch.ones(len(places), len(batch.examples), device=batch.tokens.device)
-    gates[list(skipped)] = 0.0
-    layers = list(model.routing.layers)
-    with inputs_of(model.routers()) as inputs, inputs_of([model.layers[layer] for layer in layers]) as entered:
-        h = states(model, batch, route="mask", gates=gates, **start)[0]
+    model, prefixes = work.model, Prefixes(room_for_prefixes(work.model))
+    teacher = None
+    if distill:
+        teacher = states(model, batch, route="off", x=work.entered(batch), first_layer=work.first_layer)[0]
 
-    def by_row(h: Tensor) -> Tensor:  # (n,D) -> (B,) loss of each answer
+    def by_row(skipped: set[int]) -> Tensor:  # (B,) loss of each answer
+        h = list_states(work, batch, tuple(sorted(skipped)), prefixes)
         losses = head_losses(model, h, batch.labels, teacher)
         return losses.new_zeros(len(batch.examples)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
 
-    now, benefits = by_row(h), []
-    for number, place in enumerate(places):
-        first = model.routing.rows_of(place.layer).start
-        toggled = gates[first:].clone()
-        toggled[number - first] = 1 - gates[number]
-        x = entered[layers.index(place.layer)]
-        h = states(model, batch, route="gather", gates=toggled, x=x, first_layer=place.layer)[0]
-        benefits.append((by_row(h) - now) * (2 * gates[number] - 1))  # a skipped place's loss falls by what it is worth
-    return torch.stack(benefits), torch.stack(inputs)
+    with inputs_of(model.routers()) as inputs:
+        now = by_row(set(skipped))
+    benefits = torch.zeros(len(inputs), len(now), device=now.device)
+    for place in reversed(range(len(inputs))):  # from the top: what is kept for the places below stays longest
+        difference = by_row({*skipped} ^ {place}) - now
+        benefits[place] = -difference if place in skipped else difference
+    return benefits, torch.stack(inputs)

@@ -35,17 +35,17 @@ def greedy_order(work: Workload, guess: Tensor, skip: float) -> list[int]:
     were; a round measures at most TRIES places.
     """
     guess, weights = guess.tolist(), (work.model.place_weights() * len(guess)).tolist()
-    loss = Controls(work).loss
-    path, now, measured, rest = [], loss(()), {}, set(range(len(guess)))
+    controls, path, measured, rest = Controls(work, searching=True), [], {}, set(range(len(guess)))
+    first = sorted(rest, key=guess.__getitem__)[: 2 * TRIES]  # no measured rise to go by yet: more of them
+    controls.measure([(), *((place,) for place in first)])
+    now = controls.loss(())
 
     def rise(place: int) -> float:
-        return (loss((*path, place)) - now) / weights[place]
+        return (controls.loss((*path, place)) - now) / weights[place]
 
     with Progress("greedy order", math.ceil(skip * len(guess))) as progress:
         while sum(weights[place] for place in path) < skip * len(guess) - 1e-6:
-            fresh = {}
-            if not path:  # no measured rise to go by yet: more of them, by their guesses
-                fresh = {place: rise(place) for place in sorted(rest, key=guess.__getitem__)[: 2 * TRIES]}
+            fresh = {} if path else {place: rise(place) for place in first}
             rate = sum(max(risen, 0.0) for risen in measured.values()) / max(sum(guess[p] for p in measured), 1e-12)
             while path and len(fresh) < TRIES:
                 cheapest = min(rest, key=lambda place: (measured.get(place, rate * guess[place]), guess[place]))

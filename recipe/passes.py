@@ -86,6 +86,11 @@ def by_length(examples: list[Example], rows: int) -> list[list[Example]]:
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
+def prompts_of(examples: list[Example]) -> list[Example]:
+    """What sequence routers read of the examples: no answers."""
+    return [Example(example.tokens[: example.prompt], example.prompt, []) for example in examples]
+
+
 def n_units(routing: RouterConfig, lengths: list[int]) -> int:
     """What one place decides about: sequences, or their real tokens."""
     return len(lengths) if routing.unit == "sequence" else sum(lengths)
@@ -225,11 +230,11 @@ def route_logits(work: Workload) -> Tensor:
     """Logits (R,N) of every unit under the current cuts. A sequence decides on its prompt, so only that is run."""
     model, routing = work.model, work.model.routing
     if routing.unit == "sequence" and routing.pool == "prompt":
-        work = work.of([Example(example.tokens[: example.prompt], example.prompt, []) for example in work.examples])
+        work = work.of(prompts_of(work.examples))
     parts = []
     for number, group in track(work.groups(), "routes"):
-        lengths = [len(example.tokens) for example in group]
-        tokens = pad([example.tokens for example in group], work.rt.device)
-        z = finite(model.hidden(tokens, lengths=lengths, route="gather", return_scores=True)[2], model, "router logits")
-        parts.append((number, real_logits(z, lengths)))
+        batch = collate(group, work.rt.device)
+        start = {"x": work.entered(batch), "first_layer": work.first_layer}
+        z = model.hidden(None, lengths=batch.lengths, route="gather", return_scores=True, **start)[2]
+        parts.append((number, real_logits(finite(z, model, "router logits"), batch.lengths)))
     return torch.cat(collect(parts, work.rt), dim=1)

@@ -1,7 +1,7 @@
 """Routers beside their controls, as rows and in words."""
 
 from recipe.controls import Controls
-from recipe.passes import Workload
+from recipe.passes import Workload, evaluate
 from router import set_cuts
 from runtime import Phases, print0
 
@@ -29,13 +29,12 @@ def show_step(row: dict, steps: int, best: bool) -> None:
 
 def compare(held: Workload, cuts: dict[float, list[float]], orders: dict[str, list[int]]) -> list[dict]:
     """A row for each budget. cuts: those (R) that realise it; the model is left at the last one's."""
-    controls, rows = Controls(held), []
+    routed = {}
     for budget, values in cuts.items():
         set_cuts(held.model, values)
-        rows.append(controls.row(budget, orders))
-        row = rows[-1]
-        print0(f"held out at budget {budget:.3f}: capacity {row['capacity']:.3f}, loss {row['routed']:.4f}")
-    return rows
+        found = routed[budget] = evaluate(held)
+        print0(f"held out at budget {budget:.3f}: capacity {found['capacity']:.3f}, loss {found['loss']:.4f}")
+    return Controls(held).rows(routed, orders)
 
 
 def table(rows: list[dict]) -> str:

@@ -29,10 +29,11 @@ def place_routers(work: Workload, routing: RouterConfig, kept: int | None, seed:
     return measured.at(cheapest)
 
 
-def best_static(select: Workload, orders: dict[str, list[int]], budget: float) -> tuple[str, tuple[int, ...]]:
+def best_static(controls: Controls, orders: dict[str, list[int]], budget: float) -> tuple[str, tuple[int, ...]]:
     """Name of the order that loses least on the selection set at this budget, and the places that it skips."""
-    weights, controls = select.model.place_weights(), Controls(select)
+    weights = controls.work.model.place_weights()
     skipped = {name: skipped_places(order, weights, 1 - budget) for name, order in orders.items()}
+    controls.measure(skipped.values())
     losses = {name: controls.loss(places) for name, places in skipped.items()}
     print0("selection loss of static orders: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     best = min(losses, key=losses.get)
@@ -56,7 +57,9 @@ def benefit_start(work: Workload, skipped: tuple[int, ...], distill: bool) -> Te
     return benefit_prior(benefits, inputs, work.model.place_weights())
 
 
-def loss_at_budget(select: Workload, budget: float, teacher: dict[int, Tensor] | None = None) -> float:
-    """Loss of the routers on the selection set at exactly the budget. Moves the cuts."""
-    settle(select, budget)
-    return evaluate(select, teacher=teacher)["loss"]
+def loss_at_budget(
+    select: Workload, budget: float, teacher: dict[int, Tensor] | None = None
+) -> tuple[float, float]:
+    """Loss of the routers on the selection set at exactly the budget, and the cut there, at which they are left."""
+    cut = settle(select, budget)
+    return evaluate(select, teacher=teacher)["loss"], cut

@@ -106,7 +106,8 @@ def one_side(cfg: TuningConfig) -> dict:
         model = load_model(cfg.model)
         routing = RouterConfig.of(tuning.granularity, deep_layers(cfg.routed, model.config.n_layers))
         model.add_routers(routing)  # without the search of orders, which is no part of a step
-        run = train.build(train.Job(tuning, rt, model, data, train.plan(tuning, data)), train.State(asdict(routing)), None)
+        job = train.Job(tuning, rt, model, data, train.plan(tuning, data))
+        run = train.build(job, job.workload(), train.State(asdict(routing)), None)
         do = lambda batch: train.step(run)["loss"]  # noqa: E731
     else:
         from compare_transformers import reference_of

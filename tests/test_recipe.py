@@ -11,7 +11,7 @@ import router
 import train
 from data.records import Form, encode
 from model import ModelConfig, load_model
-from recipe import calibrate, controls, fit, measure, orders, passes, trunk
+from recipe import calibrate, controls, fit, lists, measure, orders, passes, trunk
 from recipe.cost import prefill_flops, step_flops
 from recipe.passes import Workload
 from tokenizer import load_tokenizer
@@ -122,9 +122,56 @@ def test_typical_cost_follows_all_units_not_the_dearest():
 def test_drawn_labels_follow_the_model(base):
     model = load_model(base)
     h = torch.randn(1, 32) * 3
-    labels = measure.draw_labels(model, h.expand(20000, 32), torch.rand(20000))
+    probs = model.head(h).softmax(-1)
+    labels = measure.draw_labels(probs.expand(20000, -1), torch.rand(20000))
     share = torch.bincount(labels, minlength=258) / 20000
-    assert (share - model.head(h)[0].softmax(-1)).abs().max() < 0.015
+    assert (share - probs[0]).abs().max() < 0.015
+
+
+def test_gradients_of_drawn_labels_are_those_of_their_losses(base, monkeypatch):
+    monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 3 * 258)
+    model, h, draws = load_model(base), torch.randn(7, 32), [torch.rand(7), torch.rand(7)]
+    for u, found in zip(draws, measure.drawn_gradients(model, h, draws), strict=True):
+        labels = measure.draw_labels(model.head(h).softmax(-1).detach(), u)
+        torch.testing.assert_close(found, passes.head_gradient(model, h, labels, scale=1.0)[1])
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_token", "both_sequence", "attn_token"])
+@pytest.mark.parametrize("room, searching", [(0, False), (40_000, False), (2**28, False), (2**28, True)])
+def test_lists_that_share_layers_lose_what_each_loses_alone(base, monkeypatch, granularity, room, searching):
+    """Whatever is kept from list to list, together or one after another; nothing is measured twice."""
+    run = begun(base, granularity=granularity, layers="1-3", recipe="paper")
+    monkeypatch.setattr(controls, "room_for_prefixes", lambda model: room)
+    beside = controls.Controls(Workload(run.model, run.data.select, CPU, run.work.trunk), searching)
+    n = len(run.model.routing.places)
+    sets = [(), (0,), (n - 1, 0), (1,), (0, 1), tuple(range(n)), (n - 1,)]
+    beside.measure(sets[:4])
+    for skipped in sets:
+        alone = passes.evaluate(selection(run), passes.skip_everywhere(skipped))["loss"]
+        assert beside.loss(skipped) == pytest.approx(alone, rel=1e-6)
+    monkeypatch.setattr(controls, "list_states", None)
+    assert beside.loss(sets[2]) == beside.loss(sets[2][::-1])
+
+
+def test_prefixes_keep_the_latest_within_their_bounds():
+    prefixes, x = lists.Prefixes(1000), torch.ones(100)  # 400 bytes each
+    for key in "abac":
+        prefixes.keep(key, x)
+    assert set(prefixes.held) == {"a", "c"} and prefixes.size == 800
+    prefixes.keep("large", torch.ones(300))
+    assert set(prefixes.held) == {"a", "c"} and prefixes.find("b") is None
+    x.zero_()
+    assert prefixes.find("a").sum() == 100  # a copy
+
+
+def test_prompts_are_stored_beside_the_whole_examples(base, tmp_path):
+    """What sequence routers read is computed once below the first of them."""
+    run = begun(base, layers="2-3", recipe="paper", trunk_gb=0)
+    run.cfg.trunk_gb, run.cfg.out = 1.0, str(tmp_path)
+    work = train.Job.workload(run)
+    first = passes.route_logits(work)
+    run.model.trunk = None  # not called again
+    torch.testing.assert_close(passes.route_logits(work), first)
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "both_sequence"])
