@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -950,21 +950,22 @@ def decode(model: Transformer, cache: KVCache, last: Tensor, choose: Callable, *
 
 @torch.inference_mode()
 def prefill(model: Transformer, prompts: list[list[int]], new: int, route: str, gates: Tensor | None = None):
-    """Process prompts into a cache with room for `new` tokens more. Returns the cache and the last states (B,D)."""
+    """Process prompts into a cache with room for `new` tokens more: the cache, the last states (B,D), and gates."""
     lengths, device = [len(prompt) for prompt in prompts], model.tok_embeddings.weight.device
     cache = KVCache(model, len(prompts), max_len=max(lengths) + new)
-    h, _ = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=gates)
+    h, made = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=gates)
     last = torch.tensor(lengths, device=device) - 1
-    return cache, h[torch.arange(len(prompts), device=device), last]
+    return cache, h[torch.arange(len(prompts), device=device), last], made
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
              top_k: int | None = None, top_p: float | None = None, stop_tokens=(), route: str | None = None,
-             gates: Tensor | None = None, seed: int = 0, on_token=None) -> list[list[int]]:
+             gates: Tensor | None = None, seed: int = 0, on_token=None, on_step=None) -> list[list[int]]:
     """Continue prompts of any lengths together; returns each row's new tokens, a stop token included.
 
     route None: gather where the model has routers, else off. gates: forced routes for the prompts. on_token(row, token)
-    is called as tokens come. Sampling draws from one generator per (seed, row), so a row's tokens do not depend on its
+    is called as tokens come, on_step(cache, rows, gates) when the prompts and then each token of the rows still going
+    were computed. Sampling draws from one generator per (seed, row), so a row's tokens do not depend on its
     neighbours. Raises ValueError for an empty prompt, one that leaves no room, or a setting out of range.
     """
     room = model.config.max_seq_len - max_new_tokens
@@ -996,9 +997,11 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         return tokens, going
 
     route = route or ("gather" if model.routing is not None else "off")
-    cache, last = prefill(model, prompts, max_new_tokens, route, gates)
-    for _ in decode(model, cache, last, choose, route=route):
-        pass
+    cache, last, made = prefill(model, prompts, max_new_tokens, route, gates)
+    rows = list(range(len(prompts)))
+    for rows, made in chain([(rows, made)], decode(model, cache, last, choose, route=route)):
+        if on_step is not None:
+            on_step(cache, rows, made)
     return output
 
 

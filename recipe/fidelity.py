@@ -158,7 +158,7 @@ def answer_batch(variant: Variant, prompts: list[list[int]], items: list[int], s
         return variant.gates([items[row] for row in rows], lengths, 1)
 
     forced = variant.gates(items, [0] * len(items), max(map(len, prompts)))
-    cache, last = prefill(variant.model, prompts, ANSWER_TOKENS, variant.route, forced)
+    cache, last, _ = prefill(variant.model, prompts, ANSWER_TOKENS, variant.route, forced)
     for _ in decode(variant.model, cache, last, choose, route=variant.route, gates=gates):
         pass
     return answers
