@@ -1,0 +1,119 @@
+"""LoRA: small changes of a frozen base's projections, trained alone or beside routers.
+
+    y = W x + (alpha / rank) B A x        A (rank, inputs) is drawn, B (outputs, rank) is zero: at birth nothing changes
+
+A change is kept in fp32 and stands around its linear layer, whatever that stores. Source: arXiv 2106.09685.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Block, Transformer
+from router import freeze_all_but_routers
+
+# peft's name of a projection -> where it stands in a Block. Both keep q and k half-split, so rows need no permutation
+PROJECTIONS = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+TARGETS = tuple(name.split(".")[1] for name in PROJECTIONS)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Sizes of all changes of a model."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        if not 1 <= self.rank or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA has rank {self.rank}, alpha {self.alpha} and dropout {self.dropout}; expected a "
+                             "rank of 1 or more, alpha above 0, dropout from 0 to below 1")
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ValueError(f"LoRA targets are {', '.join(self.targets) or 'none'}; expected some of "
+                             f"{', '.join(TARGETS)}")
+
+
+class LoRA(nn.Module):
+    """A linear layer and its change; a Block calls it in the layer's place."""
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, device):
+        super().__init__()
+        self.base, self.scale, self.dropout = base, scale, nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device), requires_grad=False)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as peft draws it
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (...,I) -> (...,rank)
+        return self.base(x) + F.linear(low, self.scale * self.lora_B.to(x.dtype))
+
+
+def projections(model: Transformer) -> Iterator[tuple[str, Block, str]]:
+    """Of every projection: peft's name of it in a whole model, its block, and where it stands there."""
+    for layer, block in enumerate(model.layers):
+        for name, place in PROJECTIONS.items():
+            yield f"base_model.model.model.layers.{layer}.{name}", block, place
+
+
+def changes(model: Transformer) -> dict[str, LoRA]:
+    """All changes of a model, by peft's name of the projection."""
+    found = {name: block.get_submodule(place) for name, block, place in projections(model)}
+    return {name: part for name, part in found.items() if isinstance(part, LoRA)}
+
+
+def put_lora(model: Transformer, block: Block, place: str, rank: int, scale: float, dropout: float) -> LoRA:
+    """Put a fresh change around the linear layer at this place of a block."""
+    lora = LoRA(block.get_submodule(place), rank, scale, dropout, model.tok_embeddings.weight.device).eval()
+    block.set_submodule(place, lora)
+    return lora
+
+
+def add_lora(model: Transformer, config: LoRAConfig) -> None:
+    """Put a fresh change around each target projection of every layer."""
+    for name, block, place in projections(model):
+        if name.rpartition(".")[2] in config.targets:
+            put_lora(model, block, place, config.rank, config.alpha / config.rank, config.dropout)
+
+
+def let_train(model: Transformer, what: str) -> None:
+    """Let routers, lora, routers+lora or full (everything) require gradients, and nothing else."""
+    freeze_all_but_routers(model)
+    if what == "full":
+        model.requires_grad_(True)
+    if what == "lora":
+        model.requires_grad_(False)
+    if "lora" in what:
+        for lora in changes(model).values():
+            lora.lora_A.requires_grad_(True)
+            lora.lora_B.requires_grad_(True)
+
+
+@torch.no_grad()
+def merge(model: Transformer) -> None:
+    """Add every change to the weight that it stands around, and take it away: the same function without LoRA."""
+    held = changes(model)
+    for name, block, place in projections(model):
+        if name in held:
+            lora = held[name]
+            if not isinstance(lora.base, nn.Linear):
+                raise ValueError(f"{name} changes a {type(lora.base).__name__}, whose weights are rounded; expected "
+                                 "plain weights to merge into: load the base without --base_dtype")
+            weight = lora.base.weight
+            changed = weight.float() + lora.scale * lora.lora_B.float() @ lora.lora_A.float()
+            lora.base.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+            block.set_submodule(place, lora.base)
