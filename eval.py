@@ -61,6 +61,7 @@ from data.tasks import (
     tasks_named,
 )
 from model import KVCache, Transformer, decode, load_model, load_routers, pad
+from recipe.adapter import load_adapter
 from recipe.calibrate import settle
 from recipe.cost import kv_bytes
 from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
@@ -106,6 +107,7 @@ class EvalConfig:
     fidelity_split: str | None = setting(None, "of that file only the rows with this `split`")
     yardstick: bool = setting(False, "beside --fidelity, the dense model with weights rounded to 8 and to 4 bits")
     routers: str | None = setting(None, "router file")
+    adapter: str | None = setting(None, "LoRA adapter folder, of train.py or peft, on which the model stands")
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
     calibrate: int | None = setting(
@@ -961,6 +963,8 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
     model, tok = load_model(cfg.model, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
+    if cfg.adapter is not None:
+        load_adapter(model, cfg.adapter)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
     orders = load_routers(model, cfg.routers, budget).orders if cfg.routers else {}
     route = "off" if cfg.routers is None else "gather"

@@ -1,4 +1,4 @@
-"""Router-Tuning: train the routers of a frozen model, and nothing else.
+"""Router-Tuning: train the routers of a frozen model; on request LoRA beside them, or all weights as a baseline.
 
     python train.py                                   # demo: fetches a small model, tunes it, prints what came out
     python train.py --model=checkpoints/llama3 --data=sft.jsonl --layers=auto:16 --budget=0.5 --out=out/llama3
@@ -10,7 +10,8 @@ kernels are deterministic).
 
 recipe=default: what recipe/ measures, fits and calibrates; steps of ridge regression in the space of logits, a running
 quantile as the cut that holds the budget. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
-Both end beside their controls: the same share of places skipped for everyone (by greedy search, by Fisher cost, by
+--train=lora, routers+lora, full: OUT then holds an adapter in peft's format (recipe/lora.py), or a base of its own.
+Both recipes end beside controls: the same share of places skipped for everyone (by greedy search, by Fisher cost, by
 similarity), random routes, and the routers' own routes made constant.
 
 Legend: B batch rows, T tokens, D width, R routers, n loss-carrying tokens, N units (sequences, or tokens).
@@ -38,25 +39,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from data.records import Example, Form, encode_all, read_records, settle_bad, split_rows, usable_rows
-from model import Transformer, load_config, load_model
+from model import Transformer, fingerprint, load_config, load_model
+from recipe.adapter import load_adapter, save_adapter
+from recipe.base import save_base
 from recipe.calibrate import calibrate
 from recipe.controls import Controls
 from recipe.cost import step_flops
 from recipe.fit import RidgeDescent
+from recipe.lora import TARGETS, LoRAConfig, add_lora, changes, let_train
 from recipe.measure import Measured, measure_costs
 from recipe.orders import search_orders
 from recipe.passes import (
-    Batch, Workload, collate, dense_states, head_gradient, n_units, prompts_of, real_logits, states,
+    Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits, states,
 )
 from recipe.report import compare, show, show_step
 from recipe.speed import measure_prefill
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
-    GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, freeze_all_but_routers, load_router_weights,
+    GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, load_router_weights,
     official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of, trainable,
 )
-from runtime import Runtime, collect, permutation, print0, setting, sum_over_ranks, wait_for_all
+from runtime import Runtime, collect, generator, permutation, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -78,7 +82,7 @@ FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad")
 LEAST = {  # least value of each number
     **dict.fromkeys(("batch_size", "micro_batch", "cost_samples", "select_samples", "calibrate_samples"), 1),
     **dict.fromkeys(("heldout_samples", "save_every"), 1),
-    **dict.fromkeys(("evaluations", "steps", "epochs", "lr", "lambda_", "trunk_gb", "benefit_samples"), 0),
+    **dict.fromkeys(("evaluations", "steps", "epochs", "lr", "lambda_", "trunk_gb", "benefit_samples", "lora_lr"), 0),
     **dict.fromkeys(("max_samples", "max_length"), 2),
 }
 
@@ -94,6 +98,9 @@ class TrainConfig:
     model: str = setting(DEMO_MODEL, "checkpoint folder written by convert_hf.py")
     data: tuple[str, ...] = setting((DEMO_DATA,), "files of rows, in any form that data/records.py names")
     out: str = setting("out/demo", "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors")
+    train: Literal["routers", "lora", "routers+lora", "full"] = setting(
+        "routers", "what is trained; lora: on the dense model; full: all weights of the base, with routers"
+    )
     recipe: Literal["default", "paper"] = setting("default", "default: measured start, ridge; paper: AdamW, penalty")
     effort: Literal["quick", "default", "thorough"] = setting("default", "examples that the recipe measures on")
     granularity: str = setting("attn_sequence", "what a gate skips, and for what: " + ", ".join(GRANULARITIES))
@@ -114,13 +121,20 @@ class TrainConfig:
     loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
     batch_size: int = setting(16, "examples per step, over all ranks")
     micro_batch: int = setting(4, "examples per forward pass and rank; does not change the result")
-    epochs: float = setting(0.1, "passes over the training examples")
+    epochs: float | None = setting(None, "passes over the training examples; none: 0.1 for routers alone, else 1")
     steps: int | None = setting(None, "optimizer steps; none: from epochs")
     lr: float | None = setting(
         None, "learning rate; default recipe: how far a step moves the logits (root mean square)"
     )
     lambda_: float | None = setting(None, "weight of the capacity penalty ReLU(capacity - budget)")
     warmup: float = setting(0.03, "share of the steps with rising learning rate")
+    lora_first: bool = setting(True, "routers+lora: LoRA first, then routers on the result; false: both in each step")
+    lora_rank: int = setting(8, "rank of each projection's change")
+    lora_alpha: float = setting(16.0, "changes are scaled by alpha / rank")
+    lora_dropout: float = setting(0.0, "share of a change's inputs that a step leaves out")
+    lora_targets: tuple[str, ...] = setting(TARGETS, "projections that are changed")
+    lora_lr: float | None = setting(None, "learning rate of LoRA, none: 1e-3; with full of the base, none: 2e-5")
+    adapter: str | None = setting(None, "adapter folder, ours or peft's: LoRA goes on from it, routers stand on it")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     clip: float = setting(1.0, "greatest gradient norm")
     cost_samples: int | None = setting(None, "training examples that price places and (96 at most) search orders")
@@ -145,10 +159,19 @@ class TrainConfig:
                 setattr(self, name, value)
         if self.lr is None:  # many tokens vote on a token router's step, few sequences on a sequence router's
             self.lr = 0.1 if self.granularity.endswith("token") else 0.01
+        if self.train == "lora":  # there is no capacity to hold
+            self.lambda_ = 0.0
+        if self.lora_lr is None:
+            self.lora_lr = 2e-5 if self.train == "full" else 1e-3
         if self.kv is None:
             self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
         RouterConfig.of(self.granularity, (0,), pool=self.pool, kv=self.kv)  # raises for what cannot be
         self.check()
+
+    @property
+    def measures(self) -> bool:
+        """Routers are tried, chosen and held to the budget by what is measured of them."""
+        return self.recipe == "default" and self.train != "lora"
 
     def check(self) -> None:
         """Raise ValueError for a value that is out of range, or that contradicts another."""
@@ -164,6 +187,14 @@ class TrainConfig:
         if isinstance(self.heldout, float) and not 0.0 < self.heldout < 1.0:
             raise ValueError(f"heldout is {self.heldout}, expected a share between 0 and 1, or a file: "
                              "change --heldout")
+        LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)  # raises for what cannot be
+        if self.train != "routers" and (self.objective == "distill" or self.import_official or self.recalibrate):
+            raise ValueError(f"train is {self.train!r} with --objective=distill, --import_official or --recalibrate; "
+                             "expected a model that stays as it is: leave that away, or use --train=routers")
+        if self.train == "full" and (self.adapter or self.dtype not in ("auto", "float32")):
+            raise ValueError(f"train is 'full' with dtype {self.dtype} and adapter {self.adapter}; expected float32, "
+                             "since steps vanish in 16 bits, and no adapter: leave --dtype away, or merge the adapter "
+                             "with convert_hf.py first")
         if self.import_official and self.recalibrate:
             raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one "
                              "away")
@@ -261,12 +292,12 @@ def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
 class Student(nn.Module):
     """What DistributedDataParallel wraps: one routed pass that computes everything and multiplies by the gates."""
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Transformer, first_layer: int):
         super().__init__()
-        self.model = model
+        self.model, self.first_layer = model, first_layer
 
     def forward(self, batch: Batch, x: Tensor):
-        return states(self.model, batch, route="mask", x=x, first_layer=self.model.routing.places[0].layer)
+        return states(self.model, batch, route="mask", x=x, first_layer=self.first_layer)
 
 
 @dataclass
@@ -283,6 +314,8 @@ class State:
     tokens: int = 0
     seconds: float = 0.0  # of the whole run so far
     step_seconds: float = 0.0  # of its optimizer steps
+    trainable: int = 0  # parameters
+    optimizer_bytes: int = 0
 
 
 @dataclass
@@ -296,8 +329,10 @@ class Job:
     phases: runtime.Phases
 
     def workload(self) -> Workload:
-        """The training examples, with a store for activations below the first routed layer: made once routers stand,
-        and passed on."""
+        """The training examples, with a store for activations below the first routed layer where those stay: made once
+        routers stand, and passed on."""
+        if self.cfg.train != "routers":
+            return Workload(self.model, self.data.train, self.rt, moving=True)
         path, limit = Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.cfg.trunk_gb * 1e9
         stored = [*self.data.all, *prompts_of(self.data.all)]
         trunk = TrunkCache(path, self.model, stored, limit / self.rt.world_size)
@@ -330,10 +365,13 @@ class Run(Job):
 
 def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
     """A run of a model whose routers stand where they are to be tuned. work: the training examples."""
-    freeze_all_but_routers(job.model)
+    let_train(job.model, job.cfg.train)
     weights = trainable(job.model)
     counts = job.model.place_weights().float().to(job.rt.device)
-    student = Student(job.model)
+    optimizers = optimizers_of(job.cfg, job.model, inputs, counts)
+    state.trainable = sum(w.numel() for w in weights.values())
+    state.optimizer_bytes = sum(map(size_of, optimizers))
+    student = Student(job.model, work.first_layer)
     if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
         student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False)
     select = work.of(job.data.select)
@@ -346,23 +384,36 @@ def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
         work=work,
         select=select,
         teacher=dense_states(select) if job.cfg.objective == "distill" else None,
-        optimizers=optimizers_of(job.cfg, weights, inputs, counts),
+        optimizers=optimizers,
         student=student,
-        best=copied(weights),
+        best=copied(weights) if job.cfg.measures else {},
     )
 
 
-def optimizers_of(cfg: TrainConfig, weights: dict[str, Tensor], inputs: Tensor | None, counts: Tensor) -> list:
-    """Optimizers: ridge steps where router inputs were measured, else AdamW. Each group's `peak` is its highest lr."""
-    if inputs is not None:
-        optimizer = RidgeDescent(list(weights.values()), inputs, cfg.lr, counts)
-    else:
-        optimizer = torch.optim.AdamW(weights.values(), cfg.lr, weight_decay=cfg.weight_decay)
-        for w in weights.values():  # as AdamW makes them at its first step; a resumed run overwrites them
-            zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[w] = {"step": torch.zeros(()), **zeros}
-    optimizer.param_groups[0]["peak"] = cfg.lr
-    return [optimizer]
+def optimizers_of(cfg: TrainConfig, model: Transformer, inputs: Tensor | None, counts: Tensor) -> list:
+    """Ridge steps for routers whose inputs were measured, AdamW for all else. Each group's `peak` is its highest lr."""
+    rest, optimizers, groups = trainable(model), [], []
+    routers = {name: w for name, w in rest.items() if any(w is router.weight for router in model.routers())}
+    rest = [w for name, w in rest.items() if name not in routers]
+    if routers and inputs is not None:
+        optimizers.append(RidgeDescent(list(routers.values()), inputs, cfg.lr, counts))
+        optimizers[0].param_groups[0]["peak"] = cfg.lr
+    elif routers:
+        groups.append({"params": list(routers.values()), "peak": cfg.lr})
+    if rest:
+        groups.append({"params": rest, "peak": cfg.lora_lr})
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, weight_decay=cfg.weight_decay))
+    for w in (w for group in groups for w in group["params"]):  # as at AdamW's first step; resuming overwrites them
+        zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+        optimizers[-1].state[w] = {"step": torch.zeros(()), **zeros}
+    return optimizers
+
+
+def size_of(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's tensors."""
+    kept = [vars(optimizer), *optimizer.state.values()]
+    return sum(value.nbytes for part in kept for value in part.values() if isinstance(value, Tensor))
 
 
 def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -378,6 +429,11 @@ def put(weights: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 def begin(job: Job) -> Run:
     """A run before its first step: routed places chosen, orders of the static lists found, first routers set."""
     cfg, started, inputs = job.cfg, time.perf_counter(), None
+    dtype = str(job.rt.dtype).removeprefix("torch.")
+    if cfg.train == "lora":  # one router that stays open, so that the dense model takes the same steps
+        job.model.add_routers(RouterConfig.of("mlp_sequence", (0,)))
+        set_cuts(job.model, -math.inf)
+        return build(job, job.workload(), State(asdict(job.model.routing), {}, dtype, cut=-math.inf), None)
     with job.phases("costs"):
         measured = place_routers(job.costed(), *candidates(cfg, job.model.config.n_layers), cfg.seed)
     work = job.workload()
@@ -385,7 +441,6 @@ def begin(job: Job) -> Run:
         orders = orders_of(job, work, measured)
     if cfg.recipe == "default":
         inputs = measured.inputs[:, permutation(measured.inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
-    dtype = str(job.rt.dtype).removeprefix("torch.")
     run = build(job, work, State(asdict(job.model.routing), orders, dtype), inputs)
     if cfg.recipe == "default":
         with job.phases("first routers"):
@@ -462,7 +517,7 @@ def tune(run: Run, out: Path) -> None:
         started = time.perf_counter()
         row = step(run)
         seconds = time.perf_counter() - started
-        tried = try_out(run)[0] if cfg.recipe == "default" and state.step in tries else None
+        tried = try_out(run)[0] if cfg.measures and state.step in tries else None
         row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
         state.step_seconds += seconds
         state.seconds = time.perf_counter() - begun
@@ -485,6 +540,9 @@ def step(run: Run) -> dict:
     n_targets, units = sum(len(example.targets) for example in whole), n_units(model.routing, lengths)
     over = cfg.lambda_ > 0 and capacity_of(run, batches, units) > cfg.budget
     loss, executed, logits = torch.zeros((), device=rt.device), torch.zeros((), device=rt.device), []
+    model.train(cfg.lora_dropout > 0)
+    if model.training:  # what is left out is a function of seed, step and rank
+        torch.manual_seed(generator(cfg.seed, "dropout", state.step, rt.rank).initial_seed())
     for number, batch in batches:
         with contextlib.nullcontext() if batch is batches[-1][1] else no_sync(run):
             x = run.work.entered(batch)
@@ -495,13 +553,14 @@ def step(run: Run) -> dict:
         loss += part
         executed += executed_units(run, gates)
         logits.append((number, real_logits(z, batch.lengths)))
+    model.eval()
     norm = torch.nn.utils.clip_grad_norm_(list(run.weights.values()), cfg.clip).item()
     loss, executed = sum_over_ranks(torch.stack([loss, executed]), rt).tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise ValueError(f"step {state.step}: loss {loss}, gradient norm {norm}; expected finite numbers: lower --lr, "
                          "or use --dtype=float32")
     rises = [move(optimizer, state.step, cfg) for optimizer in run.optimizers]
-    if cfg.recipe == "default":
+    if cfg.measures:
         hold_budget(run, torch.cat(collect(logits, rt), dim=1), rises[0])
     lr = run.optimizers[0].param_groups[0]["lr"]
     state.step += 1
@@ -700,6 +759,59 @@ def finish(job: Job, work: Workload, state: State) -> dict:
     return summary
 
 
+def keep_changes(job: Job, work: Workload, state: State) -> None:
+    """Write the adapter that routers stand beside, or the base that full tuning made; static lists are searched again
+    where the model that they were searched on has changed."""
+    cfg, model, out = job.cfg, job.model, Path(job.cfg.out)
+    model.requires_grad_(False)
+    if changes(model) and job.rt.is_master:
+        save_adapter(model, out, cfg.model)
+    if cfg.train == "full":
+        save_base(model, cfg.model, out / "base")
+        model.fingerprint = fingerprint(out / "base")
+    if cfg.train in ("routers+lora", "full"):
+        state.orders = orders_of(job, work, measure_costs(job.costed(), cfg.seed))
+
+
+def finish_lora(job: Job, work: Workload, state: State) -> dict:
+    """Compare the dense model with its changes and without, and write the summary."""
+    cfg, model, started = job.cfg, job.model, time.perf_counter()
+    held = work.of(job.data.held)
+    with job.phases("held out"):
+        with_lora = evaluate(held)
+        for lora in changes(model).values():
+            lora.scale = 0.0
+        base = evaluate(held)
+    summary = {
+        "heldout_loss_base": base["loss"],
+        "heldout_loss_dense": with_lora["loss"],
+        "heldout_tokens": with_lora["tokens"],
+        "train": cfg.train,
+        "steps": state.step,
+        **costs_of(state),
+        "peak_memory_bytes": runtime.peak_memory_bytes(job.rt.device),
+        "device": runtime.device_name(job.rt.device),
+        "seconds": state.seconds + time.perf_counter() - started,
+        "adapter": cfg.out,
+        "identity": identity(job),
+    }
+    if job.rt.is_master:
+        runtime.write_json(Path(cfg.out) / "summary.json", summary)
+    print0(f"held-out loss of the dense model: {base['loss']:.4f} without LoRA, {with_lora['loss']:.4f} with it; adapter "
+           f"in {cfg.out}")
+    return summary
+
+
+def costs_of(state: State) -> dict:
+    """What training took, for a summary."""
+    return {
+        "trainable_parameters": state.trainable,
+        "optimizer_bytes": state.optimizer_bytes,
+        "seconds_per_step": state.step_seconds / state.step if state.step else 0.0,
+        "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
+    }
+
+
 def router_meta(job: Job, state: State, table: dict, cuts: list[float]) -> RouterMeta:
     cfg, names = job.cfg, job.model.routing.names
     return RouterMeta(
@@ -732,7 +844,8 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
         "objective": cfg.objective,
         "steps": state.step,
         "best_step": state.best_step,
-        "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
+        "train": cfg.train,
+        **costs_of(state),
         **(measure_prefill(held) if held.rt.is_master else {}),
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "device": runtime.device_name(device),
@@ -742,17 +855,20 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
 
 def next_command(cfg: TrainConfig, routers: str) -> str:
     """How to score what was written: on the held-out rows where a file names them, else on a task."""
+    adapter = cfg.out if "lora" in cfg.train else cfg.adapter
+    start = f"python eval.py --model={f'{cfg.out}/base' if cfg.train == 'full' else cfg.model} --routers={routers}"
+    start += f" --adapter={adapter}" if adapter else ""
     if isinstance(cfg.heldout, str):
         what = f"--perplexity={cfg.heldout}"
     elif any("split" in row for _, row in read_records(cfg.data[0], [])):
         what = f"--perplexity={cfg.data[0]} --perplexity_split=heldout"
     else:
-        return f"python eval.py --model={cfg.model} --routers={routers} --tasks=arc_easy --data=data/eval"
+        return f"{start} --tasks=arc_easy --data=data/eval"
     form = {"chat": cfg.chat, "max_length": cfg.max_length, "truncate": cfg.truncate, "skip_bad": cfg.skip_bad}
     flags = "".join(
         f" --{name}={str(value).lower() if value is True else value}" for name, value in form.items() if value
     )
-    return f"python eval.py --model={cfg.model} --routers={routers} {what}{flags}"
+    return f"{start} {what}{flags}"
 
 
 # -----------------------------------------------------------------------------
@@ -765,7 +881,7 @@ def tuned(job: Job, saved: tuple | None) -> tuple[Workload, State]:
     describe(run)
     with job.phases("tuning", begun=run.state.step / max(1, job.cfg.steps)):
         tune(run, Path(job.cfg.out))
-    if job.cfg.recipe == "default" and run.state.best_loss < math.inf:
+    if job.cfg.measures and run.state.best_loss < math.inf:
         put(run.weights.values(), run.best.values())
     return run.work, run.state
 
@@ -805,19 +921,27 @@ def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
 
 def train(cfg: TrainConfig) -> dict:
     """Run or continue what `cfg` says; returns the summary."""
+    if cfg.train == "routers+lora" and cfg.lora_first:
+        first = replace(cfg, train="lora", out=str(Path(cfg.out) / "lora"))
+        train(first)
+        return train(replace(cfg, train="routers", adapter=first.out))
     rt = runtime.setup(cfg.device, stored_dtype(cfg), cfg.seed)
     fetch_demo(cfg, rt)
     config = load_config(cfg.model)
     tensors = read_router_file(cfg.import_official, official=True)[0] if cfg.import_official else None
     if not cfg.import_official and not cfg.recalibrate:
         candidates(cfg, config.n_layers)  # a wrong setting is told before anything is loaded
+    if cfg.train == "full" and rt.world_size > 1:
+        raise ValueError(f"train is 'full' on {rt.world_size} ranks, expected one, since the head's gradient is not "
+                         "summed over ranks: use one process, or --train=routers+lora")
     if cfg.batch_size % rt.world_size:
         raise ValueError(f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change "
                          "--batch_size or the number of ranks")
     data = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len)
-    steps = math.ceil(cfg.epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps
+    epochs = cfg.epochs if cfg.epochs is not None else 0.1 if cfg.train == "routers" else 1.0
+    steps = math.ceil(epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps
     cfg = replace(cfg, steps=steps)
-    model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
+    model = prepared(cfg, rt)
     if tensors is not None:
         model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), pool=cfg.pool, kv=cfg.kv))
     job = Job(cfg, rt, model, data, plan(cfg, data))
@@ -831,11 +955,27 @@ def train(cfg: TrainConfig) -> dict:
         work, state = imported(job, tensors)
     else:
         work, state = tuned(job, saved)
-    return finish(job, work, state)
+    keep_changes(job, work, state)
+    return finish_lora(job, work, state) if cfg.train == "lora" else finish(job, work, state)
+
+
+def prepared(cfg: TrainConfig, rt: Runtime) -> Transformer:
+    """The model as it stands before its first step, with LoRA where that is trained or given."""
+    model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
+    if cfg.adapter is not None:
+        load_adapter(model, cfg.adapter)
+    elif "lora" in cfg.train:
+        add_lora(model, LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets))
+    if cfg.train == "full":  # weights are mapped from their file
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+    return model
 
 
 def stored_dtype(cfg: TrainConfig) -> str:
     """The dtype that --dtype=auto stood for when the run began: a resumed one keeps it, whatever the processor."""
+    if cfg.train == "full":
+        return "float32"
     checkpoint = Path(cfg.out) / "checkpoint.safetensors"
     if cfg.dtype == "auto" and checkpoint.exists() and not cfg.overwrite:
         return read_checkpoint(checkpoint)[0].dtype
@@ -860,10 +1000,12 @@ def claim(job: Job) -> tuple[dict | None, tuple | None]:
     out, now, saved, summary = Path(job.cfg.out), identity(job), None, None
     checkpoint = out / "checkpoint.safetensors"
     if job.cfg.overwrite and job.rt.is_master:
-        for name in ("checkpoint.safetensors", "routers.safetensors", "summary.json", "log.jsonl"):
+        made = ("routers.safetensors", "adapter_model.safetensors", "summary.json")
+        for name in ("checkpoint.safetensors", "log.jsonl", *made):
             (out / name).unlink(missing_ok=True)
     wait_for_all(job.rt)
-    if (out / "summary.json").exists() and (out / "routers.safetensors").exists():
+    made = "adapter_model.safetensors" if job.cfg.train == "lora" else "routers.safetensors"
+    if (out / "summary.json").exists() and (out / made).exists():
         summary = runtime.read_json(out / "summary.json")
         refuse_other(out, summary.get("identity", {}), now)
     elif checkpoint.exists():
@@ -877,11 +1019,14 @@ def claim(job: Job) -> tuple[dict | None, tuple | None]:
 def describe(run: Run) -> None:
     """Print each decision that was derived from the settings, once."""
     cfg, rt, model, routing = run.cfg, run.rt, run.model, run.model.routing
-    trainable, total = sum(w.numel() for w in run.weights.values()), sum(p.numel() for p in model.parameters())
+    trainable, total = run.state.trainable, sum(p.numel() for p in model.parameters())
     dtype, per_rank = str(rt.dtype).removeprefix("torch."), cfg.batch_size // rt.world_size
     print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled}")
-    print0(f"parameters: {trainable:,} trainable (routers, float32), {total - trainable:,} frozen; base fingerprint "
-           f"{model.fingerprint}")
+    print0(f"parameters: {trainable:,} trainable ({cfg.train}), {total - trainable:,} frozen, optimizer "
+           f"{run.state.optimizer_bytes / 2**20:,.1f} MiB; base fingerprint {model.fingerprint}")
+    if cfg.train == "lora":
+        print0(f"LoRA: {len(changes(model))} projections, rank {cfg.lora_rank}, lr {cfg.lora_lr}; no routers")
+        return
     print0(f"routed places: {', '.join(routing.names)} of {model.config.n_layers} layers; {routing.granularity}, pool "
            f"{routing.pool}, kv {routing.kv}; budget {cfg.budget}")
     print0(f"steps: {cfg.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "

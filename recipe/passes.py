@@ -30,6 +30,7 @@ class Workload:
     examples: list[Example]
     rt: Runtime
     trunk: TrunkCache | None = None
+    moving: bool = False  # the trunk trains too: passes begin with the embeddings
 
     def of(self, examples: list[Example]) -> "Workload":
         return replace(self, examples=examples)
@@ -39,14 +40,17 @@ class Workload:
         return mine(by_length(self.examples, rows), self.rt)
 
     def entered(self, batch: "Batch") -> Tensor:
-        """Activations (B,T,D) that enter the first routed layer."""
+        """Activations (B,T,D) that enter `first_layer`."""
+        if self.moving:
+            return self.model.tok_embeddings(batch.tokens)
         if self.trunk is None:
             return self.model.trunk(batch.tokens)
         return self.trunk(self.model, batch.examples, batch.tokens)
 
     @property
     def first_layer(self) -> int:
-        return self.model.routing.places[0].layer
+        """The first layer that a pass over a batch computes."""
+        return 0 if self.moving else self.model.routing.places[0].layer
 
 
 # -----------------------------------------------------------------------------
@@ -136,7 +140,8 @@ def head_gradient(
         teacher = None if teacher_h is None else model.head(teacher_h[part]).detach()
         loss = token_losses(model.head(own), labels[part], teacher).sum()
         total += loss.detach()
-        gradients.append(torch.autograd.grad(loss * scale, own)[0])
+        (loss * scale).backward()  # reaches the head's weight too, where that trains
+        gradients.append(own.grad)
     return total, torch.cat(gradients)
 
 
