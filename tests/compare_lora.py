@@ -22,6 +22,7 @@ import runtime  # noqa: E402
 import train  # noqa: E402
 from model import load_config  # noqa: E402
 from recipe.calibrate import settle  # noqa: E402
+from recipe.controls import Controls  # noqa: E402
 from recipe.passes import Workload, collate, head_losses, skip_everywhere, states  # noqa: E402
 from recipe.start import best_static  # noqa: E402
 from router import capacity  # noqa: E402
@@ -79,26 +80,27 @@ def compared(work: Workload, skipped: tuple[int, ...] | None) -> dict:
     return {"loss": loss / tokens, "kl": kl / tokens, "capacity": realised, "tokens": tokens}
 
 
-def run_of(tuning: train.TrainConfig) -> tuple[train.Job, train.State]:
+def run_of(tuning: train.TrainConfig) -> tuple[train.Job, Workload, train.State]:
     """A run up to its last step, begun or continued, with the routers that it chose."""
     rt, config = runtime.setup("cpu", "float32", tuning.seed), load_config(tuning.model)
     data = train.load_data(tuning, load_tokenizer(tuning.model), config.max_seq_len)
     epochs = tuning.epochs or 1.0
     tuning = replace(tuning, steps=-int(-epochs * len(data.train) // tuning.batch_size))
     job = train.Job(tuning, rt, train.prepared(tuning, rt), data, train.plan(tuning, data))
-    state = train.tuned(job, train.claim(job)[1])
-    train.keep_changes(job, state)
-    return job, state
+    work, state = train.tuned(job, train.claim(job)[1])
+    train.keep_changes(job, work, state)
+    return job, work, state
 
 
 def measured(cfg: Config, seed: int, variant: str) -> list[dict]:
     """Rows of one variant: dense, and at each budget routers and static list."""
-    job, state = run_of(settings(cfg, seed, variant))
-    held, select = (job.workload().of(part) for part in (job.data.held, job.data.select))
+    job, work, state = run_of(settings(cfg, seed, variant))
+    held, select = work.of(job.data.held), work.of(job.data.select)
+    controls = Controls(select)
     about = {"seed": seed, "variant": variant, "seconds_per_step": state.step_seconds / max(1, state.step)}
     rows = [{**about, "budget": 1.0, "route": "dense", **compared(held, ())}]
     for budget in cfg.budgets:
-        name, skipped = best_static(select, state.orders, budget)
+        name, skipped = best_static(controls, state.orders, budget)
         rows.append({**about, "budget": budget, "route": f"static ({name})", **compared(held, skipped)})
         settle(select, budget)
         rows.append({**about, "budget": budget, "route": "routers", **compared(held, None)})
