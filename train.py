@@ -42,7 +42,7 @@ from data.records import Example, Form, encode_all, read_records, settle_bad, sp
 from model import Transformer, fingerprint, load_config, load_model
 from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
-from recipe.calibrate import calibrate
+from recipe.calibrate import PASSES, calibrate
 from recipe.controls import Controls
 from recipe.cost import step_flops
 from recipe.fit import RidgeDescent
@@ -52,8 +52,7 @@ from recipe.orders import search_orders
 from recipe.passes import (
     Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits, states,
 )
-from recipe.report import compare, show, show_step
-from recipe.speed import measure_prefill
+from recipe.report import compare, show, show_step, verdict
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
@@ -142,7 +141,9 @@ class TrainConfig:
     select_samples: int | None = setting(None, "training examples set aside to choose the best router")
     calibrate_samples: int | None = setting(None, "examples whose prompts calibrate the cuts, those first")
     evaluations: int | None = setting(None, "times during tuning that the router is tried on those; the best is kept")
-    report: tuple[float, ...] = setting((), "more budgets at which the routers are compared with their controls")
+    report: tuple[float, ...] = setting(
+        (0.75, 0.5, 0.25), "budgets at which the routers are compared with their controls, beside the run's own"
+    )
     trunk_gb: float = setting(1.0, "most disk space (GB, in --out) for activations below the first routed layer")
     save_every: int = setting(5, "steps between checkpoints")
     overwrite: bool = setting(False, "begin anew in an --out that holds another run")
@@ -846,7 +847,7 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
         "best_step": state.best_step,
         "train": cfg.train,
         **costs_of(state),
-        **(measure_prefill(held) if held.rt.is_master else {}),
+        **{name: value for name, value in own.items() if name.startswith("prefill")},
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "device": runtime.device_name(device),
         "report": sorted(rows, key=lambda row: row["budget"]),
@@ -909,13 +910,19 @@ def searched(job: Job) -> tuple[Workload, State]:
 
 def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
     """The phases of a run and roughly what each takes, in forward passes over an example."""
-    n_places, tried = 16, 4 * len(data.select)  # 16 as in the demo: the phases' shares depend little on it
-    start = {"costs": 6 * cfg.cost_samples, "orders": 2 * n_places * min(cfg.cost_samples, SEARCH_SAMPLES)}
+    n_places = 16  # as in the demo: the phases' shares depend little on it
+    sequences = cfg.granularity.endswith("sequence")
+    read = sum(example.prompt if sequences else len(example.tokens) for example in data.all)
+    routes = read / sum(len(example.tokens) for example in data.all)  # of what a pass over the whole example takes
+    trial, budgets = (1 + 2 * routes) * len(data.select), len({cfg.budget, *cfg.report})
+    searched = (1 - min((cfg.budget, *cfg.report))) * n_places
+    start = {"costs": 3 * cfg.cost_samples, "orders": (2 + 0.8 * searched) * min(cfg.cost_samples, SEARCH_SAMPLES)}
     if cfg.recipe == "default":
-        start["first routers"] = 4 * tried + cfg.benefit_samples * n_places / 2
-    tuning = {"tuning": 3 * cfg.steps * cfg.batch_size + cfg.evaluations * tried}
-    calibration = 5 * max(cfg.calibrate_samples, len(data.select)) + 12 * len(data.select)
-    end = {"calibration": calibration, "held out": 12 * (1 + len(cfg.report)) * len(data.held)}
+        toggled = 1 + 0.55 * n_places if sequences else 0  # layers below a toggled place are shared
+        start["first routers"] = 2 * trial + 2 * len(data.select) + cfg.benefit_samples * toggled
+    tuning = {"tuning": 2.2 * cfg.steps * cfg.batch_size + cfg.evaluations * trial}
+    calibration = PASSES * routes * max(cfg.calibrate_samples, len(data.select)) + 10 * len(data.select)
+    end = {"calibration": calibration, "held out": (1 + 6 * budgets) * len(data.held)}
     return runtime.Phases(end if cfg.recalibrate or cfg.import_official else {**start, **tuning, **end})
 
 
@@ -1039,6 +1046,7 @@ def main() -> None:
     if "prefill_speedup" in summary:  # the master's
         print(show(summary))
         print(f"next               {next_command(cfg, summary['routers'])}")
+        print("\n".join(verdict(row) for row in summary["report"]))
     runtime.cleanup()
 
 

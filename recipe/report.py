@@ -2,6 +2,7 @@
 
 from recipe.controls import Controls
 from recipe.passes import Workload, evaluate
+from recipe.speed import measure_prefill
 from router import set_cuts
 from runtime import Phases, print0
 
@@ -28,13 +29,20 @@ def show_step(row: dict, steps: int, best: bool) -> None:
 
 
 def compare(held: Workload, cuts: dict[float, list[float]], orders: dict[str, list[int]]) -> list[dict]:
-    """A row for each budget. cuts: those (R) that realise it; the model is left at the last one's."""
+    """A row for each budget: losses beside those of the controls and, on the first rank, the speed of prompts.
+
+    cuts: those (R) that realise it; the model is left at the last one's.
+    """
     routed = {}
     for budget, values in cuts.items():
         set_cuts(held.model, values)
         found = routed[budget] = evaluate(held)
         print0(f"held out at budget {budget:.3f}: capacity {found['capacity']:.3f}, loss {found['loss']:.4f}")
-    return Controls(held).rows(routed, orders)
+    rows = Controls(held).rows(routed, orders)
+    if held.rt.is_master:
+        speed = measure_prefill(held, cuts)
+        rows = [row | speed[row["budget"]] for row in rows]
+    return rows
 
 
 def table(rows: list[dict]) -> str:
@@ -62,3 +70,14 @@ capacity by place  {layers}
 prefill            {s["prefill_speedup"]:.3f}x of dense at {s["prefill_context"]} tokens, batch 1, capacity \
 {s["prefill_capacity"]:.2f} there; FLOPs allow {s["prefill_ceiling"]:.3f}x
 routers            {s["routers"]}"""
+
+
+def verdict(row: dict) -> str:
+    """What a user gains and loses at the budget of a row, in a sentence."""
+    to_dense, to_list = row["routed"] - row["dense"], row["routed"] - row["static_at_equal_ceiling"]
+    return (
+        f"At budget {row['budget']:g}, {1 - row['capacity']:.0%} of what is routed is skipped: prompts of "
+        f"{row['prefill_context']} tokens run at {row['prefill_speedup']:.2f}x of dense (FLOPs allow "
+        f"{row['prefill_ceiling']:.2f}x), and answers lose {to_dense:.3f} nats a token to dense, {abs(to_list):.3f} "
+        f"{'less' if to_list < 0 else 'more'} than the best fixed list that saves as many FLOPs."
+    )

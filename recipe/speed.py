@@ -4,11 +4,12 @@ import statistics
 import time
 
 import torch
+from torch import Tensor
 
-from model import KVCache
+from model import KVCache, Transformer
 from recipe.cost import prefill_ceiling
 from recipe.passes import Workload
-from router import capacity
+from router import capacity, set_cuts
 from runtime import synchronize
 
 CONTEXT = 512  # tokens of a prompt, or what the model takes
@@ -16,33 +17,43 @@ TRIALS = 6  # prompts, of which the first warms up
 
 
 @torch.no_grad()
-def measure_prefill(work: Workload) -> dict:
-    """Speed-up of prompts that were not seen before, `gather` against `off`, each timed in turn, batch 1.
+def measure_prefill(work: Workload, cuts: dict[float, list[float]]) -> dict[float, dict]:
+    """Speed-up of prompts that were not seen before, by budget: `gather` against `off`, each timed in turn, batch 1.
 
-    Kernels meet new shapes, as they do in use. The ceiling is the ratio of FLOPs for the routes taken.
+    cuts: those (R) of each budget; the model is left at the last one's. Kernels meet new shapes, as they do in use. The
+    ceiling is the ratio of FLOPs for the routes taken.
     """
     model, device = work.model, work.rt.device
     stream = [token for example in work.examples for token in example.tokens]
     length = min(CONTEXT, model.config.max_seq_len)
     stream *= length * TRIALS // len(stream) + 1
-    ratios, shares = [], []
+    ratios, shares = {budget: [] for budget in cuts}, {budget: [] for budget in cuts}
     for trial in range(TRIALS):
         tokens = torch.tensor([stream[trial * length : (trial + 1) * length]], device=device)  # (1, T)
-        seconds = {}
-        for route in ("off", "gather"):
-            synchronize(device)
-            started = time.perf_counter()
-            h, gates = model.hidden(tokens, route=route, cache=KVCache(model, 1, length))
-            model.head(h[:, -1:])
-            synchronize(device)
-            seconds[route] = time.perf_counter() - started
-        if trial:
-            ratios.append(seconds["off"] / seconds["gather"])
-            shares.append(gates.flatten(1).mean(1))  # (R,1) or (R,1,T) -> (R,)
-    mean = torch.stack(shares).mean(0)[:, None]  # (R, 1)
-    return {
-        "prefill_speedup": statistics.median(ratios),
-        "prefill_ceiling": prefill_ceiling(model.config, model.routing, mean, length),
-        "prefill_context": length,
-        "prefill_capacity": capacity(mean, weights=model.place_weights()).item(),
-    }
+        dense, _ = timed_prefill(model, tokens, "off")
+        for budget, values in cuts.items():
+            set_cuts(model, values)
+            seconds, gates = timed_prefill(model, tokens, "gather")
+            if trial:
+                ratios[budget].append(dense / seconds)
+                shares[budget].append(gates.flatten(1).mean(1))  # (R,1) or (R,1,T) -> (R,)
+    found = {}
+    for budget in cuts:
+        mean = torch.stack(shares[budget]).mean(0)[:, None]  # (R, 1)
+        found[budget] = {
+            "prefill_speedup": statistics.median(ratios[budget]),
+            "prefill_ceiling": prefill_ceiling(model.config, model.routing, mean, length),
+            "prefill_context": length,
+            "prefill_capacity": capacity(mean, weights=model.place_weights()).item(),
+        }
+    return found
+
+
+def timed_prefill(model: Transformer, tokens: Tensor, route: str) -> tuple[float, Tensor | None]:
+    """Seconds that a prompt (1,T) takes up to its next token's logits, and its gates."""
+    synchronize(tokens.device)
+    started = time.perf_counter()
+    h, gates = model.hidden(tokens, route=route, cache=KVCache(model, 1, tokens.shape[1]))
+    model.head(h[:, -1:])
+    synchronize(tokens.device)
+    return time.perf_counter() - started, gates

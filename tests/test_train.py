@@ -240,6 +240,34 @@ def test_run_writes_what_it_promises(base, tmp_path, granularity):
     ]
 
 
+def test_summary_ends_with_what_each_budget_gives_and_takes(base, tmp_path):
+    """Three budgets unless others are asked for, and the run's own, which the file is left at."""
+    cfg = settings(base, tmp_path, budget=0.6, steps=1, report=train.TrainConfig().report)
+    summary = train.train(cfg)
+    rows = summary["report"]
+    assert [row["budget"] for row in rows] == [0.25, 0.5, 0.6, 0.75]
+    assert summary["heldout_loss_routed"] == rows[2]["routed"]
+    assert summary["prefill_ceiling"] == rows[2]["prefill_ceiling"]
+    ceilings = [row["prefill_ceiling"] for row in rows]
+    assert ceilings == sorted(ceilings, reverse=True) and len({row["dense"] for row in rows}) == 1
+    for row in rows:  # as in a report of this budget alone
+        model = load_model(base, routers=summary["routers"], budget=row["budget"])
+        held = Workload(model, train.load_data(cfg, load_tokenizer(base), 128).held, CPU)
+        alone = controls.Controls(held).rows({row["budget"]: passes.evaluate(held)}, read_orders(summary["routers"]))[0]
+        for name in ("capacity", "dense", "routed", "greedy", "similarity", "mean_route", "random", "ceiling"):
+            assert alone[name] == pytest.approx(row[name], rel=1e-6)
+    row = {"budget": 0.5, "capacity": 0.51, "dense": 2.0, "routed": 2.125, "static_at_equal_ceiling": 2.25}
+    row |= {"prefill_context": 512, "prefill_speedup": 1.09, "prefill_ceiling": 1.1}
+    said = train.verdict(row)
+    assert "49% of what" in said and "1.09x" in said and "lose 0.125" in said and "0.125 less than the best" in said
+    assert "0.025 more than" in train.verdict(row | {"static_at_equal_ceiling": 2.1})
+
+
+def read_orders(path) -> dict[str, list[int]]:
+    meta = router.read_router_file(path)[1]
+    return {name: [meta.routing.names.index(place) for place in order] for name, order in meta.orders.items()}
+
+
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_compiled_steps_end_as_eager_ones(base, tmp_path, recipe, monkeypatch):
     """The whole run with blocks compiled for its steps: what stands before and after them looks into the blocks, and

@@ -20,6 +20,7 @@ SETTINGS = {
     "cost_samples": 8,
     "clip": math.inf,
     "dtype": "float32",
+    "report": (),
 }
 
 
