@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, compile_model, decode, load_model, load_routers
+from model import KVCache, ModelConfig, Transformer, compile_model, decode, load_model, load_routers, routing_of
 from recipe.cost import Executed, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, random_route, set_cuts
 from runtime import setting
@@ -53,7 +53,8 @@ class BenchConfig:
         None, "in place of --model: random weights of this model's widths")
     shape_layers: int = setting(2, "layers of a --shape")
     routers: str | None = setting(None, "router file; none: forced routes")
-    granularity: str = setting("attn_sequence", "what forced routes gate: {attn,mlp,block,both}_{sequence,token}")
+    granularity: str = setting(
+        "attn_sequence", "what forced routes gate: {attn,mlp,block,both,expert}_{sequence,token}")
     layers: str | None = setting(
         None, "routed layers of forced routes: deep:N, all, or 3,5,8-12; none: deep:16, of a --shape all")
     kv: str = setting("routed", "attn_token, both_token: 'routed', a skipped token leaves no keys and values, or 'all'")
@@ -369,7 +370,7 @@ def subject_of(config: BenchConfig, rt: runtime.Runtime) -> Subject:
             raise ValueError(f"layers is {text!r}; a forced route has no measurements to choose by: give deep:N, all, "
                              "or numbers")
         layers = deep_layers(which, n_layers) if kind == "deep" else which
-        model.add_routers(RouterConfig.of(config.granularity, layers, kv=config.kv))
+        model.add_routers(routing_of(model.config, config.granularity, layers, kv=config.kv))
     if config.compile:
         compile_model(model)
     return Subject(model, config, calibration, rt.device)

@@ -1,8 +1,9 @@
-"""Convert a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to a checkpoint of ours, or back: tensors are renamed.
+"""Convert a Hugging Face folder to a checkpoint of ours, or back: tensors are renamed.
 
     python convert_hf.py SRC OUT [--dtype=keep|float32|bfloat16|float16]
     python convert_hf.py SRC OUT --to_hf                # SRC is ours, OUT a folder for transformers
 
+Families: Llama, Mistral, Qwen2, Qwen3, and the mixtures of experts Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE.
 Everything is checked before the first byte is written: config, shard headers, names, shapes, tokenizer. The tensors
 then stream through one buffer, source shard by source shard. A run that was killed goes on where it stopped: whatever
 stands in OUT is compared byte by byte with what it should be, and config.json comes last, so that a folder without one
@@ -45,12 +46,26 @@ KEY_MAP = {
     "model.layers.{i}.mlp.gate_proj.weight": "layers.{i}.feed_forward.w1.weight",
     "model.layers.{i}.mlp.down_proj.weight": "layers.{i}.feed_forward.w2.weight",
     "model.layers.{i}.mlp.up_proj.weight": "layers.{i}.feed_forward.w3.weight",
+    "model.layers.{i}.mlp.gate.weight": "layers.{i}.feed_forward.gate.weight",
+    "model.layers.{i}.mlp.experts.{e}.gate_proj.weight": "layers.{i}.feed_forward.experts.{e}.w1.weight",
+    "model.layers.{i}.mlp.experts.{e}.down_proj.weight": "layers.{i}.feed_forward.experts.{e}.w2.weight",
+    "model.layers.{i}.mlp.experts.{e}.up_proj.weight": "layers.{i}.feed_forward.experts.{e}.w3.weight",
+    "model.layers.{i}.mlp.shared_expert.gate_proj.weight": "layers.{i}.feed_forward.shared.w1.weight",
+    "model.layers.{i}.mlp.shared_expert.down_proj.weight": "layers.{i}.feed_forward.shared.w2.weight",
+    "model.layers.{i}.mlp.shared_expert.up_proj.weight": "layers.{i}.feed_forward.shared.w3.weight",
+    "model.layers.{i}.mlp.shared_expert_gate.weight": "layers.{i}.feed_forward.shared_gate.weight",
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",  # with tied embeddings: compared with the embedding, then left out
     "model.layers.{i}.self_attn.rotary_emb.inv_freq": None,  # a table in old Llama files; it follows from rope_theta
     "model.rotary_emb.inv_freq": None,
 }
 KEY_MAP_TO_HF = {ours: hf for hf, ours in KEY_MAP.items() if ours is not None}
+MIXTRAL_MAP = {  # Mixtral's own names, beside these
+    "model.layers.{i}.block_sparse_moe.gate.weight": "layers.{i}.feed_forward.gate.weight",
+    "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight": "layers.{i}.feed_forward.experts.{e}.w1.weight",
+    "model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight": "layers.{i}.feed_forward.experts.{e}.w2.weight",
+    "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight": "layers.{i}.feed_forward.experts.{e}.w3.weight",
+}
 
 # Hugging Face config key -> our field, the same value in both.
 CONFIG_MAP = {
@@ -71,13 +86,21 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", ("tie_word_embeddings", "head_dim")),
     "qwen2": ("Qwen2ForCausalLM", ("tie_word_embeddings", "head_dim")),
     "qwen3": ("Qwen3ForCausalLM", ("tie_word_embeddings",)),
+    "mixtral": ("MixtralForCausalLM", ("tie_word_embeddings", "head_dim")),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", ("tie_word_embeddings", "head_dim")),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", ("tie_word_embeddings",)),
+    "olmoe": ("OlmoeForCausalLM", ("tie_word_embeddings", "head_dim", "num_key_value_heads")),
 }
+QWEN = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+EXPERTS = ("num_local_experts", "num_experts")  # transformers writes either, and reads both
 DEFAULT_THETA = 10000.0  # what transformers takes for Llama 1 and 2, whose config.json has no rope_theta
 # Keys that change the function: the values that we compute (None: the key is absent or null).
 SUPPORTED_VALUES = {
     "hidden_act": ("silu",),
     "attention_bias": (None, False),  # a bias on o_proj too; Qwen2's on q, k, v is built in and not this key
     "mlp_bias": (None, False),
+    "clip_qkv": (None,),  # OLMoE's
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
 }
@@ -98,6 +121,8 @@ INTEGERS = {
     **dict.fromkeys(("intermediate_size", "vocab_size"), SIZE),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), LENGTH),
     **{"num_hidden_layers": range(1, 1001), "max_window_layers": range(1001)},
+    **dict.fromkeys((*EXPERTS, "num_experts_per_tok", "decoder_sparse_step"), SIZE),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), SIZE),
 }
 NUMBERS = {  # the number that each must exceed
     **dict.fromkeys(("rms_norm_eps", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), 0),
@@ -105,9 +130,9 @@ NUMBERS = {  # the number that each must exceed
     "rope_theta": 1,
 }
 TYPES = {
-    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "truncate"), bool),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "truncate", "norm_topk_prob", "qkv_bias"), bool),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "text_config"), dict),
-    **dict.fromkeys(("architectures", "layer_types"), list),
+    **dict.fromkeys(("architectures", "layer_types", "mlp_only_layers"), list),
 }
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
@@ -136,7 +161,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     theta = hf.get("rope_theta") if rope.get("rope_theta") is None else rope["rope_theta"]
     _check_missing(hf, family, theta)
     for key, supported in SUPPORTED_VALUES.items():
-        ignored = (key, family) == ("attention_bias", "qwen2")  # transformers' Qwen2 does not read it
+        ignored = key == "attention_bias" and family in ("qwen2", "qwen2_moe")  # transformers does not read it there
         if hf.get(key) not in supported and not ignored:
             raise ValueError(f"config.json: {key} is {_short(hf[key])}, supported is {supported[-1]!r}: {OTHER}")
     values = {ours: hf[key] for key, ours in CONFIG_MAP.items() if hf.get(key) is not None}
@@ -150,11 +175,42 @@ def config_from_hf(hf: dict) -> ModelConfig:
         family=family,
         rope_theta=float(DEFAULT_THETA if theta is None else theta),
         rope_scaling=scaling,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2" or (family == "qwen2_moe" and hf.get("qkv_bias") is not False),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm_whole=family == "olmoe",
         sliding_window=window,
         window_layers=window_layers,
+        **_experts_from_hf(hf),
     )
+
+
+def _experts_from_hf(hf: dict) -> dict:
+    """Our fields of a mixture of experts; none for other families.
+
+    What matters to training alone (router_jitter_noise, router_aux_loss_coef, output_router_logits) is not read.
+    """
+    family, layers = hf["model_type"], range(hf["num_hidden_layers"])
+    if family not in MIXTURES:
+        return {}
+    counts = {hf[key] for key in EXPERTS if hf.get(key) is not None}
+    width = hf["moe_intermediate_size"] if family in QWEN else hf["intermediate_size"]
+    if len(counts) != 1 or hf["num_experts_per_tok"] > max(counts):
+        raise ValueError(f"config.json: {hf['num_experts_per_tok']} experts a token of {sorted(counts)}, expected one "
+                         f"number of experts and no more of them a token: {OWN}")
+    only, every = hf.get("mlp_only_layers") or [], hf.get("decoder_sparse_step") or 1
+    if not all(type(layer) is int and layer in layers for layer in only):
+        raise ValueError(f"config.json: mlp_only_layers is {_short(only)}, expected layers of {len(layers)}: {OWN}")
+    dense = [layer for layer in layers if layer in only or (layer + 1) % every] if family in QWEN else []
+    if len(dense) == len(layers):
+        raise ValueError(f"config.json: no layer of this {family} model has experts, expected one at least: {OTHER}")
+    return {
+        "n_experts": max(counts),
+        "experts_per_token": hf["num_experts_per_tok"],
+        "expert_dim": width,
+        "shared_dim": hf["shared_expert_intermediate_size"] if family == "qwen2_moe" else 0,
+        "norm_topk": family == "mixtral" or bool(hf.get("norm_topk_prob")),
+        "dense_layers": dense,
+    }
 
 
 def _family_of(hf: dict) -> str:
@@ -170,7 +226,8 @@ def _family_of(hf: dict) -> str:
 def _check_values(values: dict) -> None:
     """Refuse what cannot be the value of its key, NaN and infinity among it."""
     for key, value in values.items():
-        if value is None:
+        unused = key == "sliding_window" and value == 0 and values.get("use_sliding_window") is False
+        if value is None or unused:  # as transformers writes Qwen2-MoE's
             continue
         allowed, kind = INTEGERS.get(key), TYPES.get(key)
         if allowed and not (type(value) is int and value in allowed):
@@ -187,8 +244,15 @@ def _check_values(values: dict) -> None:
 def _check_missing(hf: dict, family: str, theta: float | None) -> None:
     needed = {*CONFIG_MAP, "hidden_act", "rope_theta"} - set(FAMILIES[family][1])
     if hf.get("use_sliding_window"):
-        needed |= {"sliding_window", "layer_types" if hf.get("layer_types") else "max_window_layers"}
+        needed |= {"sliding_window"}
+        if family != "qwen3_moe":  # whose window is every layer's
+            needed |= {"layer_types" if hf.get("layer_types") else "max_window_layers"}
     missing = sorted(key for key in needed if {**hf, "rope_theta": theta}.get(key) is None)
+    if family in MIXTURES:
+        wanted = {"num_experts_per_tok"} | ({"moe_intermediate_size"} if family in QWEN else set())
+        wanted |= {"shared_expert_intermediate_size"} if family == "qwen2_moe" else set()
+        missing += sorted(key for key in wanted if hf.get(key) is None)
+        missing += [] if any(hf.get(key) is not None for key in EXPERTS) else [EXPERTS[1]]
     if family == "mistral" and "sliding_window" not in hf:  # null: no window; no key: transformers would fill in 4096
         missing.append("sliding_window")
     if missing:
@@ -241,19 +305,21 @@ def context_of(longest: int, scaling: dict | None) -> int:
 def _window_from_hf(hf: dict) -> tuple[int | None, list[int] | None]:
     """Sliding window and the layers that have it (None: all of them)."""
     family, layers, window = hf["model_type"], hf["num_hidden_layers"], hf.get("sliding_window")
-    if family == "llama" and window is not None:
-        raise ValueError(f"config.json: sliding_window is {window}, which a llama model ignores: remove it")
-    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window"):
+    if family in ("llama", "olmoe") and window is not None:
+        raise ValueError(f"config.json: sliding_window is {window}, which a {family} model ignores: remove it")
+    if family in QWEN and not hf.get("use_sliding_window"):
         window = None
-    first = hf.get("max_window_layers")
+    first, everywhere = hf.get("max_window_layers"), family in ("mistral", "mixtral", "qwen3_moe")
     if window is None or first is None:
         first = layers
-    if window is not None and family == "mistral":
+    if window is not None and everywhere:
         first = 0
     usual = [LAYER_TYPES[layer >= first] for layer in range(layers)]
+    if window is not None and family == "qwen2_moe":  # every other layer, of those before max_window_layers
+        usual = [LAYER_TYPES[layer < first and layer % 2 == 0] for layer in range(layers)]
     types = hf.get("layer_types") or usual
     allowed = [usual]  # transformers applies Mistral's window to every layer, whatever layer_types says
-    if window is not None and family != "mistral" and all(name in LAYER_TYPES for name in types):
+    if window is not None and not everywhere and all(name in LAYER_TYPES for name in types):
         allowed.append(types)
     if len(types) != layers or types not in allowed:
         raise ValueError(f"config.json: layer_types is {_short(types)}, which a {family} model with {layers} layers "
@@ -283,17 +349,33 @@ def config_to_hf(config: ModelConfig) -> dict:
     _check_values(hf)
     if scaling is not None and scaling["type"] == "linear":
         hf["max_position_embeddings"] = round(config.max_seq_len / scaling["factor"])
-    if config.family != "llama":
+    if config.family not in ("llama", "olmoe"):
         hf["sliding_window"] = config.sliding_window
-    if config.family in ("qwen2", "qwen3"):
+    if config.family in MIXTURES:
+        hf |= _experts_to_hf(config)
+    if config.family in QWEN:
         windowed = [layer for layer in range(config.n_layers) if config.window(layer) is not None]
         hf["use_sliding_window"] = config.sliding_window is not None
         hf["max_window_layers"] = min(windowed, default=config.n_layers)  # for versions that do not read layer_types
         hf["layer_types"] = [LAYER_TYPES[layer in windowed] for layer in range(config.n_layers)]
+        if config.family == "qwen3_moe":  # which has no such keys
+            del hf["layer_types"], hf["max_window_layers"]
     again = asdict(config_from_hf(hf))
     lost = ", ".join(f"{key}={_short(value)}" for key, value in ours.items() if value != again[key])
     if lost:
         raise ValueError(f"config.json has {lost}, which {hf['architectures'][0]} cannot express: change the family")
+    return hf
+
+
+def _experts_to_hf(config: ModelConfig) -> dict:
+    hf = {EXPERTS[config.family != "mixtral"]: config.n_experts, "num_experts_per_tok": config.experts_per_token}
+    if config.family != "mixtral":
+        hf["norm_topk_prob"] = config.norm_topk
+    if config.family in QWEN:
+        hf |= {"moe_intermediate_size": config.expert_dim, "decoder_sparse_step": 1}
+        hf["mlp_only_layers"] = list(config.dense_layers)
+    if config.family == "qwen2_moe":
+        hf |= {"shared_expert_intermediate_size": config.shared_dim, "qkv_bias": config.qkv_bias}
     return hf
 
 
@@ -432,11 +514,36 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def rename(name: str, key_map: dict[str, str | None]) -> str | None:
     """Translate one tensor name; None = left out on purpose. Raises KeyError for a name that is not in the map."""
-    layer = re.fullmatch(r"(.*\blayers\.)(\d+)(\..*)", name)
-    if layer is None:
-        return key_map[name]
-    target = key_map[f"{layer[1]}{{i}}{layer[3]}"]
-    return target and target.format(i=layer[2])
+    numbers = {}
+    for key, parent in (("i", "layers"), ("e", "experts")):
+        found = re.fullmatch(rf"(.*\b{parent}\.)(\d+)(\..*)", name)
+        if found:
+            numbers[key], name = found[2], f"{found[1]}{{{key}}}{found[3]}"
+    target = key_map[name]
+    return target and target.format(**numbers)
+
+
+def names_of(family: str) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Maps of a family's tensor names from Hugging Face to ours, and back."""
+    if family != "mixtral":
+        return KEY_MAP, KEY_MAP_TO_HF
+    return KEY_MAP | MIXTRAL_MAP, KEY_MAP_TO_HF | {ours: hf for hf, ours in MIXTRAL_MAP.items()}
+
+
+def unfused(tensor: Stored) -> list[Stored]:
+    """The tensors of single experts in one that transformers fused, as its own modules hold them; else the tensor.
+
+    gate_up_proj (E,2F,D) is each expert's w1 over its w3, down_proj (E,D,F) its w2: every part lies in one piece.
+    """
+    found = re.fullmatch(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)", tensor.name)
+    if found is None or len(tensor.shape) != 3:
+        return [tensor]
+    count, rows, columns = tensor.shape
+    parts = ("gate_proj", "up_proj") if found[2] == "gate_up_proj" else ("down_proj",)
+    size, shape = tensor.size // (count * len(parts)), (rows // len(parts), columns)
+    names = [f"{found[1]}{e}.{part}.weight" for e in range(count) for part in parts]
+    starts = range(tensor.start, tensor.start + tensor.size, size) if size else [tensor.start] * len(names)
+    return [replace(tensor, name=name, shape=shape, start=at, size=size) for name, at in zip(names, starts)]
 
 
 def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[list[tuple[str, Stored]]]:
@@ -446,11 +553,12 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
     the config.
     """
     expected = expected_shapes(config)
-    key_map = KEY_MAP_TO_HF if to_hf else KEY_MAP
+    read, back = names_of(config.family)
+    key_map = back if to_hf else read
     files, used, strange, head = [], {}, [], None
     for shard in shards:
         kept = []
-        for tensor in shard:
+        for tensor in (part for tensor in shard for part in unfused(tensor)):
             try:
                 target = rename(tensor.name, key_map)
             except KeyError:
@@ -469,7 +577,7 @@ def plan(shards: list[list[Stored]], config: ModelConfig, to_hf: bool) -> list[l
                 kept.append((target, tensor))
         if kept:
             files.append(kept)
-    missing = [name if to_hf else rename(name, KEY_MAP_TO_HF) for name in expected if name not in used]
+    missing = [name if to_hf else rename(name, back) for name in expected if name not in used]
     if missing or strange:
         wrong = {"lack": missing, "add": strange}
         found = " and ".join(f"{verb} {len(names)} tensors ({_some(names)})" for verb, names in wrong.items() if names)

@@ -377,6 +377,11 @@ class Scorer:
         return self.model.routing.unit == "sequence" or (self.control is not None and self.control.whole)
 
     @property
+    def whole(self) -> bool:
+        """Gates come one for each sequence; a list of experts is told pair by pair all the same."""
+        return self.sequence and not (self.model.routing.experts and self.model.routing.unit == "token")
+
+    @property
     def shares(self) -> bool:
         """A token's computation depends on the tokens before it alone: one prefix may serve several contexts."""
         return self.route == "off" or (self.route == "gather" and not self.sequence and self.control is None)
@@ -434,7 +439,7 @@ def cache_bytes(run: Scorer, length: int, executed: list[int]) -> int:
     """Bytes of keys and values that `length` tokens leave: none where they were skipped, but for MLPs and kv=all."""
     model, skipped = run.model, 0
     if run.route != "off" and (run.sequence or model.routing.kv == "routed"):
-        counts = [count for place, count in zip(model.routing.places, executed) if place.target != "mlp"]
+        counts = [count for place, count in zip(model.routing.places, executed) if place.target in ("attn", "block")]
         skipped = sum(length * (1 - count) if run.sequence else length - count for count in counts)
     return kv_bytes(model.config, model.tok_embeddings.weight.element_size(), length, skipped)
 
@@ -468,7 +473,7 @@ def read_contexts(run: Scorer, contexts: Sequence[Row], width: int, prefix: Cont
         gates = forced(run, contexts, cache.lengths, piece.shape[1])
         h, gates = run.model.hidden(piece, lengths=real, cache=cache, route=run.route, gates=gates)
         for own, counts, length in zip(usage, units_run(gates, len(rows)), real):
-            own.add(counts, 1 if run.sequence else length)
+            own.add(counts, 1 if run.whole else length)
     for row, own in zip(contexts, usage):
         own.kv_bytes = cache_bytes(run, len(row.context), own.executed)
     at = torch.tensor(lengths, device=run.device) - 1 - a
@@ -516,7 +521,7 @@ def read_targets(run: Scorer, rows: Sequence[Row], cache: KVCache) -> tuple[Tens
     tokens = pad([row.target[:-1] for row in rows], run.device)
     lengths, gates = [len(row.target) - 1 for row in rows], forced(run, rows, cache.lengths, tokens.shape[1])
     h, gates = run.model.hidden(tokens, lengths=lengths, cache=cache, route=run.route, gates=gates)
-    return h, units_run(None if run.sequence else gates, len(rows))
+    return h, units_run(None if run.whole else gates, len(rows))
 
 
 def score_plain(run: Scorer, rows: Sequence[Row]) -> tuple[list[float], list[Usage]]:
@@ -553,10 +558,10 @@ def count_plain(run: Scorer, usage: Usage, row: Row, gates: Tensor | None, first
         return (gates if gates.dim() == 1 else gates[:, start:stop].sum(1)).int().tolist()
 
     if first:
-        usage.add(counts(0, end), 1 if run.sequence else end)
+        usage.add(counts(0, end), 1 if run.whole else end)
         usage.kv_bytes = cache_bytes(run, prompt, counts(0, prompt))
-    elif not run.sequence or run.model.routing.pool == "all":
-        usage.add(counts(prompt, end), 1 if run.sequence else end - prompt)
+    elif not run.whole or run.model.routing.pool == "all":
+        usage.add(counts(prompt, end), 1 if run.whole else end - prompt)
 
 
 def generate_answers(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) -> tuple[list[list[int]], list[Usage]]:
@@ -579,7 +584,7 @@ def generate_answers(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) 
         return forced(run, [rows[number] for number in going], lengths, 1)
 
     for going, gates in decode(run.model, read.cache, read.last, choose, route=run.route, gates=gates_of):
-        for number, counts in zip(going, units_run(None if run.sequence else gates, len(going))):
+        for number, counts in zip(going, units_run(None if run.whole else gates, len(going))):
             read.usage[number].add(counts, 1)
     for row, answer, usage in zip(rows, answers, read.usage):
         usage.kv_bytes = cache_bytes(run, len(row.context) + len(answer) - 1, usage.executed)

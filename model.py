@@ -1,7 +1,8 @@
 """Llama, Mistral and Qwen in one file, with MindSkip: routers decide what runs, and what is skipped costs nothing.
 
-One `Transformer` serves Llama 2/3/3.1/3.2, Mistral, Qwen2/2.5 and Qwen3; families differ by fields of ModelConfig
-only. Each routed layer owns a Router (router.py), or two. Three route modes compute the same function:
+One `Transformer` serves Llama 2/3/3.1/3.2, Mistral, Qwen2/2.5 and Qwen3, and the mixtures of experts Mixtral,
+Qwen2-MoE, Qwen3-MoE and OLMoE; families differ by fields of ModelConfig only. Each routed layer owns a Router
+(router.py), two, or one for each expert. Three route modes compute the same function:
     off     dense: routers are ignored
     mask    everything is computed, then multiplied by the gate: differentiable, static shapes, for training
     gather  only what executes is computed and cached: no projections, no scores, no keys and values for what is skipped
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from router import (
+    EXPERT_GRANULARITIES,
     Router,
     RouterConfig,
     RouterMeta,
@@ -70,7 +72,7 @@ ROWS_MULTIPLE = 64  # see Selection.tokens
 class ModelConfig:
     """Every size of a model, as it stands in a checkpoint's config.json."""
 
-    family: str  # llama, mistral, qwen2, qwen3: a label for export and chat form, never a switch in the computation
+    family: str  # llama, qwen2, mixtral ...: a label for export and chat form, never a switch in the computation
     dim: int
     n_layers: int
     n_heads: int
@@ -87,6 +89,13 @@ class ModelConfig:
     sliding_window: int | None = None  # a query sees itself and the sliding_window - 1 tokens before it
     window_layers: tuple[int, ...] | None = None  # layers with the window; None: all of them
     tie_embeddings: bool = False
+    qk_norm_whole: bool = False  # OLMoE: RMSNorm over the queries, and the keys, of all heads together
+    n_experts: int = 0  # feed-forwards of which each token runs experts_per_token; 0: one that all tokens run
+    experts_per_token: int = 0
+    expert_dim: int = 0  # hidden width of an expert
+    shared_dim: int = 0  # hidden width of the expert that every token runs beside them (Qwen2-MoE); 0: none
+    norm_topk: bool = False  # the weights of a token's experts are scaled to sum 1
+    dense_layers: tuple[int, ...] = ()  # layers without experts
 
     def __post_init__(self):
         sizes = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len".split()
@@ -94,14 +103,18 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or not 0 < value < NOWHERE:
                 raise ValueError(f"config: {name} is {value!r:.60}; expected a positive integer")
-        for name in ("qkv_bias", "qk_norm", "tie_embeddings"):
+        for name in ("qkv_bias", "qk_norm", "qk_norm_whole", "tie_embeddings", "norm_topk"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"config: {name} is {getattr(self, name)!r:.60}; expected true or false")
-        layers = () if self.window_layers is None else self.window_layers
-        if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
-            raise ValueError(f"config: window_layers is {layers!r:.60}; expected layer numbers, or null")
-        if self.window_layers is not None:
-            object.__setattr__(self, "window_layers", tuple(layers))
+        for name in ("window_layers", "dense_layers"):
+            layers = getattr(self, name)
+            if name == "window_layers" and layers is None:
+                continue
+            if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
+                raise ValueError(f"config: {name} is {layers!r:.60}; expected layer numbers"
+                                 f"{', or null' * (name == 'window_layers')}")
+            object.__setattr__(self, name, tuple(layers))
+        self._check_experts()
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"config: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.head_dim % 2:
@@ -118,6 +131,19 @@ class ModelConfig:
                 raise ValueError(f"config: {name} is {value!r}; expected a positive number")
         if window is not None and (type(window) is not int or window < 1):
             raise ValueError(f"config: sliding_window is {window!r}; expected a positive integer or null")
+
+    def _check_experts(self):
+        """Raise ValueError for a mixture of experts that cannot be."""
+        for name in ("n_experts", "experts_per_token", "expert_dim", "shared_dim"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < NOWHERE:
+                raise ValueError(f"config: {name} is {value!r:.60}; expected an integer, 0 where there are no experts")
+        if self.n_experts and not (1 <= self.experts_per_token <= self.n_experts and self.expert_dim):
+            raise ValueError(f"config: a token runs {self.experts_per_token} of {self.n_experts} experts of width "
+                             f"{self.expert_dim}; expected 1 to {self.n_experts}, of a positive width")
+        if not self.n_experts and (self.experts_per_token or self.expert_dim or self.shared_dim or self.dense_layers):
+            raise ValueError("config: n_experts is 0; expected no experts_per_token, expert_dim, shared_dim or "
+                             "dense_layers beside it")
 
     @classmethod
     def from_dict(cls, values: dict) -> "ModelConfig":
@@ -138,6 +164,28 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Sliding window of one layer, or None."""
         return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return self.n_experts > 0 and layer not in self.dense_layers
+
+    def mlp_width(self, layer: int) -> int:
+        """Hidden width that a token runs in one layer's MLP."""
+        experts = self.experts_per_token * self.expert_dim + self.shared_dim
+        return experts if self.has_experts(layer) else self.hidden_dim
+
+
+def routing_of(config: ModelConfig, granularity: str, layers, **more) -> RouterConfig:
+    """Routers of a named granularity at these layers of a model, of experts at those that have any.
+
+    Raises ValueError for an unknown name, or where no layer has experts.
+    """
+    if granularity in EXPERT_GRANULARITIES:
+        layers = [layer for layer in layers if config.has_experts(layer)]
+        if not layers:
+            raise ValueError(f"granularity is {granularity!r}, and no layer that was asked for has experts; expected "
+                             "a mixture of experts: choose another granularity, model or --layers")
+    return RouterConfig.of(granularity, layers, n_experts=config.n_experts, **more)
 
 
 # -----------------------------------------------------------------------------
@@ -256,6 +304,7 @@ class LayerCache:
         self.position: Tensor | None = None  # (N,S) of the token in each slot; None: slot s holds token s
         self.used: list[int] = []  # slots in use, per row held
         self.kept: dict[str, list[int] | None] = {}  # router -> batch rows that run behind it; None: all of them
+        self.experts: Tensor | None = None  # (B,E) gates of experts that hold for whole sequences
 
     @property
     def rows(self) -> list[int] | None:
@@ -305,6 +354,8 @@ class LayerCache:
             if held is not None:
                 held = set(held)
                 self.kept[router] = [new for new, row in enumerate(batch_rows) if row in held]
+        if self.experts is not None:
+            self.experts = self.experts[batch_rows]
         if self.k is not None:
             self.used = [self.used[i] for i in index]
             index = torch.tensor(index, device=self.k.device, dtype=torch.long)
@@ -583,15 +634,22 @@ class Attention(nn.Module):
         self.wk = Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wv = Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wo = Linear(width, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        normed, whole = config.qk_norm or config.qk_norm_whole, config.qk_norm_whole
+        self.norm_first = whole  # all heads together, before they are told apart
+        self.q_norm = RMSNorm(width if whole else config.head_dim, config.norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(kv_width if whole else config.head_dim, config.norm_eps) if normed else nn.Identity()
 
     def project(self, x: Tensor, turn: Tensor, source: Tensor, source_turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (n,H,h) of normalised tokens x (n,D); rotated keys, and values (m,K,h), of source (m,D)."""
-        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.wk(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.wv(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        return apply_rope(self.q_norm(q), turn), apply_rope(self.k_norm(k), source_turn), v
+        q, k, v = self.wq(x), self.wk(source), self.wv(source)
+        if self.norm_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.n_heads, self.head_dim))
+        k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        if not self.norm_first:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, turn), apply_rope(k, source_turn), v
 
     def forward(self, x: Tensor, who: Selection, cache: LayerCache | None = None) -> Tensor:
         """Attention of the normalised tokens x (n,D) that run, over what is cached and over themselves -> (n,D)."""
@@ -637,11 +695,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim, bias=False)  # gate
-        self.w3 = Linear(config.dim, config.hidden_dim, bias=False)  # up
-        self.w2 = Linear(config.hidden_dim, config.dim, bias=False)  # down
+        self.w1 = Linear(dim, hidden_dim, bias=False)  # gate
+        self.w3 = Linear(dim, hidden_dim, bias=False)  # up
+        self.w2 = Linear(hidden_dim, dim, bias=False)  # down
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w3(x)
@@ -650,15 +708,63 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate, inplace=True).mul_(up))
 
 
+class Experts(nn.Module):
+    """A mixture of experts: a token's output is the sum of its best k feed-forwards, weighted by a softmax gate.
+
+    Pairs of a token and one of its experts run packed: sorted by expert, one product for each expert that has any.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.k, self.normed = config.experts_per_token, config.norm_topk
+        self.gate = Linear(config.dim, config.n_experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(config.dim, config.expert_dim) for _ in range(config.n_experts))
+        self.shared = FeedForward(config.dim, config.shared_dim) if config.shared_dim else None
+        self.shared_gate = Linear(config.dim, 1, bias=False) if config.shared_dim else None
+
+    def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (n,k) and numbers (n,k) of the experts of tokens x (n,D)."""
+        weights, chosen = F.softmax(self.gate(x), dim=-1, dtype=torch.float32).topk(self.k, dim=-1)
+        if self.normed:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), chosen
+
+    def forward(self, x: Tensor, pairs: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (n,D) -> (n,D). pairs: weights (n,k) and experts (n,k) in place of the gate's own; expert -1: none runs.
+
+        One host sync, whatever the route: how many tokens an expert has is known to the device alone.
+        """
+        weights, chosen = self.assign(x) if pairs is None else pairs
+        flat, weights, out = chosen.flatten(), weights.flatten(), torch.zeros_like(x)
+        order = flat.argsort(stable=True)
+        skipped, *counts = torch.bincount(flat + 1, minlength=len(self.experts) + 1).tolist()  # the host sync
+        for expert, pair in zip(self.experts, order[skipped:].split(counts)):
+            if len(pair):
+                token = pair // self.k
+                out.index_add_(0, token, expert(x[token]) * weights[pair, None])
+        if self.shared is None:
+            return out
+        return out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+
+
+class ExpertRouters(nn.ModuleList):
+    """The routers of a layer's experts, asked together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (...,E) fp32 of x (...,D)."""
+        return F.linear(x.float(), torch.cat([router.weight for router in self]))
+
+
 class Block(nn.Module):
     """One layer. With a router it is a MindSkip block:
 
         target attn    a = x + gate * attn(attention_norm(x))     y = a + mlp(ffn_norm(a))
         target mlp     a = x + attn(attention_norm(x))            y = a + gate * mlp(ffn_norm(a))
         target block   y = x + gate * (block(x) - x)
+        target expert  a = x + attn(attention_norm(x))            y = a + sum_e gate_e * weight_e * e(ffn_norm(a))
 
     A router reads the normalised input of what it gates. `router` gates the attention or the whole block,
-    `mlp_router` the MLP; a layer may have both.
+    `mlp_router` the MLP; a layer may have both. `expert_routers` gate the experts of a layer whose MLP is a mixture.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -666,8 +772,10 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        experts = config.has_experts(layer)
+        self.feed_forward = Experts(config) if experts else FeedForward(config.dim, config.hidden_dim)
         self.register_module("router", None)  # registered here, so that the order of routers does not depend on history
+        self.register_module("expert_routers", None)
         self.register_module("mlp_router", None)
         self.routing: RouterConfig | None = None
         self.whole = False  # `router` gates the block
@@ -690,6 +798,10 @@ class Block(nn.Module):
 
         if self.whole:
             h = self.ffn_norm(who.take(x))
+        elif self.expert_routers is not None and call.route != "off":
+            h = self.ffn_norm(x.flatten(0, 1))
+            pairs, made = self.ask_experts(h.view_as(x), call, cache, forced)
+            return Selection(call).add(x, self.feed_forward(h, pairs)), made
         else:
             who, h, more = self.ask("mlp_router", x, call, cache, forced[-1:])
             made = made + more
@@ -731,6 +843,49 @@ class Block(nn.Module):
             who = Selection.rows(call, rows)
         return who, who.take(h), [(gate, z)]
 
+    def ask_experts(self, h: Tensor, call: Call, cache: LayerCache | None, forced: list):
+        """Pairs of a token of h (B,T,D) and an expert, as Experts.forward takes them, and (gate, logit) of each expert.
+
+        Unit token: (B,T), of the pairs that the layer's own gate assigned alone; the logit of any other is -inf. Unit
+        sequence: (B,), made with the prompt and held. A skipped pair contributes 0, and other weights stay as they are
+        (arXiv 2410.13184, eq. 6-8) unless the routing says renormalise.
+        """
+        weights, chosen = self.feed_forward.assign(h.flatten(0, 1))  # (n,k)
+        assigned = h.new_zeros(*h.shape[:2], len(self.expert_routers), dtype=torch.bool)  # (B,T,E)
+        assigned.flatten(0, 1).scatter_(1, chosen, True)
+        if call.real is not None:
+            assigned &= call.real[..., None]
+        gate, z, made = None if cache is None else cache.experts, None, []
+        token, held = self.routing.unit == "token", gate is not None
+        if token or not held:
+            z = self.expert_logits(h, call, weights, chosen)
+        if not held:
+            cut = torch.stack([router.cut for router in self.expert_routers])
+            gate = torch.stack(forced, dim=-1).to(z.dtype) if forced else ste_gate(z, cut)
+            if gate.dim() == 2 and cache is not None:
+                cache.experts = gate
+        each = gate if gate.dim() == 3 else gate[:, None]  # (B,T|1,E)
+        if token:
+            first = (call.position == 0)[..., None]
+            if gate.dim() == 3:  # as elsewhere, the first token of a sequence always runs
+                each = torch.where(first, torch.ones_like(each), each)
+            z = z.masked_fill(first, math.inf).masked_fill(~assigned, -math.inf)
+            made = list(zip((each * assigned).unbind(-1), z.unbind(-1)))
+        elif not held:
+            made = list(zip(gate.unbind(-1), z.unbind(-1)))
+        runs = (each * assigned).flatten(0, 1).gather(1, chosen)  # (n,k)
+        rest = weights * runs.to(weights.dtype)
+        if self.routing.renormalise:
+            rest = rest * (weights.sum(1, keepdim=True) / rest.sum(1, keepdim=True).clamp(min=1e-9))
+        return (rest, chosen if call.route == "mask" else chosen.where(runs > 0, -1)), made
+
+    def expert_logits(self, h: Tensor, call: Call, weights: Tensor, chosen: Tensor) -> Tensor:
+        """(B,E) for sequences, (B,T,E) for tokens of h (B,T,D); what reads the gate's weights has no weights itself."""
+        if self.routing.reads == "gate":
+            z = torch.full((len(chosen), len(self.expert_routers)), -math.inf, device=h.device)
+            return z.scatter(1, chosen, weights.float().log()).view(*h.shape[:2], -1)
+        return self.expert_routers(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)
+
 
 # -----------------------------------------------------------------------------
 # The model
@@ -742,6 +897,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, routing: RouterConfig | None = None):
         super().__init__()
         self.config, self.routing = config, None
+        self.loads: list[float] | None = None  # of each place that is an expert: its share of the pairs
         self.fingerprint = self.exact_fingerprint = self.parent = None  # where it came from a checkpoint
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
@@ -760,35 +916,70 @@ class Transformer(nn.Module):
         if places and places[-1].layer >= self.config.n_layers:
             raise ValueError(f"routed layer {places[-1].layer} does not exist: this model has layers 0 to "
                              f"{self.config.n_layers - 1}")
-        self.routing = routing
+        if routing is not None and routing.experts:
+            self._check_experts(routing)
+        self.routing, self.loads = routing, None
         for block in self.layers:
             block.routing, block.whole, block.n_routers = routing, False, 0
-            block.router = block.mlp_router = None
+            block.router = block.mlp_router = block.expert_routers = None
         for place in places:
             block = self.layers[place.layer]
+            if place.target == "expert":
+                block.expert_routers = block.expert_routers or ExpertRouters()
+                block.expert_routers.append(Router(self.config.dim, device=self.tok_embeddings.weight.device))
+                block.n_routers += 1
+                continue
             router = Router(self.config.dim, device=self.tok_embeddings.weight.device)
             setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
             block.whole = place.target == "block"
             block.n_routers += 1
+
+    def _check_experts(self, routing: RouterConfig) -> None:
+        """Raise ValueError unless routers stand at every expert of a routed layer."""
+        for layer in routing.layers:
+            found = [place.expert for place in routing.places if place.layer == layer]
+            expected = self.config.n_experts if self.config.has_experts(layer) else 0
+            if found != list(range(expected)):
+                raise ValueError(f"routers stand at {len(found)} experts of layer {layer}, up to number {max(found)}; "
+                                 f"expected one at each of its {expected}")
 
     def routers(self) -> list[Router]:
         """Routers in the order of `routing.places`."""
         return routers_of(self)
 
     def place_weights(self) -> Tensor:
-        """What each place counts in the capacity (R,), of sum 1.
+        """What a unit of each place counts in the capacity (R,), of sum 1.
 
         All the same where targets are alike, so that capacity is a share of (place, unit) pairs; else the sublayer's
-        share of the routed weight matrices, so that it is a share of compute.
+        share of the routed weight matrices, so that it is a share of compute. Of experts it is a share of the pairs of
+        a token and one of its k experts: per token each pair counts 1 / (k * layers), hence a sum of E / k.
         """
         c, places = self.config, self.routing.places
+        if self.routing.experts:
+            if self.routing.unit == "sequence":
+                return self.place_shares()
+            pair = 1 / (c.experts_per_token * len(self.routing.layers))
+            return torch.full((len(places),), pair, dtype=torch.float64)
         attn = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads)
-        mlp = 3 * c.dim * c.hidden_dim
-        size = {"attn": attn, "mlp": mlp, "block": attn + mlp}
-        alike = len({place.target for place in places}) == 1
-        counts = [1.0 if alike else float(size[place.target]) for place in places]
+        counts = [1.0] * len(places)
+        if len({place.target for place in places}) > 1:
+            mlp = [3 * c.dim * c.mlp_width(place.layer) for place in places]
+            sizes = [{"attn": attn, "mlp": size, "block": attn + size} for size in mlp]
+            counts = [size[place.target] for size, place in zip(sizes, places)]
         weights = torch.tensor(counts, dtype=torch.float64)
         return weights / weights.sum()
+
+    def place_shares(self) -> Tensor:
+        """What a whole place counts in the capacity (R,), of sum 1: of experts their measured share of the pairs."""
+        if not self.routing.experts:
+            return self.place_weights()
+        loads = self.loads or [1.0] * len(self.routing.places)
+        return torch.tensor(loads, dtype=torch.float64) / sum(loads)
+
+    def asked(self) -> list[nn.Module]:
+        """What the inputs of routers are given to, in the order of `routing.places`; ExpertRouters are several."""
+        modules = [part for block in self.layers for part in (block.router, block.expert_routers, block.mlp_router)]
+        return [part for part in modules if part is not None]
 
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
@@ -884,14 +1075,18 @@ def compile_model(model: Transformer, **options) -> Transformer:
     """Compile in place, lazily: blocks as one graph for routes off and mask, their static parts for gather and caches.
 
     Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token has its own.
+    Of a layer with experts the parts alone, since how many tokens an expert has is known to the host only when it runs.
     Names and weights stay as they are. The first calls take minutes. Returns the model.
     """
     options = dict(fullgraph=True, dynamic=True, **options)
     model.head = torch.compile(model.head, **options)
     for block in model.layers:
-        block.compile(**options)
+        packed = isinstance(block.feed_forward, Experts)
+        if not packed:
+            block.compile(**options)
         block.attention.project = torch.compile(block.attention.project, **options)
-        for part in (block.attention_norm, block.ffn_norm, block.feed_forward):
+        parts = block.feed_forward.experts if packed else [block.feed_forward]
+        for part in (block.attention_norm, block.ffn_norm, *parts):
             part.compile(**options)
     return model
 
@@ -1204,6 +1399,7 @@ def load_routers(model: Transformer, path: str | Path, budget: float | None = No
         model.add_routers(meta.routing)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the file is damaged: tune again or copy it again") from None
+    model.loads = meta.loads
     load_router_weights(path, model, tensors, meta.routing)
     set_cuts(model, cuts)
     for router in model.routers():

@@ -34,6 +34,7 @@ TARGETS = {  # what the name of a granularity gates
     "both": ("attn", "mlp"),
 }
 GRANULARITIES = tuple(f"{target}_{unit}" for target in TARGETS for unit in UNITS)
+EXPERT_GRANULARITIES = tuple(f"expert_{unit}" for unit in UNITS)  # of mixtures of experts alone
 FILE_FORMAT = "router-tuning/2"
 OLD_FORMAT = "router-tuning/1"  # named a granularity and layers instead of places
 
@@ -43,7 +44,7 @@ OLD_FORMAT = "router-tuning/1"  # named a granularity and layers instead of plac
 
 
 class Place(NamedTuple):
-    """Where one router stands, and what it gates: attn, mlp or block of a layer."""
+    """Where one router stands, and what it gates: attn, mlp or block of a layer, or one expert of its MLP."""
 
     layer: int
     target: str
@@ -58,38 +59,50 @@ class RouterConfig:
     unit: str = "sequence"  # what one gate decides for: a sequence, or a token
     pool: str = "prompt"  # what a sequence router averages over: the prompt, or "all": the whole row, as the paper does
     kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attention per token): it does
-    reads: str = "own"  # whose normalised input a router reads
+    reads: str = "own"  # whose normalised input a router reads; "gate" (experts): the weight that the gate gave
+    renormalise: bool = False  # experts: a token's remaining weights are scaled to their old sum; the paper: they stay
 
     def __post_init__(self):
-        places = sorted((Place(*place) for place in self.places), key=lambda place: place[:2])
+        places = sorted((Place(*place) for place in self.places), key=lambda place: (*place[:2], place[2] or 0))
         object.__setattr__(self, "places", tuple(places))
         layers = [place.layer for place in self.places]
         if not layers or min(layers) < 0 or len(set(self.places)) < len(layers):
             raise ValueError(f"routers stand at {list(map(tuple, self.places))}; expected one or more 0-based layers, "
                              "each place once")
         kinds = {place.target for place in self.places}
-        if not kinds <= {"attn", "mlp", "block"}:
-            raise ValueError(f"targets are {sorted(kinds)}; expected attn, mlp or block")
+        if not (kinds <= {"attn", "mlp", "block"} or kinds == {"expert"}):
+            raise ValueError(f"targets are {sorted(kinds)}; expected attn, mlp or block, or expert alone")
         blocks = {place.layer for place in self.places if place.target == "block"}
         if shared := sorted(layer for layer in blocks if layers.count(layer) > 1):
             raise ValueError(f"layer {shared[0]} has a router for the block and another one; expected one of the two: "
                              "a block that is skipped skips its attention and MLP")
-        if any(place.expert is not None for place in self.places):
-            raise ValueError("a place names an expert; expected none: routers of experts are not supported")
-        for name, allowed in (("unit", UNITS), ("pool", ("prompt", "all")), ("reads", ("own",))):
+        if any((place.expert is None) == self.experts or (place.expert or 0) < 0 for place in self.places):
+            raise ValueError("a place names an expert and no expert is its target, or the other way round; expected "
+                             "both, or neither")
+        reads = ("own", "gate") if self.experts and self.unit == "token" else ("own",)
+        for name, allowed in (("unit", UNITS), ("pool", ("prompt", "all")), ("reads", reads)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected one of {', '.join(allowed)}")
+        if type(self.renormalise) is not bool or (self.renormalise and not self.experts):
+            raise ValueError(f"renormalise is {self.renormalise!r:.60} with granularity {self.granularity!r}; expected "
+                             "false, or true with experts")
         keeps = self.unit == "token" and "attn" in kinds and "block" not in kinds
         if self.kv not in ("routed", "all") or (self.kv == "all" and not keeps):
             raise ValueError(f"kv is {self.kv!r:.60} with granularity {self.granularity!r}; expected 'routed', or "
                              "'all' with 'attn_token' and 'both_token' alone")
 
     @classmethod
-    def of(cls, granularity: str, layers, **more) -> "RouterConfig":
-        """Routers of a named granularity at all of these layers. Raises ValueError for an unknown name."""
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity is {granularity!r}; expected one of {', '.join(GRANULARITIES)}")
+    def of(cls, granularity: str, layers, n_experts: int = 0, **more) -> "RouterConfig":
+        """Routers of a named granularity at all of these layers, of experts at each of n_experts.
+
+        Raises ValueError for an unknown name.
+        """
+        if granularity not in (*GRANULARITIES, *EXPERT_GRANULARITIES):
+            names = ", ".join((*GRANULARITIES, *EXPERT_GRANULARITIES))
+            raise ValueError(f"granularity is {granularity!r}; expected one of {names}")
         target, unit = granularity.split("_")
+        if target == "expert":
+            return cls(tuple(Place(layer, target, e) for layer in layers for e in range(n_experts)), unit, **more)
         return cls(tuple(Place(layer, kind) for layer in layers for kind in TARGETS[target]), unit, **more)
 
     @property
@@ -103,13 +116,20 @@ class RouterConfig:
         return f"{self.target}_{self.unit}"
 
     @property
+    def experts(self) -> bool:
+        """Routers gate single experts."""
+        return any(place.target == "expert" for place in self.places)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Layers that own a router, ascending."""
         return tuple(sorted({place.layer for place in self.places}))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A word for each place: '5', the layer, where all targets are alike; else '5.attn' or '5.mlp'."""
+        """A word for each place: '5', the layer, where all targets are alike; else '5.attn' or '5.mlp'; '5.e3'."""
+        if self.experts:
+            return tuple(f"{place.layer}.e{place.expert}" for place in self.places)
         alike = len({place.target for place in self.places}) == 1
         return tuple(str(place.layer) if alike else f"{place.layer}.{place.target}" for place in self.places)
 
@@ -251,12 +271,14 @@ def threshold_of(cut: float) -> float:
 def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None) -> list[float]:
     """For each budget the cut that lets this share of the logits z (R,...) through, midway between its neighbours.
 
-    weights (R,): what a logit of each place counts; None: all the same.
+    weights (R,): what a logit of each place counts; None: all the same. A logit of -inf, which never runs, counts
+    nothing.
     """
     ordered, index = z.flatten().double().sort(descending=True)
     weight = torch.ones_like(ordered)
     if weights is not None:
         weight = weights.double().repeat_interleave(z[0].numel())[index]
+    weight = weight.masked_fill(ordered == -math.inf, 0.0)
     middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
     wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
     ends = [math.inf, *ordered.tolist(), -math.inf]
@@ -367,6 +389,7 @@ class RouterMeta:
     step: int = 0
     config: dict = field(default_factory=dict)
     orders: dict[str, list[str]] = field(default_factory=dict)  # static lists: names of places, first to skip in front
+    loads: list[float] | None = None  # of experts: each one's share of the pairs, as measured
 
     def __post_init__(self):
         kinds = dict(base_fingerprint=str, calibration=dict, recipe=str, step=int, config=dict, orders=dict)
@@ -376,6 +399,8 @@ class RouterMeta:
         if not all(isinstance(order, list) for order in self.orders.values()):
             raise ValueError(f"orders is {self.orders!r:.60}; expected a list of places for each name")
         _check_shares("thresholds", self.thresholds, len(self.routing.places))
+        if self.loads is not None:
+            _check_shares("loads", self.loads, len(self.routing.places))
         budgets = self.calibration.get("budgets", [])
         rows = self.calibration.get("thresholds", [])
         if not isinstance(rows, list) or not isinstance(budgets, list) or len(budgets) != len(rows):
@@ -407,8 +432,9 @@ class RouterMeta:
         if not isinstance(places, list) or not all(map(_is_place, places)):
             raise ValueError(f"places is {places!r:.60}; expected a list of [layer, target, null]")
         unit = {"unit": meta["granularity"].split("_")[1]} if old else {}
+        unit |= {"renormalise": meta["renormalise"]} if "renormalise" in meta else {}
         routing = RouterConfig(tuple(map(tuple, places)), **unit, **{name: meta[name] for name in settings})
-        own = ("thresholds", "base_fingerprint", "calibration", "recipe", "step", "config", "orders")
+        own = ("thresholds", "base_fingerprint", "calibration", "recipe", "step", "config", "orders", "loads")
         read = cls(routing, **{name: meta[name] for name in own if name in meta})
         read.orders = {name: list(map(str, order)) for name, order in read.orders.items()}
         if old:
@@ -449,7 +475,10 @@ def _old_places(meta: dict) -> list:
 
 
 def _key(place: Place, routing: RouterConfig) -> str:
-    """Tensor of a place. The official code knows one router per layer; an MLP's beside attentions' has its own name."""
+    """Tensor of a place. The official code knows one router per layer; an MLP's beside attentions' has its own name,
+    and so has an expert's."""
+    if place.target == "expert":
+        return f"model.layers.{place.layer}.experts.{place.expert}.router.weight"
     second = place.target == "mlp" and routing.target != "mlp"
     return f"model.layers.{place.layer}.{'mlp_router' if second else 'router'}.weight"
 
@@ -494,7 +523,7 @@ def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[
         raise ValueError(f"{path} carries no router_tuning metadata, so its granularity and base are unknown; for a "
                          "file of the official code use `train.py --import_official=FILE --granularity=...`")
     for key, tensor in tensors.items():
-        if not re.fullmatch(r"model\.layers\.(0|[1-9][0-9]*)\.(mlp_)?router\.weight", key):
+        if not re.fullmatch(r"model\.layers\.(0|[1-9]\d*)\.(mlp_|experts\.(0|[1-9]\d*)\.)?router\.weight", key):
             raise ValueError(f"{path} holds a tensor {key!r}; expected only names like "
                              "'model.layers.14.router.weight': this is not a router file")
         if not tensor.is_floating_point():

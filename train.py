@@ -39,12 +39,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from data.records import Example, Form, encode_all, read_records, settle_bad, split_rows, usable_rows
-from model import Transformer, fingerprint, load_config, load_model
+from model import Experts, ModelConfig, Transformer, fingerprint, load_config, load_model, routing_of
 from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
 from recipe.calibrate import PASSES, calibrate
 from recipe.controls import Controls
 from recipe.cost import step_flops
+from recipe.experts import gate_start
 from recipe.fit import RidgeDescent
 from recipe.lora import TARGETS, LoRAConfig, add_lora, changes, let_train
 from recipe.measure import Measured, measure_costs
@@ -56,7 +57,7 @@ from recipe.report import compare, show, show_step, verdict
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
-    GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, load_router_weights,
+    EXPERT_GRANULARITIES, GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, load_router_weights,
     official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of, trainable,
 )
 from runtime import Runtime, collect, generator, permutation, print0, setting, sum_over_ranks, wait_for_all
@@ -65,6 +66,8 @@ from tokenizer import Tokenizer, load_tokenizer
 ROOT = Path(__file__).resolve().parent
 DEMO_MODEL = os.path.relpath(ROOT / "checkpoints" / "smollm2-135m-instruct")
 DEMO_DATA = os.path.relpath(ROOT / "data" / "demo" / "instructions.jsonl")
+
+NAMED = (*GRANULARITIES, *EXPERT_GRANULARITIES)
 
 # What a setting left at `none` means under each recipe, and under each effort.
 RECIPES = {
@@ -102,13 +105,14 @@ class TrainConfig:
     )
     recipe: Literal["default", "paper"] = setting("default", "default: measured start, ridge; paper: AdamW, penalty")
     effort: Literal["quick", "default", "thorough"] = setting("default", "examples that the recipe measures on")
-    granularity: str = setting("attn_sequence", "what a gate skips, and for what: " + ", ".join(GRANULARITIES))
+    granularity: str = setting("attn_sequence", "what a gate skips, and for what: " + ", ".join(NAMED))
     layers: str | None = setting(None, "routed layers: auto:N (N cheapest places), deep:N (paper), all, or 3,5,8-12")
     budget: float = setting(0.5, "share of (place, unit) pairs that execute; both_*: of their compute")
     objective: Literal["ce", "distill"] | None = setting(
         None, "ce: cross-entropy of answers; distill: KL to the dense model"
     )
     pool: Literal["prompt", "all"] = setting("prompt", "what a sequence router averages over; all: as the paper does")
+    renormalise: bool = setting(False, "experts: a token's remaining weights keep their sum; the paper: they stay")
     kv: Literal["routed", "all"] | None = setting(None, "keys and values of skipped tokens; none: all for attn_token")
     max_samples: int | None = setting(None, "training examples to use; none: all")
     max_length: int | None = setting(None, "longest example in tokens; none: the model's context")
@@ -155,6 +159,8 @@ class TrainConfig:
     compile: bool | None = setting(None, "torch.compile each block; none: on CUDA only")
 
     def __post_init__(self):
+        if self.layers is None and self.granularity in EXPERT_GRANULARITIES:
+            self.layers = "all"
         for name, value in {**RECIPES[self.recipe], **EFFORTS[self.effort]}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -166,7 +172,8 @@ class TrainConfig:
             self.lora_lr = 2e-5 if self.train == "full" else 1e-3
         if self.kv is None:
             self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
-        RouterConfig.of(self.granularity, (0,), pool=self.pool, kv=self.kv)  # raises for what cannot be
+        more = {"pool": self.pool, "kv": self.kv, "renormalise": self.renormalise}
+        RouterConfig.of(self.granularity, (0,), n_experts=1, **more)  # raises for what cannot be
         self.check()
 
     @property
@@ -199,7 +206,7 @@ class TrainConfig:
         if self.import_official and self.recalibrate:
             raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one "
                              "away")
-        if self.import_official and self.granularity.startswith("both"):
+        if self.import_official and self.granularity.startswith(("both", "expert")):
             raise ValueError(f"granularity is {self.granularity!r} with --import_official; the official code has one "
                              "router per layer: name what it gated")
 
@@ -436,7 +443,7 @@ def begin(job: Job) -> Run:
         set_cuts(job.model, -math.inf)
         return build(job, job.workload(), State(asdict(job.model.routing), {}, dtype, cut=-math.inf), None)
     with job.phases("costs"):
-        measured = place_routers(job.costed(), *candidates(cfg, job.model.config.n_layers), cfg.seed)
+        measured = place_routers(job.costed(), *candidates(cfg, job.model.config), cfg.seed)
     work = job.workload()
     with job.phases("orders"):
         orders = orders_of(job, work, measured)
@@ -450,11 +457,12 @@ def begin(job: Job) -> Run:
     return run
 
 
-def candidates(cfg: TrainConfig, n_layers: int) -> tuple[RouterConfig, int | None]:
-    """Places where routers may stand, and how many of them are kept: the cheapest; None: all."""
-    kind, chosen = parse_layers(cfg.layers, n_layers)
-    layers = {"auto": range(n_layers), "list": chosen}.get(kind) or deep_layers(chosen, n_layers)
-    routing = RouterConfig.of(cfg.granularity, layers, pool=cfg.pool, kv=cfg.kv)
+def candidates(cfg: TrainConfig, config: ModelConfig) -> tuple[RouterConfig, int | None]:
+    """Places where routers may stand, and how many of them (of experts: layers) are kept: the cheapest; None: all."""
+    kind, chosen = parse_layers(cfg.layers, config.n_layers)
+    layers = {"auto": range(config.n_layers), "list": chosen}.get(kind) or deep_layers(chosen, config.n_layers)
+    more = {"pool": cfg.pool, "kv": cfg.kv, "renormalise": cfg.renormalise}
+    routing = routing_of(config, cfg.granularity, layers, **more)
     return routing, chosen if kind == "auto" else None
 
 
@@ -471,7 +479,10 @@ def first_routers(run: Run, measured: Measured) -> None:
     cfg, state, routing = run.cfg, run.state, run.model.routing
     name, skipped = best_static(Controls(run.select), state.orders, cfg.budget)
     starts = router_starts(measured, name, state.orders[name], routing.unit)
-    if routing.unit == "sequence" and cfg.benefit_samples:
+    if routing.experts and routing.unit == "token":
+        gate = gate_start(run.model, measured.inputs)
+        starts |= {"gate": gate, "gate + fisher": gate + starts["fisher"]}
+    if routing.unit == "sequence" and cfg.benefit_samples and not routing.experts:
         examples = run.data.train[: cfg.benefit_samples]
         starts["benefits"] = benefit_start(run.work.of(examples), skipped, cfg.objective == "distill")
     tried, cuts = {}, {}
@@ -512,7 +523,7 @@ def tune(run: Run, out: Path) -> None:
             save_checkpoint(run, checkpoint)
     if run.compiled:  # only steps run compiled: what is measured before them looks into the blocks
         for block in run.model.layers:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=not isinstance(block.feed_forward, Experts))
     begun = time.perf_counter() - state.seconds
     while state.step < cfg.steps:
         started = time.perf_counter()
@@ -824,6 +835,7 @@ def router_meta(job: Job, state: State, table: dict, cuts: list[float]) -> Route
         step=state.best_step if cfg.recipe == "default" else state.step,
         config={name: value for name, value in asdict(cfg).items() if name not in FREE},
         orders={name: [names[place] for place in order] for name, order in state.orders.items()},
+        loads=job.model.loads,
     )
 
 
@@ -937,7 +949,7 @@ def train(cfg: TrainConfig) -> dict:
     config = load_config(cfg.model)
     tensors = read_router_file(cfg.import_official, official=True)[0] if cfg.import_official else None
     if not cfg.import_official and not cfg.recalibrate:
-        candidates(cfg, config.n_layers)  # a wrong setting is told before anything is loaded
+        candidates(cfg, config)  # a wrong setting is told before anything is loaded
     if cfg.train == "full" and rt.world_size > 1:
         raise ValueError(f"train is 'full' on {rt.world_size} ranks, expected one, since the head's gradient is not "
                          "summed over ranks: use one process, or --train=routers+lora")

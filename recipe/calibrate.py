@@ -26,8 +26,10 @@ def settle(
     weights = work.model.place_weights()
     base, move = base or [0.0] * len(weights), None
     for _ in range(rounds):
-        above = route_logits(work) - torch.tensor(base)[:, None]  # (R,N)
+        z = route_logits(work)
+        above = z - torch.tensor(base)[:, None]  # (R,N)
         above = above.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # a first token at an infinite cut
+        above = above.masked_fill(z == -math.inf, -math.inf)
         found = quantile_cut(above, budget, weights)
         move = found if move is None else memory * move + (1 - memory) * found
         set_cuts(work.model, [cut + move for cut in base])
@@ -44,7 +46,7 @@ def calibrate(work: Workload, own: float, controls: Controls | None = None, orde
     rows = {budget: [cut] * len(dense) for budget, cut in cuts_by_budget(routes).items()}
     static = prefer_static(rows, controls, orders) if orders else {}
     for budget, name in static.items():
-        rows[budget] = static_cuts(dense, orders[name], budget, work.model.place_weights())
+        rows[budget] = static_cuts(dense, orders[name], budget, work.model.place_shares())
     budgets = sorted(rows)
     thresholds = [[threshold_of(cut) for cut in rows[budget]] for budget in budgets]
     return {"budgets": budgets, "thresholds": thresholds, "static": static}
@@ -67,7 +69,7 @@ def probe_routes(work: Workload, own: float) -> tuple[Tensor, dict[float, dict[f
             cut = blended(routes, min(BUDGETS, key=lambda budget: abs(budget - wanted)))
         set_cuts(work.model, cut)
         z = route_logits(work)
-        realised = capacity((z >= cut).double(), weights=weights).item()
+        realised = capacity(((z >= cut) & (z > -math.inf)).double(), weights=weights).item()
         routes[realised] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
         logits.append(z)
     return logits[0], routes

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from recipe.cost import Executed, prefill_flops
+from recipe.experts import reads_gates, run_shares, smallest_gate
 from recipe.lists import Prefixes, list_states, room_for_prefixes
 from recipe.passes import Workload, collate, evaluate, finite, head_losses, random_routes
 from router import RouterConfig, mean_order, skipped_shares
@@ -51,7 +52,7 @@ class Controls:
     def ends(self, order: list[int], skip: float) -> tuple[tuple[int, ...], tuple[int, ...], float]:
         """Places of a static list that skips `skip` of all they count, the first of the order in front: those that it
         skips whole, those and the one within which it ends, and how much of that one it skips."""
-        shares = skipped_shares(order, self.work.model.place_weights(), skip)
+        shares = skipped_shares(order, self.work.model.place_shares(), skip)
         whole = tuple(place for place, share in enumerate(shares) if share == 1.0)
         touched = tuple(place for place, share in enumerate(shares) if share > 0.0)
         return whole, touched, next((share for share in shares if 0.0 < share < 1.0), 0.0)
@@ -61,6 +62,10 @@ class Controls:
         whole, touched, part = self.ends(order, skip)
         self.measure([whole, touched])
         return self.loss(whole) + part * (self.loss(touched) - self.loss(whole))
+
+    def mean_order(self, shares: list[float]) -> list[int]:
+        """The mean route as an order, from the share of units of each place (R)."""
+        return mean_order(run_shares(self.work.model, shares))
 
     def prefill_flops(self, routing: RouterConfig, shares: list[float]) -> float:
         """FLOPs of all examples when the places (R) execute these shares of their units."""
@@ -84,7 +89,7 @@ class Controls:
         for found in routed.values():
             skips = (1 - found["capacity"], self.share_saved(found["capacity_per_layer"])[0])
             lists = [(order, skip) for order in orders.values() for skip in skips]
-            lists.append((mean_order(found["capacity_per_layer"]), skips[0]))
+            lists.append((self.mean_order(found["capacity_per_layer"]), skips[0]))
             sets += [part for order, skip in lists for part in self.ends(order, skip)[:2]]
         self.measure(sets)  # of all budgets together
         return [self.row(budget, found, orders) for budget, found in routed.items()]
@@ -94,6 +99,7 @@ class Controls:
         shares, realised, loss = routed["capacity_per_layer"], routed["capacity"], routed["loss"]
         saved, ceiling = self.share_saved(shares)
         static = {name: self.static(order, 1 - realised) for name, order in orders.items()}
+        gates = {"smallest_gate": smallest_gate(self.work, realised)} if reads_gates(self.work.model) else {}
         cheap = min(self.static(order, saved) for order in orders.values())
         dense = self.loss(())
 
@@ -108,7 +114,8 @@ class Controls:
             "dense": dense,
             "routed": loss,
             **static,
-            "mean_route": self.static(mean_order(shares), 1 - realised),
+            **gates,
+            "mean_route": self.static(self.mean_order(shares), 1 - realised),
             "random": evaluate(self.work, random_routes(realised))["loss"],
             "gap_closed": gap_closed(min(static.values())),
             "ceiling": ceiling,

@@ -1,7 +1,7 @@
 """What a forward pass costs, from sizes alone: FLOPs, bytes, and the ceilings that they set on a speed-up.
 
 A new kind of sublayer is counted in `layer_flops` and `layer_elements`, nowhere else. Letters in comments are the
-model's: D width, H heads, K key heads, h head width, F hidden width, V vocabulary.
+model's: D width, H heads, K key heads, h head width, F hidden width, V vocabulary, E experts.
 """
 
 import statistics
@@ -18,6 +18,7 @@ class Executed:
     """Share of units that execute per layer; None: all. `unit`, `kv`: as in RouterConfig.
 
     held: share of a context's slots that each layer's cache holds, where single tokens were skipped without a trace.
+    pairs: share of the pairs of a token and one of its experts.
     """
 
     attn: list[float] | None = None
@@ -25,6 +26,7 @@ class Executed:
     unit: str = "sequence"
     kv: str = "routed"
     held: list[float] | None = None
+    pairs: list[float] | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, routing: RouterConfig | None, shares: list[float]) -> "Executed":
@@ -32,6 +34,8 @@ class Executed:
         if routing is None:
             return cls()
         attn, mlp = [1.0] * config.n_layers, [1.0] * config.n_layers
+        if routing.experts:
+            return replace(cls(), pairs=pair_shares(config, routing, shares))
         for place, share in zip(routing.places, shares):
             if place.target in ("attn", "block"):
                 attn[place.layer] = share
@@ -49,6 +53,21 @@ class Executed:
         lists = (self.attn, self.mlp, self.held)
         return tuple(1.0 if shares is None else shares[layer] for shares in lists)
 
+    def experts(self, config: ModelConfig, layer: int) -> float:
+        """Experts that a token runs in one layer, on average."""
+        return config.experts_per_token * (1.0 if self.pairs is None else self.pairs[layer])
+
+
+def pair_shares(config: ModelConfig, routing: RouterConfig, shares: list[float]) -> list[float]:
+    """Share of its pairs of a token and an expert that each layer runs, from the share of units of each place (R).
+
+    Unit token: of all tokens, which k experts share. Unit sequence: of sequences, as if experts had equal loads.
+    """
+    pairs, each = [1.0] * config.n_layers, config.experts_per_token if routing.unit == "token" else config.n_experts
+    for layer in routing.layers:
+        pairs[layer] = min(1.0, sum(shares[routing.rows_of(layer)]) / each)
+    return pairs
+
 
 DENSE = Executed()
 
@@ -61,6 +80,14 @@ def pairs(tokens: int, window: int | None) -> float:
     """Pairs of a query and a key that it sees: the sum over queries of min(position + 1, window)."""
     window = min(window or tokens, tokens)
     return tokens * window - window * (window - 1) / 2
+
+
+def mlp_elements(config: ModelConfig, layer: int, experts: float) -> float:
+    """Weights of one layer's MLP, of so many of its experts where it has any."""
+    if not config.has_experts(layer):
+        return 3 * config.dim * config.hidden_dim  # D F, three times
+    gates = config.dim * (config.n_experts + (config.shared_dim > 0))  # D E
+    return gates + 3 * config.dim * (experts * config.expert_dim + config.shared_dim)
 
 
 def layer_flops(config: ModelConfig, layer: int, tokens: int, executed: Executed) -> float:
@@ -77,7 +104,7 @@ def layer_flops(config: ModelConfig, layer: int, tokens: int, executed: Executed
 
     query_and_output = attn * 4 * config.dim * width  # D Hh, twice
     key_and_value = stored * 4 * config.dim * kv_width  # D Kh, twice
-    feed_forward = mlp * 6 * config.dim * config.hidden_dim  # D F, three times
+    feed_forward = mlp * 2 * mlp_elements(config, layer, executed.experts(config, layer))
     scores_and_values = seen * 4 * width * pairs(tokens, config.window(layer))  # Hh a pair, twice
     return tokens * (query_and_output + key_and_value + feed_forward) + scores_and_values
 
@@ -119,8 +146,14 @@ def layer_elements(config: ModelConfig, layer: int, batch: int, context: int, ex
     if attn > 0 or executed.kv == "all":
         elements += 2 * config.dim * kv_width
     if mlp > 0:
-        elements += 3 * config.dim * config.hidden_dim
+        elements += mlp_elements(config, layer, distinct_experts(config, batch, executed.experts(config, layer)))
     return elements
+
+
+def distinct_experts(config: ModelConfig, batch: int, each: float) -> float:
+    """Experts that at least one of `batch` tokens runs, where each runs `each` of them, chosen evenly."""
+    total = max(config.n_experts, 1)
+    return total * (1 - (1 - each / total) ** batch)
 
 
 def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int, executed: Executed = DENSE) -> float:

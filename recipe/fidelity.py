@@ -61,7 +61,7 @@ def with_controls(routed: Variant, orders: dict[str, list[str]], work: Workload)
     lists, the mean route and random routes."""
     model, names = routed.model, routed.model.routing.names
     found = evaluate(work, None if routed.control is None else forced_by(routed))
-    budget, weights = found["capacity"], model.place_weights()
+    budget, weights = found["capacity"], model.place_shares()
     lists = {name: [names.index(place) for place in order] for name, order in list(orders.items())[:1]}
     lists["mean_route"] = mean_order(found["capacity_per_layer"])
     controls = {name: Control(weights, lists={TASK: (order, budget)}) for name, order in lists.items()}

@@ -30,9 +30,11 @@ def ridge(features: Tensor, target: Tensor, strength: float = PRIOR_RIDGE) -> Te
 
 def fit_routers(inputs: Tensor, targets: Tensor, strength: float = PRIOR_RIDGE) -> Tensor:
     """Routers (R,D) whose logits on inputs (R,N,D) follow targets (R,N), scaled so that all these logits together have
-    mean square 1 about their mean."""
-    weights = torch.stack([ridge(x, y, strength) for x, y in zip(inputs, targets)])
-    return weights / torch.einsum("rnd,rd->rn", inputs, weights).std().clamp(min=1e-12)
+    mean square 1 about their mean. A target of NaN is none."""
+    known = ~targets.isnan()
+    pairs = [(x[use], y[use]) for x, y, use in zip(inputs, targets, known)]
+    weights = torch.stack([ridge(x, y, strength) if len(y) else x.new_zeros(inputs.shape[2]) for x, y in pairs])
+    return weights / torch.einsum("rnd,rd->rn", inputs, weights)[known].std().clamp(min=1e-12)
 
 
 def benefit_prior(benefits: Tensor, inputs: Tensor, weights: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def make_control(
     kind, _, value = text.partition(":")
     if kind == "none":
         return None
-    weights, names = model.place_weights(), model.routing.names
+    weights, names = model.place_shares(), model.routing.names
     if budget is None and (kind == "random" or kind in orders):
         raise ValueError(f"--control={text} needs the capacity at which it skips: give --budget=0..1")
     if kind == "random" and value.isdigit():
@@ -71,8 +71,8 @@ def make_control(
 
 def static_list(text: str, value: str, model: Transformer) -> tuple[list[int], float]:
     """The places of static:LAYERS in front, and the capacity that is left without them."""
-    names, weights = model.routing.names, model.place_weights()
-    wanted = value.split(",") if model.routing.target == "both" else parse_layers(value, model.config.n_layers)[1]
+    names, weights = model.routing.names, model.place_shares()
+    wanted = value.split(",") if "." in names[0] else parse_layers(value, model.config.n_layers)[1]
     skipped = {value} if isinstance(wanted, int) else set(map(str, wanted))
     if not skipped <= set(names):
         raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(names)}")

@@ -1,6 +1,7 @@
 """What a place costs or is worth: Fisher costs per unit, how far it turns its input, benefits per sequence."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Transformer
+from model import ExpertRouters, Transformer
 from recipe.lists import Prefixes, list_states, room_for_prefixes
 from recipe.passes import Batch, Workload, collate, finite, head_blocks, head_losses, states
 from runtime import collect, generator, permutation, track
@@ -16,15 +17,17 @@ from runtime import collect, generator, permutation, track
 COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
+EXPERT_TOKENS = 512  # the same for experts, whose places are many
 
 
 @dataclass(frozen=True)
 class Measured:
     """What one pass over some examples tells of R places and N units: sequences, or a sample of their tokens."""
 
-    costs: Tensor  # (R,N) Fisher cost of skipping a unit
+    costs: Tensor  # (R,N) Fisher cost of skipping a unit; NaN where an expert was not given the token
     inputs: Tensor  # (R,N,D) what the routers read there
-    turned: Tensor  # (R,) 1 - cos of what enters a place's target and that plus its output, summed over tokens
+    turned: Tensor  # (R,) 1 - cos of what enters a place's target and that plus its output, summed over tokens; of an
+    # expert: tokens that were given it
 
     def at(self, places: list[int]) -> "Measured":
         """Of these places alone."""
@@ -37,9 +40,14 @@ class Measured:
 
 @contextlib.contextmanager
 def inputs_of(modules: list[nn.Module]):
-    """A list that collects, for a while, what each of these modules is given, in the order in which they run."""
+    """A list that collects, for a while, what each of these modules is given, in the order in which they run; routers
+    of experts, which are asked together, one by one."""
     given = []
-    hooks = [module.register_forward_pre_hook(lambda _, args: given.append(args[0].detach())) for module in modules]
+
+    def keep(module: nn.Module, args: tuple) -> None:
+        given.extend([args[0].detach()] * (len(module) if isinstance(module, ExpertRouters) else 1))
+
+    hooks = [module.register_forward_pre_hook(keep) for module in modules]
     try:
         yield given
     finally:
@@ -57,6 +65,8 @@ def sublayers_of(model: Transformer):
         for name, part in (("attn", block.attention), ("mlp", block.feed_forward)):
             hook = lambda _, args, out, name=name: seen[-1].update({name: out.detach().clone()})  # noqa: E731
             hooks.append(part.register_forward_hook(hook))
+        pairs = lambda _, args: seen[-1].update(pairs=args[1:])  # noqa: E731
+        hooks.append(block.feed_forward.register_forward_pre_hook(pairs))
     try:
         yield seen
     finally:
@@ -75,7 +85,7 @@ def measure_costs(work: Workload, seed: int) -> Measured:
     between the model with and without that unit. Unit token: a seeded sample of at most COST_TOKENS tokens; first
     tokens, which always execute, are left out.
     """
-    share = -(-COST_TOKENS // len(work.examples))
+    share = -(-(EXPERT_TOKENS if work.model.routing.experts else COST_TOKENS) // len(work.examples))
     parts, token = [], work.model.routing.unit == "token"
     for number, group in track(work.groups(4), "costs"):
         n_targets = sum(len(example.targets) for example in group)
@@ -92,7 +102,11 @@ def measure_costs(work: Workload, seed: int) -> Measured:
     parts = collect(parts, work.rt)
     costs, inputs = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("costs", "inputs"))
     finite(costs, work.model, "Fisher costs")
-    return Measured(costs, inputs, torch.stack([part.turned for part in parts]).sum(0))
+    turned = torch.stack([part.turned for part in parts]).sum(0)
+    if work.model.routing.experts:
+        given = turned.clamp(min=0.5)  # an expert that no token was given has a load that is small, not none
+        work.model.loads = (given / given.sum()).tolist()
+    return Measured(costs.where(costs >= 0, math.nan), inputs, turned)
 
 
 def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor]) -> Measured:
@@ -100,11 +114,13 @@ def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor]) -> Measur
     device, routing = batch.tokens.device, model.routing
     shape = batch.tokens.shape if routing.unit == "token" else batch.tokens.shape[:1]
     gates = torch.ones(len(routing.places), *shape, device=device, requires_grad=True)
-    with inputs_of(model.routers()) as inputs, sublayers_of(model) as seen:
-        h = states(model, batch, route="mask", gates=gates)[0]
+    with inputs_of(model.asked()) as inputs, sublayers_of(model) as seen:
+        h, ran, _ = states(model, batch, route="mask", gates=gates)
     costs = torch.zeros_like(gates)
     for gradient in drawn_gradients(model, h, draws):
         costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * len(draws))
+    if ran.dim() == 3 and routing.experts:
+        costs[ran == 0] = -1.0  # until all parts are known to be finite
     return Measured(costs.detach().cpu(), torch.stack(inputs).float().cpu(), turned_by(model, batch, seen))
 
 
@@ -146,6 +162,7 @@ def draw_labels(probs: Tensor, u: Tensor) -> Tensor:
 @torch.no_grad()
 def turned_by(model: Transformer, batch: Batch, seen: list[dict[str, Tensor]]) -> Tensor:
     """1 - cos(x, y) of each place (R,), summed over real tokens, fp64: x enters its target, y is that plus its output.
+    Of an expert the number of real tokens that its layer's gate gave it.
 
     Source: What Matters in Transformers, arXiv 2406.15786. seen: what `sublayers_of` collected.
     """
@@ -154,6 +171,10 @@ def turned_by(model: Transformer, batch: Batch, seen: list[dict[str, Tensor]]) -
     totals = []
     for place in model.routing.places:
         layer = seen[place.layer]
+        if place.target == "expert":
+            (_, chosen), = layer["pairs"]
+            totals.append((chosen[real.flatten()] == place.expert).sum().double())
+            continue
         x = layer["x"]
         middle = x + layer["attn"].view_as(x)
         after = middle + layer["mlp"].view_as(x)
@@ -168,7 +189,7 @@ def log_costs(costs: Tensor) -> Tensor:
 
     A cost estimated from few labels is often near zero by chance: a tenth of the place's mean keeps its log in bounds.
     """
-    return (costs + 0.1 * costs.mean(dim=1, keepdim=True)).log()
+    return (costs + 0.1 * costs.nanmean(dim=1, keepdim=True)).log()
 
 
 def typical_costs(costs: Tensor) -> Tensor:
@@ -176,7 +197,7 @@ def typical_costs(costs: Tensor) -> Tensor:
 
     An arithmetic one follows the few units that cost the most: the ranking by it changes with the sample.
     """
-    return log_costs(costs).mean(dim=1).exp()
+    return log_costs(costs).nanmean(dim=1).nan_to_num(nan=-math.inf).exp()  # an expert that nobody was given is free
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +240,7 @@ def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], disti
         losses = head_losses(model, h, batch.labels, teacher)
         return losses.new_zeros(len(batch.examples)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
 
-    with inputs_of(model.routers()) as inputs:
+    with inputs_of(model.asked()) as inputs:
         now = by_row(set(skipped))
     benefits = torch.zeros(len(inputs), len(now), device=now.device)
     for place in reversed(range(len(inputs))):  # from the top: what is kept for the places below stays longest

@@ -9,6 +9,7 @@ from recipe.measure import Measured, typical_costs
 from recipe.passes import Workload
 from runtime import Progress, print0
 
+MOST_SEARCHED = 96  # places, at most, whose order is searched: of more (experts) the search takes hours
 TRIES = 3  # places that a round of the greedy search measures at most (the first round twice as many)
 
 
@@ -16,11 +17,13 @@ def search_orders(work: Workload, measured: Measured, skip: float) -> dict[str, 
     """Orders by name: numbers of places, the first to skip in front. skip: how deep the greedy one is searched."""
     weights = work.model.place_weights()
     prices = typical_costs(measured.costs) / weights
-    orders = {
-        "greedy": greedy_order(work, prices, skip),
-        "fisher": prices.argsort().tolist(),
-        "similarity": (measured.turned / weights).argsort().tolist(),
-    }
+    orders = {"fisher": prices.argsort().tolist()}
+    if work.model.routing.experts:
+        orders["load"] = work.model.place_shares().argsort().tolist()
+    else:
+        orders["similarity"] = (measured.turned / weights).argsort().tolist()
+    if len(prices) <= MOST_SEARCHED:
+        orders = {"greedy": greedy_order(work, prices, skip), **orders}
     for name, order in orders.items():
         print0(f"first to skip, {name}: " + ", ".join(work.model.routing.names[place] for place in order))
     return orders
@@ -34,7 +37,7 @@ def greedy_order(work: Workload, guess: Tensor, skip: float) -> list[int]:
     stands until a round finds it cheapest, and what was never measured counts with its guess at the rate of those that
     were; a round measures at most TRIES places.
     """
-    guess, weights = guess.tolist(), (work.model.place_weights() * len(guess)).tolist()
+    guess, weights = guess.tolist(), (work.model.place_shares() * len(guess)).tolist()
     controls, path, measured, rest = Controls(work, searching=True), [], {}, set(range(len(guess)))
     first = sorted(rest, key=guess.__getitem__)[: 2 * TRIES]  # no measured rise to go by yet: more of them
     controls.measure([(), *((place,) for place in first)])

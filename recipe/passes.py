@@ -223,10 +223,12 @@ def dense_states(work: Workload) -> dict[int, Tensor]:
 
 
 def real_logits(z: Tensor, lengths: list[int]) -> Tensor:
-    """Logits (R,B) or (R,B,T) of real units as (R,N) on the CPU. A first token's is +inf, since it always executes."""
+    """Logits (R,B) or (R,B,T) of real units as (R,N) on the CPU. A first token's is +inf, since it always executes
+    (-inf where its expert is none of those that it was given)."""
     if z.dim() == 3:
-        rows = [F.pad(z[:, row, 1:length], (1, 0), value=math.inf) for row, length in enumerate(lengths)]
-        z = torch.cat(rows, dim=1)  # (R,B,T) -> (R,N)
+        first = z[..., :1].where(z[..., :1].isinf(), math.inf)
+        z = torch.cat((first, z[..., 1:]), dim=-1)
+        z = torch.cat([z[:, row, :length] for row, length in enumerate(lengths)], dim=1)  # (R,B,T) -> (R,N)
     return z.detach().cpu()
 
 
@@ -241,5 +243,6 @@ def route_logits(work: Workload) -> Tensor:
         batch = collate(group, work.rt.device)
         start = {"x": work.entered(batch), "first_layer": work.first_layer}
         z = model.hidden(None, lengths=batch.lengths, route="gather", return_scores=True, **start)[2]
-        parts.append((number, real_logits(finite(z, model, "router logits"), batch.lengths)))
+        finite(z.masked_fill(z.isinf(), 0.0) if routing.experts else z, model, "router logits")
+        parts.append((number, real_logits(z, batch.lengths)))
     return torch.cat(collect(parts, work.rt), dim=1)

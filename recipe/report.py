@@ -6,7 +6,7 @@ from recipe.speed import measure_prefill
 from router import set_cuts
 from runtime import Phases, print0
 
-COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "mean_route", "random")
+COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "load", "smallest_gate", "mean_route", "random")
 
 
 def show_step(row: dict, steps: int, best: bool) -> None:
@@ -47,11 +47,12 @@ def compare(held: Workload, cuts: dict[float, list[float]], orders: dict[str, li
 
 def table(rows: list[dict]) -> str:
     """The rows as lines of text, under a head."""
-    names = " ".join(f"{name.replace('_', ' '):>10}" for name in COLUMNS)
+    columns = [name for name in COLUMNS if name in rows[0]]
+    names = " ".join(f"{name.replace('_', ' ')[:10]:>10}" for name in columns)
     lines = [f"budget capacity  ceiling {names} gap closed"]
     for row in rows:
         closed = "n/a" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
-        losses = " ".join(f"{row[name]:10.4f}" for name in COLUMNS)
+        losses = " ".join(f"{row[name]:10.4f}" for name in columns)
         lines.append(f"{row['budget']:6.3f} {row['capacity']:8.3f} {row['ceiling']:8.3f} {losses}{closed:>11}")
     return "\n".join(lines)
 

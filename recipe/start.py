@@ -24,14 +24,23 @@ def place_routers(work: Workload, routing: RouterConfig, kept: int | None, seed:
     print0("cost of skipping, in nats: " + ", ".join(f"{name}: {cost:.3g}" for name, cost in shown))
     if kept is None:
         return measured
-    cheapest = sorted((typical / model.place_weights()).argsort()[:kept].tolist())
+    prices, loads = typical / model.place_weights(), model.loads
+    cheapest = cheapest_layers(routing, prices, kept) if routing.experts else sorted(prices.argsort()[:kept].tolist())
     model.add_routers(routing.at(cheapest))
+    model.loads = loads and [loads[place] for place in cheapest]
     return measured.at(cheapest)
+
+
+def cheapest_layers(routing: RouterConfig, prices: Tensor, kept: int) -> list[int]:
+    """Places of all experts of the `kept` layers whose experts cost least on average. prices (R,)."""
+    mean = {layer: prices[routing.rows_of(layer)].mean().item() for layer in routing.layers}
+    layers = sorted(mean, key=mean.get)[:kept]
+    return [number for number, place in enumerate(routing.places) if place.layer in layers]
 
 
 def best_static(controls: Controls, orders: dict[str, list[int]], budget: float) -> tuple[str, tuple[int, ...]]:
     """Name of the order that loses least on the selection set at this budget, and the places that it skips."""
-    weights = controls.work.model.place_weights()
+    weights = controls.work.model.place_shares()
     skipped = {name: skipped_places(order, weights, 1 - budget) for name, order in orders.items()}
     controls.measure(skipped.values())
     losses = {name: controls.loss(places) for name, places in skipped.items()}
