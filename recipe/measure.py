@@ -17,6 +17,7 @@ from runtime import collect, generator, permutation, track
 COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
 LABEL_SAMPLES = 2  # labels drawn from the model per token when costs are measured
 COST_TOKENS = 2048  # tokens whose inputs and costs fit the token routers
+LEAST_COST = 1e-12  # of a unit whose log is taken: an expert of few tokens may have cost none of them anything
 EXPERT_TOKENS = 512  # the same for experts, whose places are many
 
 
@@ -189,7 +190,7 @@ def log_costs(costs: Tensor) -> Tensor:
 
     A cost estimated from few labels is often near zero by chance: a tenth of the place's mean keeps its log in bounds.
     """
-    return (costs + 0.1 * costs.nanmean(dim=1, keepdim=True)).log()
+    return (costs + 0.1 * costs.nanmean(dim=1, keepdim=True)).clamp(min=LEAST_COST).log()
 
 
 def typical_costs(costs: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from router import cuts_for, set_cuts  # noqa: E402
 from runtime import print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
+LONGEST = 512  # tokens of an example
 GATE_SPREAD = 0.1  # standard deviation of a new gate's logits
 RIDGE = 0.03  # of the gate's regression, in mean squares of the inputs
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the down projections', in mean squares of their inputs
@@ -52,7 +53,7 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the down projections', in mean square
 class UpcycleConfig:
     model: str = setting("checkpoints/smollm2-135m-instruct", "dense checkpoint folder")
     data: tuple[str, ...] = setting((str(ROOT / "data/demo/instructions.jsonl"),), "rows to train on, as train.py's")
-    heldout: str = setting(str(ROOT / "data/demo/instructions.jsonl"), "rows to report on, as train.py's")
+    heldout: float | str = setting(str(ROOT / "data/demo/instructions.jsonl"), "rows to report on, as train.py's")
     out: str = setting("out/upcycled", "folder for everything that is written")
     experts: int = setting(8, "experts of each layer")
     active: int = setting(4, "experts that a token runs")
@@ -219,9 +220,9 @@ def base(cfg: UpcycleConfig, data: train.Data) -> Path:
     mixture = upcycled(dense, data.train, cfg)
     path = fit(mixture, dense, data, cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(cfg.model).glob("*token*"):
-        shutil.copy(file, folder)
-    shutil.copy(Path(cfg.model) / "generation_config.json", folder)
+    for pattern in ("*token*", "generation_config.json"):
+        for file in Path(cfg.model).glob(pattern):
+            shutil.copy(file, folder)
     save_file({name: value.contiguous() for name, value in mixture.state_dict().items()}, folder / "model.safetensors")
     runtime.write_json(folder / "config.json", asdict(mixture.config))
     about = {"path": path, "heldout_loss_dense": loss_of(dense, data.held), "heldout_loss": loss_of(mixture, data.held)}
@@ -267,8 +268,9 @@ def report(cfg: UpcycleConfig, folder: Path, summary: dict, held: list) -> dict:
         result["loads_smallest_gate"] = {"executed": by_layer(model, loads(work)[1])}
     uneven = unevenness(result["loads_at_1.0"]["assigned"])
     result |= {"likeness": likeness(model), "busiest_by_median": uneven, "mean_busiest_by_median": mean(uneven)}
-    timed = bench.BenchConfig(model=str(folder), routers=summary["routers"], budget=(cfg.budget,), prefill=(512,),
-                              decode=(512,), batch=(1, 8), dtype="float32", threads=1)
+    longest = (min(LONGEST, model.config.max_seq_len // 2),)
+    timed = bench.BenchConfig(model=str(folder), routers=summary["routers"], budget=(cfg.budget,), prefill=longest,
+                              decode=longest, batch=(1, 8), dtype="float32", threads=1)
     result["speed"] = bench.bench(timed)["rows"] if cfg.speed else []
     return {"base": runtime.read_json(Path(cfg.out) / "base.json"), "report": summary["report"], **result}
 
@@ -302,9 +304,10 @@ def figure(result: dict, budget: float, path: Path) -> None:
 
 def main() -> None:
     cfg = runtime.cli(UpcycleConfig)
-    settings = train.TrainConfig(model=cfg.model, data=cfg.data, heldout=cfg.heldout, out=cfg.out, max_length=512,
-                                 truncate=True, skip_bad=True, seed=cfg.seed, dtype="float32")
-    data = train.load_data(settings, load_tokenizer(cfg.model), load_config(cfg.model).max_seq_len)
+    context = load_config(cfg.model).max_seq_len
+    settings = train.TrainConfig(model=cfg.model, data=cfg.data, heldout=cfg.heldout, out=cfg.out, truncate=True,
+                                 max_length=min(LONGEST, context), skip_bad=True, seed=cfg.seed, dtype="float32")
+    data = train.load_data(settings, load_tokenizer(cfg.model), context)
     folder = base(cfg, data)
     tuning = dataclasses.replace(settings, model=str(folder), out=str(Path(cfg.out) / "tuned"), budget=cfg.budget,
                                  granularity="expert_token", kv=None, lr=None, layers="all", report=cfg.report)
@@ -314,8 +317,8 @@ def main() -> None:
     figure(result, cfg.budget, Path(cfg.out) / "load.png")
     print(table(summary["report"]))
     about = result["base"]
-    print(f"held-out loss {about['heldout_loss']:.4f}, dense model {about['heldout_loss_dense']:.4f}; greatest cosine of "
-          f"two experts {max(result['likeness']):.3f}; busiest / median load {result['mean_busiest_by_median']:.2f}")
+    print(f"held-out loss {about['heldout_loss']:.4f}, dense model {about['heldout_loss_dense']:.4f}; greatest cosine "
+          f"of two experts {max(result['likeness']):.3f}; busiest / median load {result['mean_busiest_by_median']:.2f}")
     for row in result["speed"]:
         print(f"{row['phase']} {row['context']} batch {row['batch']} {row['route']}: {row['seconds'] * 1e3:.1f} ms, "
               f"speedup {row['speedup']:.3f}, ceiling {row['ceiling']:.3f}")
