@@ -717,10 +717,10 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.k, self.normed = config.experts_per_token, config.norm_topk
-        self.gate = Linear(config.dim, config.n_experts, bias=False)
+        self.gate = nn.Linear(config.dim, config.n_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(config.dim, config.expert_dim) for _ in range(config.n_experts))
         self.shared = FeedForward(config.dim, config.shared_dim) if config.shared_dim else None
-        self.shared_gate = Linear(config.dim, 1, bias=False) if config.shared_dim else None
+        self.shared_gate = nn.Linear(config.dim, 1, bias=False) if config.shared_dim else None
 
     def assign(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (n,k) and numbers (n,k) of the experts of tokens x (n,D)."""

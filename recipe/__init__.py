@@ -6,7 +6,7 @@
 4. Move the logits by ridge steps, with a running quantile as the cut; keep the best router (fit, train.py).
 5. Calibrate cuts for every budget; where a static list wins, the table holds it (calibrate, controls).
 
-FLOPs, bytes and ceilings stand in cost, passes over examples in passes, stored activations in trunk, timings in speed,
-what is printed in report. forced and results serve eval.py: routes by --control, and what its records say. Nothing here
-imports a script.
+What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
+examples in passes, stored activations in trunk, timings in speed, what is printed in report. forced and results serve
+eval.py: routes by --control, and what its records say. Nothing here imports a script.
 """

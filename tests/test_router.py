@@ -128,7 +128,7 @@ def test_layers_by_name():
     ([(1, "attn")], dict(pool="mean"), "pool"), ([(1, "attn")], dict(unit="word"), "unit"), ([], {}, "one or more"),
     ([(-1, "attn")], {}, "0-based"), ([(1, "attn"), (1, "attn")], {}, "each place once"),
     ([(1, "attn"), (1, "block")], {}, "expected one of the two"), ([(1, "mlp"), (1, "block")], {}, "expected one of the two"),
-    ([(1, "attn")], dict(reads="first"), "reads"), ([(1, "attn", 2)], {}, "experts are not supported")])
+    ([(1, "attn")], dict(reads="first"), "reads"), ([(1, "attn", 2)], {}, "expert")])
 def test_a_wrong_setting_is_refused_not_guessed(places, settings_, message):
     with pytest.raises(ValueError, match=message):
         RouterConfig(places, **settings_)

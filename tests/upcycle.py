@@ -6,11 +6,12 @@ One command, seeded, no weights kept in the repository: the mixture (OUT/base, i
 skip share of 25 % of the pairs of a token and one of its experts (OUT/tuned), OUT/table.json and, with matplotlib,
 OUT/load.png. Needs a CPU for about an hour.
 
-The mixture: each MLP's neurons are told apart by balanced k-means of when they are active, one group an expert, of
-which a token runs the half whose outputs a ridge regression of the MLP's input expects to be the longest. The gate is
-that regression, on so small a scale that the weights hardly differ from 1 / k (the down projections carry the k). The
-down projections are refitted by least squares, which makes up for the experts that do not run. Then experts and gates
-are trained on the dense model's own predictions until the mixture is close to it.
+The mixture, of Qwen2-MoE's form: each MLP's strongest neurons make the shared expert; the others are told apart by
+balanced k-means of when they are active, one group an expert, of which a token runs the half whose outputs a ridge
+regression of the MLP's input expects to be the longest. The gate is that regression, on so small a scale that the
+weights hardly differ from 1 / k (the down projections carry the k). The down projections are refitted by least squares,
+layer by layer, which makes up for the experts that do not run. Then experts and gates are trained on the dense model's
+own predictions until the mixture is close to it.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ from tokenizer import load_tokenizer  # noqa: E402
 LONGEST = 512  # tokens of an example
 GATE_SPREAD = 0.1  # standard deviation of a new gate's logits
 RIDGE = 0.03  # of the gate's regression, in mean squares of the inputs
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the down projections', in mean squares of their inputs
+RIDGES = (0.1, 0.3, 1.0)  # of the down projections', in mean squares of their inputs
 
 
 @dataclass
@@ -57,6 +58,7 @@ class UpcycleConfig:
     out: str = setting("out/upcycled", "folder for everything that is written")
     experts: int = setting(8, "experts of each layer")
     active: int = setting(4, "experts that a token runs")
+    shared: int = setting(512, "neurons, the strongest ones, of the expert that every token runs beside them")
     tokens: int = setting(8192, "tokens on which neurons are told apart")
     minutes: float = setting(20.0, "longest training")
     gap: float = setting(0.15, "training ends where the loss is this close to the dense model's")
@@ -64,6 +66,8 @@ class UpcycleConfig:
     batch: int = setting(8, "rows a step")
     budget: float = setting(0.75, "share of pairs that run with routers")
     report: tuple[float, ...] = setting((0.5,), "more budgets in the table")
+    effort: str = setting("quick", "of the tuning, as train.py's")
+    heldout_samples: int = setting(64, "most examples in the table")
     speed: bool = setting(True, "time the tuned routers too")
     seed: int = setting(1337, "seed of everything")
 
@@ -88,22 +92,33 @@ def told_apart(activity: Tensor, n: int, rounds: int = 10) -> Tensor:
 
 
 @torch.no_grad()
-def split(mlp: FeedForward, x: Tensor, mixture: Experts) -> None:
-    """Fill a mixture from an MLP and its inputs x (N,D): neurons told apart, and a gate that expects the long sums."""
+def split(mlp: FeedForward, x: Tensor, y: Tensor, mixture: Experts) -> None:
+    """Fill a mixture from an MLP, its inputs x and its outputs y (N,D): the strongest neurons into the shared expert,
+    the others told apart, and a gate that expects the long sums."""
     active = F.silu(mlp.w1(x)) * mlp.w3(x)  # (N,F)
-    lengths, spans = mlp.w2.weight.norm(dim=0), []
-    group = told_apart((active * lengths).abs(), len(mixture.experts))
+    strength = (active * mlp.w2.weight.norm(dim=0)).abs()
+    shared, n = len(mixture.shared.w1.weight), len(mixture.experts)
+    order = (strength / y.norm(dim=1, keepdim=True)).square().mean(0).argsort(descending=True)
+    rest = order[shared:]
+    group, spans = told_apart(strength[:, rest], n), []
+    fill(mixture.shared, mlp, order[:shared], 2.0)  # its gate's weights are 0, and sigmoid(0) = 1 / 2
+    mixture.shared_gate.weight.zero_()
     for e, expert in enumerate(mixture.experts):
-        mine = group == e
-        expert.w1.weight.copy_(mlp.w1.weight[mine])
-        expert.w3.weight.copy_(mlp.w3.weight[mine])
-        expert.w2.weight.copy_(mlp.w2.weight[:, mine] * mixture.k)
+        mine = rest[group == e]
+        fill(expert, mlp, mine, mixture.k)
         spans.append((active[:, mine] @ mlp.w2.weight[:, mine].T).norm(dim=1))
     target = torch.stack(spans, dim=1).clamp(min=1e-9).log()  # (N,E)
     target = target - target.mean(1, keepdim=True)
     kernel = x.T @ x + RIDGE * len(x) * x.square().mean() * torch.eye(x.shape[1])
     gate = torch.linalg.solve(kernel, x.T @ target)  # (D,E)
     mixture.gate.weight.copy_((gate * GATE_SPREAD / (x @ gate).std()).T)
+
+
+def fill(expert: FeedForward, mlp: FeedForward, neurons: Tensor, scale: float) -> None:
+    """Give an expert these neurons of an MLP, their outputs scaled."""
+    expert.w1.weight.copy_(mlp.w1.weight[neurons])
+    expert.w3.weight.copy_(mlp.w3.weight[neurons])
+    expert.w2.weight.copy_(mlp.w2.weight[:, neurons] * scale)
 
 
 @torch.no_grad()
@@ -115,9 +130,10 @@ def refit(mixture: Experts, x: Tensor, target: Tensor) -> tuple[float, float]:
     """
     weights, chosen = mixture.assign(x)
     shares = torch.zeros(len(x), len(mixture.experts)).scatter(1, chosen, weights)  # (N,E)
-    parts = [F.silu(expert.w1(x)) * expert.w3(x) * share[:, None] for expert, share in zip(mixture.experts, shares.T)]
-    features = torch.cat(parts, dim=1)  # (N,F)
-    down = torch.cat([expert.w2.weight for expert in mixture.experts], dim=1)  # (D,F)
+    shares = torch.cat((shares, torch.sigmoid(mixture.shared_gate(x))), dim=1)
+    experts = [*mixture.experts, mixture.shared]
+    parts = [F.silu(expert.w1(x)) * expert.w3(x) * share[:, None] for expert, share in zip(experts, shares.T)]
+    features, down = torch.cat(parts, dim=1), torch.cat([expert.w2.weight for expert in experts], dim=1)  # (N,F), (D,F)
     scale = 1 / target.norm(dim=1, keepdim=True).clamp(min=1e-6)
     features, rest = features * scale, (target - features @ down.T) * scale
     fitted = len(x) * 3 // 4
@@ -128,7 +144,7 @@ def refit(mixture: Experts, x: Tensor, target: Tensor) -> tuple[float, float]:
         move = torch.cholesky_solve(pull, torch.linalg.cholesky(kernel + eye))  # (F,D)
         errors[(rest[fitted:] - unknown @ move).square().sum(1).mean().item()] = move
     best = min(errors)
-    for expert, piece in zip(mixture.experts, errors[best].split(len(down.T) // len(mixture.experts))):
+    for expert, piece in zip(experts, errors[best].split([part.shape[1] for part in parts])):
         expert.w2.weight += piece.T
     return rest[fitted:].square().sum(1).mean().item(), best
 
@@ -137,10 +153,10 @@ def refit(mixture: Experts, x: Tensor, target: Tensor) -> tuple[float, float]:
 def upcycled(dense: Transformer, examples: list, cfg: UpcycleConfig) -> Transformer:
     """The mixture before its training, layer by layer: each sees what the mixtures below it make of the tokens, and is
     to lead them back to what the dense model makes of them."""
-    c = dense.config
-    width = c.hidden_dim // cfg.experts
-    fields = dict(family="mixtral", hidden_dim=width, n_experts=cfg.experts, experts_per_token=cfg.active)
-    mixture = Transformer(dataclasses.replace(c, **fields, expert_dim=width, norm_topk=True))
+    width = (dense.config.hidden_dim - cfg.shared) // cfg.experts
+    fields = dict(family="qwen2_moe", n_experts=cfg.experts, experts_per_token=cfg.active, expert_dim=width)
+    fields |= dict(shared_dim=dense.config.hidden_dim - width * cfg.experts, norm_topk=True)
+    mixture = Transformer(dataclasses.replace(dense.config, **fields))
     own = {name: value for name, value in dense.state_dict().items() if ".feed_forward." not in name}
     mixture.load_state_dict(own, strict=False)
     count = sum(read < cfg.tokens for read in accumulate((len(e.tokens) for e in examples), initial=0))
@@ -149,13 +165,13 @@ def upcycled(dense: Transformer, examples: list, cfg: UpcycleConfig) -> Transfor
     streams = list(wanted)
     for number, (old, new) in enumerate(zip(dense.layers, mixture.layers)):
         wanted = [old(x, call)[0] for x, call in zip(wanted, calls)]  # (1,T,D)
-        inputs = []
-        hook = old.feed_forward.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+        seen = []
+        hook = old.feed_forward.register_forward_hook(lambda _, args, y: seen.append((args[0].clone(), y.clone())))
         whole = [old(x, call)[0][0] for x, call in zip(streams, calls)]  # (T,D)
         hook.remove()
-        x = torch.cat(inputs)
-        middle = torch.cat(whole) - old.feed_forward(x)  # (N,D) behind the attention
-        split(old.feed_forward, x, new.feed_forward)
+        x, y = (torch.cat(part) for part in zip(*seen))
+        middle = torch.cat(whole) - y  # (N,D) behind the attention
+        split(old.feed_forward, x, y, new.feed_forward)
         before, after = refit(new.feed_forward, x, torch.cat([y[0] for y in wanted]) - middle)
         lengths = [len(y) for y in whole]
         streams = [y[None] for y in (middle + new.feed_forward(x)).split(lengths)]
@@ -269,8 +285,8 @@ def report(cfg: UpcycleConfig, folder: Path, summary: dict, held: list) -> dict:
     uneven = unevenness(result["loads_at_1.0"]["assigned"])
     result |= {"likeness": likeness(model), "busiest_by_median": uneven, "mean_busiest_by_median": mean(uneven)}
     longest = (min(LONGEST, model.config.max_seq_len // 2),)
-    timed = bench.BenchConfig(model=str(folder), routers=summary["routers"], budget=(cfg.budget,), prefill=longest,
-                              decode=longest, batch=(1, 8), dtype="float32", threads=1)
+    timed = bench.BenchConfig(model=str(folder), granularity="expert_token", budget=(cfg.budget, *cfg.report),
+                              prefill=longest, decode=longest, batch=(1, 8), dtype="float32", threads=1)
     result["speed"] = bench.bench(timed)["rows"] if cfg.speed else []
     return {"base": runtime.read_json(Path(cfg.out) / "base.json"), "report": summary["report"], **result}
 
@@ -306,7 +322,8 @@ def main() -> None:
     cfg = runtime.cli(UpcycleConfig)
     context = load_config(cfg.model).max_seq_len
     settings = train.TrainConfig(model=cfg.model, data=cfg.data, heldout=cfg.heldout, out=cfg.out, truncate=True,
-                                 max_length=min(LONGEST, context), skip_bad=True, seed=cfg.seed, dtype="float32")
+                                 max_length=min(LONGEST, context), skip_bad=True, seed=cfg.seed, dtype="float32",
+                                 **train.EFFORTS[cfg.effort], heldout_samples=cfg.heldout_samples)
     data = train.load_data(settings, load_tokenizer(cfg.model), context)
     folder = base(cfg, data)
     tuning = dataclasses.replace(settings, model=str(folder), out=str(Path(cfg.out) / "tuned"), budget=cfg.budget,
@@ -320,8 +337,8 @@ def main() -> None:
     print(f"held-out loss {about['heldout_loss']:.4f}, dense model {about['heldout_loss_dense']:.4f}; greatest cosine "
           f"of two experts {max(result['likeness']):.3f}; busiest / median load {result['mean_busiest_by_median']:.2f}")
     for row in result["speed"]:
-        print(f"{row['phase']} {row['context']} batch {row['batch']} {row['route']}: {row['seconds'] * 1e3:.1f} ms, "
-              f"speedup {row['speedup']:.3f}, ceiling {row['ceiling']:.3f}")
+        print(f"{row['phase']} {row['context']} batch {row['batch']} capacity {row['capacity']:.2f}: "
+              f"{row['seconds'] * 1e3:.1f} ms, speedup {row['speedup']:.3f}, ceiling {row['ceiling']:.3f}")
 
 
 if __name__ == "__main__":
