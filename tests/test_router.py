@@ -321,7 +321,7 @@ def test_metadata_with_any_one_entry_wrong_is_refused_in_one_sentence(tmp_path, 
             return str(error)
 
     assert refusal(text) is None
-    optional = {"calibration", "recipe", "step", "config", "orders", "mlp_layers"} | (set() if old else {"granularity"})
+    optional = {"calibration", "recipe", "step", "config", "orders", "mlp_layers", "renormalise", "loads"} | (set() if old else {"granularity"})
     for key in text:
         reason = refusal({name: value for name, value in text.items() if name != key})
         assert reason is None if key in optional else f"lacks '{key}'" in reason or key == "format"
