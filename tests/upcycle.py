@@ -44,7 +44,6 @@ from router import cuts_for, set_cuts  # noqa: E402
 from runtime import print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
-LONGEST = 512  # tokens of an example
 GATE_SPREAD = 0.1  # standard deviation of a new gate's logits
 RIDGE = 0.03  # of the gate's regression, in mean squares of the inputs
 RIDGES = (0.1, 0.3, 1.0)  # of the down projections', in mean squares of their inputs
@@ -67,7 +66,9 @@ class UpcycleConfig:
     budget: float = setting(0.75, "share of pairs that run with routers")
     report: tuple[float, ...] = setting((0.5,), "more budgets in the table")
     effort: str = setting("quick", "of the tuning, as train.py's")
+    max_length: int = setting(512, "tokens of an example, at most")
     heldout_samples: int = setting(64, "most examples in the table")
+    tune: bool = setting(True, "tune routers and make the table; false: make the mixture alone")
     speed: bool = setting(True, "time the tuned routers too")
     seed: int = setting(1337, "seed of everything")
 
@@ -226,23 +227,34 @@ def fit(mixture: Transformer, dense: Transformer, data: train.Data, cfg: Upcycle
 CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 
 
-def base(cfg: UpcycleConfig, data: train.Data) -> Path:
-    """The mixture's checkpoint folder, made where it is not there."""
-    folder = Path(cfg.out) / "base"
-    if (folder / "config.json").exists():
-        return folder
-    torch.manual_seed(cfg.seed)
-    dense = load_model(cfg.model, dtype=torch.float32)
-    mixture = upcycled(dense, data.train, cfg)
-    path = fit(mixture, dense, data, cfg)
+def write(mixture: Transformer, cfg: UpcycleConfig, folder: Path, **about) -> None:
+    """The mixture's checkpoint folder, and what is known of it beside."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("*token*", "generation_config.json"):
         for file in Path(cfg.model).glob(pattern):
             shutil.copy(file, folder)
-    save_file({name: value.contiguous() for name, value in mixture.state_dict().items()}, folder / "model.safetensors")
+    tensors = {name: value.contiguous() for name, value in mixture.state_dict().items()}
+    runtime.write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path))
     runtime.write_json(folder / "config.json", asdict(mixture.config))
-    about = {"path": path, "heldout_loss_dense": loss_of(dense, data.held), "heldout_loss": loss_of(mixture, data.held)}
     runtime.write_json(Path(cfg.out) / "base.json", about)
+
+
+def base(cfg: UpcycleConfig, data: train.Data) -> Path:
+    """The mixture's checkpoint folder, made where it is not there, and trained where it is not close enough yet."""
+    folder, known = Path(cfg.out) / "base", Path(cfg.out) / "base.json"
+    torch.manual_seed(cfg.seed)
+    dense = load_model(cfg.model, dtype=torch.float32)
+    if not known.exists():
+        mixture = upcycled(dense, data.train, cfg)
+        losses = {"dense": loss_of(dense, data.held), "mixture": loss_of(mixture, data.held)}
+        write(mixture, cfg, folder, untrained=losses, heldout=losses)
+        print0(f"before training: held-out loss {losses['mixture']:.4f}, dense model {losses['dense']:.4f}")
+    about = runtime.read_json(known)
+    if cfg.minutes and about["heldout"]["mixture"] - about["heldout"]["dense"] > cfg.gap:
+        mixture = load_model(folder, dtype=torch.float32)
+        about["path"] = about.get("path", []) + fit(mixture, dense, data, cfg)
+        about["heldout"]["mixture"] = loss_of(mixture, data.held)
+        write(mixture, cfg, folder, **about)
     return folder
 
 
@@ -284,7 +296,7 @@ def report(cfg: UpcycleConfig, folder: Path, summary: dict, held: list) -> dict:
         result["loads_smallest_gate"] = {"executed": by_layer(model, loads(work)[1])}
     uneven = unevenness(result["loads_at_1.0"]["assigned"])
     result |= {"likeness": likeness(model), "busiest_by_median": uneven, "mean_busiest_by_median": mean(uneven)}
-    longest = (min(LONGEST, model.config.max_seq_len // 2),)
+    longest = (min(512, model.config.max_seq_len // 2),)
     timed = bench.BenchConfig(model=str(folder), granularity="expert_token", budget=(cfg.budget, *cfg.report),
                               prefill=longest, decode=longest, batch=(1, 8), dtype="float32", threads=1)
     result["speed"] = bench.bench(timed)["rows"] if cfg.speed else []
@@ -322,10 +334,12 @@ def main() -> None:
     cfg = runtime.cli(UpcycleConfig)
     context = load_config(cfg.model).max_seq_len
     settings = train.TrainConfig(model=cfg.model, data=cfg.data, heldout=cfg.heldout, out=cfg.out, truncate=True,
-                                 max_length=min(LONGEST, context), skip_bad=True, seed=cfg.seed, dtype="float32",
+                                 max_length=min(cfg.max_length, context), skip_bad=True, seed=cfg.seed, dtype="float32",
                                  **train.EFFORTS[cfg.effort], heldout_samples=cfg.heldout_samples)
     data = train.load_data(settings, load_tokenizer(cfg.model), context)
     folder = base(cfg, data)
+    if not cfg.tune:
+        return
     tuning = dataclasses.replace(settings, model=str(folder), out=str(Path(cfg.out) / "tuned"), budget=cfg.budget,
                                  granularity="expert_token", kv=None, lr=None, layers="all", report=cfg.report)
     summary = train.train(tuning)
@@ -333,8 +347,8 @@ def main() -> None:
     runtime.write_json(Path(cfg.out) / "table.json", result)
     figure(result, cfg.budget, Path(cfg.out) / "load.png")
     print(table(summary["report"]))
-    about = result["base"]
-    print(f"held-out loss {about['heldout_loss']:.4f}, dense model {about['heldout_loss_dense']:.4f}; greatest cosine "
+    about = result["base"]["heldout"]
+    print(f"held-out loss {about['mixture']:.4f}, dense model {about['dense']:.4f}; greatest cosine "
           f"of two experts {max(result['likeness']):.3f}; busiest / median load {result['mean_busiest_by_median']:.2f}")
     for row in result["speed"]:
         print(f"{row['phase']} {row['context']} batch {row['batch']} capacity {row['capacity']:.2f}: "
