@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Block, Transformer
+from model import Block, Experts, Transformer
 from router import freeze_all_but_routers
 
 # peft's name of a projection -> where it stands in a Block. Both keep q and k half-split, so rows need no permutation
@@ -64,10 +64,14 @@ class LoRA(nn.Module):
 
 
 def projections(model: Transformer) -> Iterator[tuple[str, Block, str]]:
-    """Of every projection: peft's name of it in a whole model, its block, and where it stands there."""
+    """Of every projection: peft's name of it in a whole model, its block, and where it stands there.
+
+    Experts have none: transformers stores them fused, where peft has no name for one.
+    """
     for layer, block in enumerate(model.layers):
         for name, place in PROJECTIONS.items():
-            yield f"base_model.model.model.layers.{layer}.{name}", block, place
+            if not (isinstance(block.feed_forward, Experts) and place.startswith("feed_forward")):
+                yield f"base_model.model.model.layers.{layer}.{name}", block, place
 
 
 def changes(model: Transformer) -> dict[str, LoRA]:

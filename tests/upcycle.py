@@ -40,7 +40,7 @@ from recipe.calibrate import settle  # noqa: E402
 from recipe.experts import loads, reading_gates  # noqa: E402
 from recipe.passes import Workload, collate, head_gradient, head_losses, states  # noqa: E402
 from recipe.report import table  # noqa: E402
-from router import cuts_for, set_cuts  # noqa: E402
+from router import cuts_for, deep_layers, parse_layers, set_cuts  # noqa: E402
 from runtime import print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -55,6 +55,7 @@ class UpcycleConfig:
     data: tuple[str, ...] = setting((str(ROOT / "data/demo/instructions.jsonl"),), "rows to train on, as train.py's")
     heldout: float | str = setting(str(ROOT / "data/demo/instructions.jsonl"), "rows to report on, as train.py's")
     out: str = setting("out/upcycled", "folder for everything that is written")
+    layers: str = setting("all", "layers whose MLPs become mixtures, as train.py's --layers")
     experts: int = setting(8, "experts of each layer")
     active: int = setting(4, "experts that a token runs")
     shared: int = setting(512, "neurons, the strongest ones, of the expert that every token runs beside them")
@@ -65,7 +66,8 @@ class UpcycleConfig:
     batch: int = setting(8, "rows a step")
     budget: float = setting(0.75, "share of pairs that run with routers")
     report: tuple[float, ...] = setting((0.5,), "more budgets in the table")
-    effort: str = setting("quick", "of the tuning, as train.py's")
+    samples: int = setting(32, "examples that price places, and that select; twice as many calibrate")
+    steps: int | None = setting(None, "optimizer steps of the routers; none: as train.py's")
     max_length: int = setting(512, "tokens of an example, at most")
     heldout_samples: int = setting(64, "most examples in the table")
     tune: bool = setting(True, "tune routers and make the table; false: make the mixture alone")
@@ -154,18 +156,26 @@ def refit(mixture: Experts, x: Tensor, target: Tensor) -> tuple[float, float]:
 def upcycled(dense: Transformer, examples: list, cfg: UpcycleConfig) -> Transformer:
     """The mixture before its training, layer by layer: each sees what the mixtures below it make of the tokens, and is
     to lead them back to what the dense model makes of them."""
+    layers = range(dense.config.n_layers)
+    kind, chosen = parse_layers(cfg.layers, len(layers))
+    chosen = chosen if kind == "list" else deep_layers(chosen, len(layers))
     width = (dense.config.hidden_dim - cfg.shared) // cfg.experts
     fields = dict(family="qwen2_moe", n_experts=cfg.experts, experts_per_token=cfg.active, expert_dim=width)
     fields |= dict(shared_dim=dense.config.hidden_dim - width * cfg.experts, norm_topk=True)
+    fields["dense_layers"] = tuple(layer for layer in layers if layer not in chosen)
     mixture = Transformer(dataclasses.replace(dense.config, **fields))
-    own = {name: value for name, value in dense.state_dict().items() if ".feed_forward." not in name}
+    own = {name: value for name, value in dense.state_dict().items() if name in mixture.state_dict()}
     mixture.load_state_dict(own, strict=False)
     count = sum(read < cfg.tokens for read in accumulate((len(e.tokens) for e in examples), initial=0))
     begun = [dense.begin(torch.tensor([example.tokens])) for example in examples[:count]]
     calls, wanted = [call for _, call in begun], [x for x, _ in begun]
     streams = list(wanted)
     for number, (old, new) in enumerate(zip(dense.layers, mixture.layers)):
+        same = number < min(chosen)  # nothing differs yet
         wanted = [old(x, call)[0] for x, call in zip(wanted, calls)]  # (1,T,D)
+        if number not in chosen:
+            streams = list(wanted) if same else [old(x, call)[0] for x, call in zip(streams, calls)]
+            continue
         seen = []
         hook = old.feed_forward.register_forward_hook(lambda _, args, y: seen.append((args[0].clone(), y.clone())))
         whole = [old(x, call)[0][0] for x, call in zip(streams, calls)]  # (T,D)
@@ -198,7 +208,8 @@ def loss_of(model: Transformer, examples: list) -> float:
 def fit(mixture: Transformer, dense: Transformer, data: train.Data, cfg: UpcycleConfig) -> list[dict]:
     """Train experts and gates on KL to the dense model, over answer tokens; returns what was measured on the way."""
     mixture.requires_grad_(False)
-    weights = [p for block in mixture.layers for p in block.feed_forward.parameters()]
+    mixed = [block.feed_forward for block in mixture.layers if isinstance(block.feed_forward, Experts)]
+    weights = [p for experts in mixed for p in experts.parameters()]
     for p in weights:
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(weights, lr=cfg.lr, betas=(0.9, 0.98))
@@ -266,7 +277,7 @@ def base(cfg: UpcycleConfig, data: train.Data) -> Path:
 def likeness(model: Transformer) -> list[float]:
     """Of each layer the greatest cosine between the weights of two experts."""
     found = []
-    for block in model.layers:
+    for block in (model.layers[layer] for layer in model.routing.layers):
         flat = [torch.cat([p.flatten() for p in expert.parameters()]) for expert in block.feed_forward.experts]
         flat = F.normalize(torch.stack(flat), dim=1)
         found.append((flat @ flat.T - 2 * torch.eye(len(flat))).max().item())
@@ -335,7 +346,8 @@ def main() -> None:
     context = load_config(cfg.model).max_seq_len
     settings = train.TrainConfig(model=cfg.model, data=cfg.data, heldout=cfg.heldout, out=cfg.out, truncate=True,
                                  max_length=min(cfg.max_length, context), skip_bad=True, seed=cfg.seed, dtype="float32",
-                                 **train.EFFORTS[cfg.effort], heldout_samples=cfg.heldout_samples)
+                                 cost_samples=cfg.samples, select_samples=cfg.samples, steps=cfg.steps,
+                                 calibrate_samples=2 * cfg.samples, heldout_samples=cfg.heldout_samples)
     data = train.load_data(settings, load_tokenizer(cfg.model), context)
     folder = base(cfg, data)
     if not cfg.tune:
