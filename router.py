@@ -6,6 +6,8 @@ as z >= cut with cut = logit(threshold). The score is never multiplied into the 
 hands the gate's gradient to it. This module knows nothing of any Transformer: it works on every nn.Module that
 contains `Router`s, and can be copied alone. Source: Router-Tuning, arXiv 2410.13184, eq. 1-4 and 10.
 
+    python router.py FILE       what a router file holds: base, places, budgets, losses beside its controls
+
 Legend: B batch, T tokens, D width, R routers. A place is where one router stands; gates, logits, cuts and capacities
 have one row for each. An order lists the R numbers of places, the one to skip first in front.
 """
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -390,14 +393,17 @@ class RouterMeta:
     config: dict = field(default_factory=dict)
     orders: dict[str, list[str]] = field(default_factory=dict)  # static lists: names of places, first to skip in front
     loads: list[float] | None = None  # of experts: each one's share of the pairs, as measured
+    report: list[dict] = field(default_factory=list)  # by budget: held-out losses of the routers and their controls
 
     def __post_init__(self):
-        kinds = dict(base_fingerprint=str, calibration=dict, recipe=str, step=int, config=dict, orders=dict)
+        kinds = dict(base_fingerprint=str, calibration=dict, recipe=str, step=int, config=dict, orders=dict, report=list)
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected a {kind.__name__}")
         if not all(isinstance(order, list) for order in self.orders.values()):
             raise ValueError(f"orders is {self.orders!r:.60}; expected a list of places for each name")
+        if not all(isinstance(row, dict) for row in self.report):
+            raise ValueError(f"report is {self.report!r:.60}; expected an object for each budget")
         _check_shares("thresholds", self.thresholds, len(self.routing.places))
         if self.loads is not None:
             _check_shares("loads", self.loads, len(self.routing.places))
@@ -434,7 +440,8 @@ class RouterMeta:
         unit = {"unit": meta["granularity"].split("_")[1]} if old else {}
         unit |= {"renormalise": meta["renormalise"]} if "renormalise" in meta else {}
         routing = RouterConfig(tuple(map(tuple, places)), **unit, **{name: meta[name] for name in settings})
-        own = ("thresholds", "base_fingerprint", "calibration", "recipe", "step", "config", "orders", "loads")
+        own = ("thresholds", "base_fingerprint", "calibration", "recipe", "step", "config", "orders", "loads",
+               "report")
         read = cls(routing, **{name: meta[name] for name in own if name in meta})
         read.orders = {name: list(map(str, order)) for name, order in read.orders.items()}
         if old:
@@ -574,3 +581,41 @@ def check_fingerprint(path: str | Path, found: str, *known: str) -> None:
         raise ValueError(f"{path} was tuned on a base with fingerprint {found}, this base has {known[0]}; load the "
                          "base it was tuned on, or tune again with train.py --model=THIS_BASE (or write "
                          f'"parent": "{found}" into the config.json of a base that was made from that one)')
+
+
+# -----------------------------------------------------------------------------
+# What a router file holds, in words
+
+
+def describe(path: str | Path) -> list[str]:
+    """Lines about a router file. Raises FileNotFoundError or ValueError as `read_router_file` does."""
+    tensors, meta = read_router_file(path)
+    routing, budgets = meta.routing, meta.calibration.get("budgets", [])
+    static = meta.calibration.get("static", {})
+    norms = [f"{tensors[key].norm().item():.3g}" for key in (_key(place, routing) for place in routing.places)]
+    cuts = "none" if not budgets else f"{len(budgets)}, from {min(budgets):g} to {max(budgets):g}"
+    lines = [
+        f"base       {meta.base_fingerprint}",
+        f"routers    {len(routing.places)} x {next(iter(tensors.values())).shape[-1]}, {routing.granularity}, pool "
+        f"{routing.pool}, kv {routing.kv}, reads {routing.reads}",
+        f"places     {', '.join(routing.names)}",
+        f"norms      {', '.join(norms)}",
+        f"recipe     {meta.recipe or 'unknown'}, step {meta.step}",
+        f"thresholds {', '.join(f'{threshold:.3f}' for threshold in meta.thresholds)}",
+        f"budgets    {cuts}" + (f"; a static list at {len(static)} of them" if static else ""),
+    ]
+    lines += [f"list       {name}: {', '.join(order)}" for name, order in meta.orders.items()]
+    for row in meta.report:
+        losses = [f"{name} {value:.4f}" for name, value in row.items() if isinstance(value, float) and name != "budget"]
+        lines.append(f"held out   budget {row.get('budget')}: {', '.join(losses)}")
+    return lines
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python router.py FILE (a routers.safetensors that train.py wrote)")
+    try:
+        print("\n".join(describe(sys.argv[1])))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -757,16 +757,19 @@ def finish(job: Job, work: Workload, state: State) -> dict:
         calibration = work.of(examples[: max(cfg.calibrate_samples, len(data.select))])
         table = calibrate(calibration, cfg.budget, Controls(work.of(data.select)), None if plain else state.orders)
         cuts = [0.0] * len(model.routing.places) if plain else cuts_for(cfg.budget, table)
+    meta = router_meta(job, state, table, cuts)
     if job.rt.is_master:
-        save_routers(path, model, router_meta(job, state, table, cuts))
+        save_routers(path, model, meta)
     with job.phases("held out"):
         budgets = [budget for budget in cfg.report if budget != cfg.budget]
         by_budget = {budget: cuts_for(budget, table) for budget in budgets} | {cfg.budget: cuts}  # its own last
         held = work.of(data.held)
-        summary = summarise(cfg, held, state, compare(held, by_budget, state.orders))
+        meta.report = compare(held, by_budget, state.orders)
+        summary = summarise(cfg, held, state, meta.report)
     summary |= {"seconds": state.seconds + time.perf_counter() - started, "routers": str(path)}
     summary["identity"] = identity(job)
     if job.rt.is_master:
+        save_routers(path, model, meta)  # with what the comparison found
         runtime.write_json(Path(cfg.out) / "summary.json", summary)
     return summary
 

@@ -29,6 +29,7 @@ from router import (
     cut_of,
     cuts_for,
     deep_layers,
+    describe,
     freeze_all_but_routers,
     load_router_weights,
     mean_order,
@@ -321,7 +322,7 @@ def test_metadata_with_any_one_entry_wrong_is_refused_in_one_sentence(tmp_path, 
             return str(error)
 
     assert refusal(text) is None
-    optional = {"calibration", "recipe", "step", "config", "orders", "mlp_layers", "renormalise", "loads"} | (set() if old else {"granularity"})
+    optional = {"calibration", "recipe", "step", "config", "orders", "report", "mlp_layers", "renormalise", "loads"} | (set() if old else {"granularity"})
     for key in text:
         reason = refusal({name: value for name, value in text.items() if name != key})
         assert reason is None if key in optional else f"lacks '{key}'" in reason or key == "format"
@@ -394,6 +395,23 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         saved(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["routers.safetensors"]
+
+
+def test_a_file_is_described_in_words(tmp_path):
+    path = tmp_path / "routers.safetensors"
+    rows = [{"budget": 0.5, "routed": 1.25, "greedy": 1.5, "capacity_per_layer": [1.0]}]
+    table = {"budgets": [0.25, 0.75], "thresholds": [[0.6, 0.5], [0.4, 0.5]], "static": {"0.25": "greedy"}}
+    saved(path, calibration=table, recipe="default", step=7, orders={"greedy": ["5", "3"]}, report=rows)
+    assert read_router_file(path)[1].report == rows
+    command = [sys.executable, str(Path(router_module.__file__)), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines() == describe(path)
+    for word in ("abc", "attn_sequence", "3, 5", "0.500, 0.500", "2, from 0.25 to 0.75", "greedy: 5, 3", "routed 1.2500"):
+        assert word in done.stdout, word
+    path.write_bytes(path.read_bytes()[:-3])
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert subprocess.run(command[:2], capture_output=True).returncode == 1
 
 
 def test_router_py_stands_alone(tmp_path):
