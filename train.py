@@ -764,8 +764,9 @@ def finish(job: Job, work: Workload, state: State) -> dict:
         budgets = [budget for budget in cfg.report if budget != cfg.budget]
         by_budget = {budget: cuts_for(budget, table) for budget in budgets} | {cfg.budget: cuts}  # its own last
         held = work.of(data.held)
-        meta.report = compare(held, by_budget, state.orders)
-        summary = summarise(cfg, held, state, meta.report)
+        rows = compare(held, by_budget, state.orders)
+        summary = summarise(cfg, held, state, rows)
+        meta.report = [losses_of(row) for row in rows]
     summary |= {"seconds": state.seconds + time.perf_counter() - started, "routers": str(path)}
     summary["identity"] = identity(job)
     if job.rt.is_master:
@@ -825,6 +826,11 @@ def costs_of(state: State) -> dict:
         "seconds_per_step": state.step_seconds / state.step if state.step else 0.0,
         "tokens_per_second": state.tokens / state.step_seconds if state.step else 0.0,
     }
+
+
+def losses_of(row: dict) -> dict:
+    """A row of the comparison without times, which differ from run to run."""
+    return {name: value for name, value in row.items() if not name.startswith("prefill")}
 
 
 def router_meta(job: Job, state: State, table: dict, cuts: list[float]) -> RouterMeta:
