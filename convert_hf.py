@@ -2,6 +2,9 @@
 
     python convert_hf.py SRC OUT [--dtype=keep|float32|bfloat16|float16]
     python convert_hf.py SRC OUT --to_hf                # SRC is ours, OUT a folder for transformers
+    python convert_hf.py SRC OUT [--adapter=DIR] [--skip=5,7.attn | --routers=FILE --skip=greedy --budget=0.75]
+                                                        # SRC is ours, OUT too, or with --to_hf one for transformers:
+                                                        # LoRA merged, a fixed route built in (recipe/fixed.py)
 
 Families: Llama, Mistral, Qwen2, Qwen3, and the mixtures of experts Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE.
 Everything is checked before the first byte is written: config, shard headers, names, shapes, tokenizer. The tensors
@@ -16,6 +19,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +30,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import runtime
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, load_model
+from recipe.adapter import load_adapter
+from recipe.base import save_base
+from recipe.fixed import by_routers, fix_route, listed
+from recipe.lora import merge
 from tokenizer import load_tokenizer
 
 # Hugging Face name -> our name; None = left out on purpose. Both sides store RoPE half-split, so nothing is permuted.
@@ -796,11 +804,49 @@ class ConvertConfig:
         default="keep", metadata={"help": "cast every tensor, or keep what they are stored in"}
     )
     to_hf: bool = field(default=False, metadata={"help": "from a checkpoint of ours to a Hugging Face folder"})
+    adapter: str | None = runtime.setting(None, "LoRA adapter folder to merge into a checkpoint of ours")
+    skip: str | None = runtime.setting(
+        None, "build a route in: layers such as 5,7.attn,9.mlp; with --routers one of its orders, or mean:FILE.json"
+    )
+    routers: str | None = runtime.setting(None, "router file whose orders or mean route --skip names")
+    budget: float | None = runtime.setting(None, "capacity that such an order leaves; none: the mean route's own")
+
+
+def rebuild(c: ConvertConfig) -> None:
+    """Write a checkpoint of ours with an adapter merged and a fixed route built in, or with --to_hf its export."""
+    src, out = Path(c.src), Path(c.out)
+    model = load_model(src, dtype=None if c.dtype == "keep" else runtime.DTYPES[c.dtype])
+    parent = model.fingerprint
+    if c.adapter is not None:
+        load_adapter(model, c.adapter)
+        merge(model)
+    if c.skip is not None:
+        n_layers, parent = model.config.n_layers, None  # routers of the base have no place here
+        given = c.routers is not None
+        skipped = by_routers(c.skip, model, c.routers, c.budget) if given else listed(c.skip, n_layers)
+        fix_route(model, skipped)
+        gone, names = n_layers - model.config.n_layers, sorted(f"{layer}.{kind}" for layer, kind in skipped)
+        runtime.print0(f"skipped: {', '.join(names) or 'nothing'} | {gone} of {n_layers} layers left out, later ones "
+                       f"move up | {len(skipped) - 2 * gone} sublayers stay, with a last projection of zeros: the same "
+                       "function, not faster, since transformers runs every sublayer of a layer")
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        made = Path(scratch) / "base" if c.to_hf else out
+        if not c.to_hf:
+            clean(out, {path.name for path in src.iterdir()} | {"model.safetensors"})
+        save_base(model, src, made, parent)
+        if c.to_hf:
+            convert(made, out, to_hf=True)
 
 
 def main() -> None:
     c = runtime.cli(ConvertConfig)
-    convert(c.src, c.out, dtype=c.dtype, to_hf=c.to_hf)
+    if c.routers is not None and c.skip is None:
+        raise ValueError(f"--routers={c.routers} without --skip; expected the route to build in: "
+                         "--skip=mean:FILE.json, or an order of the file with --budget")
+    if c.adapter is None and c.skip is None:
+        convert(c.src, c.out, dtype=c.dtype, to_hf=c.to_hf)
+    else:
+        rebuild(c)
 
 
 if __name__ == "__main__":

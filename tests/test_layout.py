@@ -18,7 +18,7 @@ ALLOWED = {  # module -> (modules of the project, packages) that it may import
     "router": (set(), {"torch", "safetensors"}),
     "model": ({"router"}, {"torch", "safetensors"}),
     "tokenizer": (set(), {"sentencepiece", "tiktoken", "jinja2"}),
-    "convert_hf": ({*MODEL, "tokenizer"}, {"torch", "safetensors", "numpy"}),
+    "convert_hf": ({*MODEL, "tokenizer", "recipe"}, {"torch", "safetensors", "numpy"}),
     "data/stream": ({"runtime"}, set()),
     "data/records": ({"tokenizer", "data"}, set()),
     "data/rows": ({"tokenizer", "data"}, set()),
