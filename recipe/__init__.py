@@ -8,5 +8,6 @@
 
 What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
 examples in passes, stored activations in trunk, timings in speed, what is printed in report. forced and results serve
-eval.py: routes by --control, and what its records say. Nothing here imports a script.
+eval.py: routes by --control, and what its records say. lora, adapter, fixed and base change the base itself: LoRA, its
+files, fixed routes built in, and the folder that comes of it. Nothing here imports a script.
 """
