@@ -70,8 +70,11 @@ def fix_route(model: Transformer, skipped: Skipped) -> None:
     stay = [layer for layer in range(config.n_layers) if layer not in whole]
     if not stay:
         raise ValueError(f"all {config.n_layers} layers are skipped, expected one that stays: skip less")
-    for layer, kind in sorted(skipped):
-        end = model.layers[layer].get_submodule(ENDS[kind])
+    for layer, kind in sorted((layer, kind) for layer, kind in skipped if layer in stay):
+        end = dict(model.layers[layer].named_modules()).get(ENDS[kind])
+        if end is None:
+            raise ValueError(f"{layer}.{kind} is a mixture of experts, expected one projection at its end that can "
+                             "become zero: skip the whole layer, or its attention alone")
         end.weight = nn.Parameter(torch.zeros_like(end.weight), requires_grad=False)
     model.add_routers(None)
     model.layers = nn.ModuleList(model.layers[layer] for layer in stay)

@@ -88,10 +88,13 @@ def put_lora(model: Transformer, block: Block, place: str, rank: int, scale: flo
 
 
 def add_lora(model: Transformer, config: LoRAConfig) -> None:
-    """Put a fresh change around each target projection of every layer."""
+    """Put a fresh change around each target projection of every layer; experts stay as they are."""
     for name, block, place in projections(model):
         if name.rpartition(".")[2] in config.targets:
             put_lora(model, block, place, config.rank, config.alpha / config.rank, config.dropout)
+    if not changes(model):
+        raise ValueError(f"none of {', '.join(config.targets)} is in this model, whose feed-forwards are mixtures of "
+                         "experts; expected some of its attention: change --lora_targets")
 
 
 def let_train(model: Transformer, what: str) -> None:

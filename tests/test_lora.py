@@ -83,6 +83,18 @@ def test_merged_weights_are_the_same_function(base, targets):
     assert torch.equal(logits(load_model(base)), logits(load_model(base)))  # the file itself is untouched
 
 
+def test_experts_stay_as_they_are():
+    sizes = {"n_experts": 3, "experts_per_token": 2, "expert_dim": 16, "dense_layers": (1,)}
+    model = Transformer(replace(CONFIG, family="mixtral", **sizes))
+    assert len(changes(changed(model))) == 4 * 4 + 3  # of each layer's attention, and of the one dense MLP
+    before = logits(model)
+    merge(model)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    everywhere = Transformer(replace(CONFIG, family="mixtral", **{**sizes, "dense_layers": ()}))
+    with pytest.raises(ValueError, match="mixtures of experts"):
+        add_lora(everywhere, LoRAConfig(targets=("up_proj",)))
+
+
 # -----------------------------------------------------------------------------
 # Files
 
