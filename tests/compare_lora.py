@@ -23,7 +23,7 @@ import train  # noqa: E402
 from model import load_config  # noqa: E402
 from recipe.calibrate import settle  # noqa: E402
 from recipe.controls import Controls  # noqa: E402
-from recipe.passes import Workload, collate, head_losses, skip_everywhere, states  # noqa: E402
+from recipe.passes import Workload, collate, dense_states, head_losses, skip_everywhere, states  # noqa: E402
 from recipe.start import best_static  # noqa: E402
 from router import capacity  # noqa: E402
 from runtime import setting  # noqa: E402
@@ -39,9 +39,9 @@ class Config:
     layers: str = setting("auto:16", "routed layers")
     budgets: tuple[float, ...] = setting((0.875, 0.75), "capacities; tuned at the last one")
     seeds: tuple[int, ...] = setting((1, 2, 3), "seeds of rows, order and LoRA")
-    samples: int = setting(96, "training examples, selection set included")
-    heldout: int = setting(40, "held-out examples")
-    max_length: int = setting(160, "longest example; longer ones are cut")
+    samples: int = setting(56, "training examples, selection set included")
+    heldout: int = setting(24, "held-out examples")
+    max_length: int = setting(112, "longest example; longer ones are cut")
     batch: int = setting(4, "examples a step")
     rank: int = setting(8, "rank of LoRA")
     variants: tuple[str, ...] = setting(("first", "joint"), "first: routers on a frozen LoRA; joint: both in one run")
@@ -49,7 +49,7 @@ class Config:
 
 def settings(cfg: Config, seed: int, variant: str) -> train.TrainConfig:
     """Of one run; `lora` is the first step of `first`."""
-    out, effort = f"{cfg.out}/{seed}/{variant}", dict(cost_samples=8, select_samples=12, calibrate_samples=16)
+    out, effort = f"{cfg.out}/{seed}/{variant}", dict(cost_samples=6, select_samples=10, calibrate_samples=10)
     if variant == "first":
         effort |= {"train": "routers", "adapter": f"{cfg.out}/{seed}/lora", "epochs": 1.0}
     else:
@@ -63,16 +63,18 @@ def settings(cfg: Config, seed: int, variant: str) -> train.TrainConfig:
 
 
 @torch.no_grad()
-def compared(work: Workload, skipped: tuple[int, ...] | None) -> dict:
-    """Loss, KL to the same model with route off, and capacity, of the routers or where everyone skips these places."""
+def compared(work: Workload, dense: dict[int, torch.Tensor], skipped: tuple[int, ...] | None) -> dict:
+    """Loss, KL to the same model with route off, and capacity, of the routers or where everyone skips these places.
+
+    dense: its final states there, by group.
+    """
     model, loss, kl, tokens, gates = work.model, 0.0, 0.0, 0, []
     for number, group in work.groups():
         batch = collate(group, work.rt.device)
         forced = None if skipped is None else skip_everywhere(skipped)(model, batch, number)
         h, made, _ = states(model, batch, route="gather", gates=forced)
-        dense = states(model, batch, route="off")[0]
         loss += head_losses(model, h, batch.labels).sum().item()
-        kl += head_losses(model, h, batch.labels, dense).sum().item()
+        kl += head_losses(model, h, batch.labels, dense[number]).sum().item()
         tokens += len(batch.labels)
         gates.append((made.flatten(1).sum(1), len(group) if made.dim() == 2 else sum(batch.lengths)))
     shares = sum(ran for ran, _ in gates) / sum(units for _, units in gates)
@@ -96,14 +98,14 @@ def measured(cfg: Config, seed: int, variant: str) -> list[dict]:
     """Rows of one variant: dense, and at each budget routers and static list."""
     job, work, state = run_of(settings(cfg, seed, variant))
     held, select = work.of(job.data.held), work.of(job.data.select)
-    controls = Controls(select)
+    controls, dense = Controls(select), dense_states(held)
     about = {"seed": seed, "variant": variant, "seconds_per_step": state.step_seconds / max(1, state.step)}
-    rows = [{**about, "budget": 1.0, "route": "dense", **compared(held, ())}]
+    rows = [{**about, "budget": 1.0, "route": "dense", **compared(held, dense, ())}]
     for budget in cfg.budgets:
         name, skipped = best_static(controls, state.orders, budget)
-        rows.append({**about, "budget": budget, "route": f"static ({name})", **compared(held, skipped)})
+        rows.append({**about, "budget": budget, "route": f"static ({name})", **compared(held, dense, skipped)})
         settle(select, budget)
-        rows.append({**about, "budget": budget, "route": "routers", **compared(held, None)})
+        rows.append({**about, "budget": budget, "route": "routers", **compared(held, dense, None)})
     return rows
 
 

@@ -3,9 +3,9 @@
 Run: python tests/compare_training.py --model=checkpoints/smollm2-135m-instruct --out=out/training.json
      python tests/compare_training.py --model=... --out=out/training.json --seconds=60
 
-The first command times steps on an idle machine, each side in a process of its own; the second gives each side as many
-steps as fit into so many seconds by that time, on any machine, and scores held-out rows: dense, and with routers at
-exactly the budget on the selection set. All sides: recipe=paper, deep layers, the same rows in the same order, float32.
+The first command times steps, each side in a process of its own, in processor time, which others on the machine hardly
+change (so OMP_NUM_THREADS=1); the second gives each side as many steps as fit into so many seconds by that time, and
+scores held-out rows: dense, and with routers at exactly the budget on the selection set. All sides: recipe=paper, deep layers, the same rows in the same order, float32.
 """
 
 import json
@@ -41,7 +41,7 @@ class Config:
     batch: int = setting(4, "examples a step")
     max_length: int = setting(128, "longest example; longer ones are cut")
     heldout: int = setting(32, "held-out examples")
-    timed: int = setting(3, "steps that are timed, after one that warms up")
+    timed: int = setting(2, "steps that are timed, after one that warms up")
     seconds: float = setting(0.0, "time that each side gets; 0: time the steps")
     side: str = setting("", "one side alone, as the comparison runs it")
 
@@ -58,18 +58,18 @@ def begun(cfg: Config, steps: int) -> train.Run:
     job = train.Job(tuning, rt, train.prepared(tuning, rt), data, train.plan(tuning, data))
     if cfg.side == "lora":
         return train.begin(job)
-    routing = train.candidates(tuning, config.n_layers)[0]
+    routing = train.candidates(tuning, config)[0]
     job.model.add_routers(routing)
     return train.build(job, job.workload(), train.State(), None)  # no orders: nothing here is compared with them
 
 
 def timed(cfg: Config) -> dict:
-    """Seconds and memory of a step of one side."""
+    """Processor seconds and peak memory of a step of one side."""
     run, spent = begun(cfg, cfg.timed + 1), []
     for _ in range(cfg.timed + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         train.step(run)
-        spent.append(time.perf_counter() - started)
+        spent.append(time.process_time() - started)
     about = {"trainable": run.state.trainable, "optimizer_bytes": run.state.optimizer_bytes}
     return {**about, "seconds_per_step": min(spent[1:]), "peak_bytes": runtime.peak_memory_bytes("cpu")}
 
