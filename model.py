@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from router import (
     EXPERT_GRANULARITIES,
@@ -995,7 +997,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor | None, *, lengths=None, prompt_lengths=None, cache: KVCache | None = None,
                route: str = "off", gates: Tensor | None = None, x: Tensor | None = None, first_layer: int = 0,
-               return_scores: bool = False):
+               return_scores: bool = False, recompute: bool = False):
         """Run the layers: tokens (B,T) -> normalised final states (B,T,D), gates[, scores]. The head is apart.
 
         lengths         real tokens per row of this call, right-padded (list or tensor (B,)); None: all T
@@ -1005,6 +1007,7 @@ class Transformer(nn.Module):
         gates           forced gates instead of the routers', shape as returned. (R,B) with token routers: these
                         sequences skip whole, first tokens, keys and values too, and the decision is held
         x, first_layer  activations (B,T,D) that enter layer `first_layer`, instead of tokens
+        recompute       the backward pass runs each block again instead of keeping what is in it (no cache)
 
         Gates are 0.0/1.0, (R,B) for sequences or (R,B,T) for tokens, pads 0; None for route off. Scores are the logits.
         R counts routers from first_layer on, in the order of `routing.places`. Host syncs: none for off and mask;
@@ -1018,7 +1021,8 @@ class Transformer(nn.Module):
         whole = cache is None and route != "gather"  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
             block, held = self.layers[layer], None if cache is None else cache.layers[layer]
-            x, decided = (block if whole else block.forward)(x, call, held, list(islice(forced, block.n_routers)))
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block if whole else block.forward
+            x, decided = run(x, call, held, list(islice(forced, block.n_routers)))
             made += decided
         gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
         if cache is not None:

@@ -19,13 +19,16 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -41,7 +44,8 @@ import torch.distributed as dist
 
 PROJECT = Path(__file__).resolve().parent
 BF16_CAPABILITIES = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")  # as torch.cpu.get_capabilities names them
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest wait for another rank; one rank may measure alone for minutes
+RANK_TIMEOUT = 30.0  # minutes, longest wait for another rank; one rank may measure alone for minutes
+SIGNAL_ECHO = 2.0  # seconds; torchrun repeats to its workers what the terminal sent to all
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # (pattern in the lower-case device name, dense 16-bit tensor FLOP/s, memory bytes/s); more specific patterns first.
@@ -87,12 +91,12 @@ class Runtime:
     is_master: bool
 
 
-def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtime:
+def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337, timeout: float = RANK_TIMEOUT) -> Runtime:
     """Choose device and dtype, seed torch, and join the process group (nccl on CUDA, else gloo) under torchrun.
 
     auto: CUDA where there is one, else CPU; bfloat16 where the device has instructions for its matrix products (a GPU,
     or a CPU with AMX, AVX-512 BF16 or Arm BF16, by capability, never by a timing), else float32. TF32 stays off:
-    float32 means float32. A rank that hears nothing from another for 30 minutes gives up.
+    float32 means float32. A rank that hears nothing from another for `timeout` minutes gives up.
     Raises ValueError for a device that is not there and for an unknown dtype.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -109,9 +113,9 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337) -> Runtim
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        with _together():
+        with together():
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
-                                    timeout=COLLECTIVE_TIMEOUT)
+                                    timeout=timedelta(minutes=timeout))
     return Runtime(rank, world_size, local_rank, chosen, kind, rank == 0)
 
 
@@ -207,7 +211,7 @@ def mine(groups: list, rt: Runtime) -> list[tuple[int, object]]:
 def sum_over_ranks(values: torch.Tensor, rt: Runtime) -> torch.Tensor:
     """The sum of every rank's tensor, on every rank; in place."""
     if rt.world_size > 1:
-        with _together():
+        with together():
             dist.all_reduce(values)
     return values
 
@@ -216,7 +220,7 @@ def collect(parts: list[tuple[int, object]], rt: Runtime) -> list:
     """Numbered parts of all ranks, in order of their numbers, on every rank."""
     if rt.world_size > 1:
         everyone = [None] * rt.world_size
-        with _together():
+        with together():
             dist.all_gather_object(everyone, parts)
         parts = [part for rank_parts in everyone for part in rank_parts]
     return [part for _, part in sorted(parts, key=lambda numbered: numbered[0])]
@@ -225,7 +229,7 @@ def collect(parts: list[tuple[int, object]], rt: Runtime) -> list:
 def wait_for_all(rt: Runtime) -> None:
     """Return when every rank has come here."""
     if rt.world_size > 1:
-        with _together():
+        with together():
             dist.barrier()
 
 
@@ -234,19 +238,86 @@ class RankError(RuntimeError):
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Around every wait for other ranks: what gloo and nccl say of a lost or silent one becomes a RankError."""
+    started = time.monotonic()
     try:
         yield
     except RuntimeError as error:
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            happened = f"has waited {COLLECTIVE_TIMEOUT} (h:mm:ss) for another rank"
+            happened = f"has waited {time.monotonic() - started:,.0f} s for another rank"
         elif "connection" in str(error).lower():
             happened = "lost the connection to another rank"
         else:
             raise
         raise RankError(f"rank {os.environ['RANK']} {happened}: read what the other ranks printed, then run the same "
                         "command again") from error
+
+
+# -----------------------------------------------------------------------------
+# Signals that end a run
+
+
+class Interrupted(BaseException):
+    """A signal asked for the end, and what had to be saved is saved."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted, and saved: the same command goes on")
+        self.number = number
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM in the list instead of ending at once, and raise `Interrupted` behind the block.
+
+    Each acts as ever when it comes again after SIGNAL_ECHO seconds; until then it is the same one, from the launcher.
+    """
+    came, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    until = math.inf
+
+    def note(number: int, frame) -> None:
+        nonlocal until
+        if time.monotonic() >= until:
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+        elif not came:
+            came.append(number)
+            until = time.monotonic() + SIGNAL_ECHO
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise Interrupted(came[0])
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made, so that no second process works in it. Raises ValueError where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is in use by another process; expected one at a time: wait for it, end it, "
+                                 "or give another --out") from None
+        yield
+    finally:
+        os.close(descriptor)  # and with it goes the lock
+
+
+def spread_signal(came: list[int], rt: Runtime) -> bool:
+    """Whether a signal came to any rank; it is then noted on every one, so that all end behind the same step."""
+    asked = sum_over_ranks(torch.tensor(float(bool(came)), device=rt.device), rt).item() > 0
+    if asked and not came:
+        came.append(signal.SIGTERM)
+    return asked
 
 
 # -----------------------------------------------------------------------------
@@ -550,10 +621,10 @@ def run_main(fn: Callable[[], object]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
         sys.exit(141)  # as a shell shows SIGPIPE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as error:
         Progress.wipe()
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        print(str(error) or "interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # as a shell shows an end by a signal
     except Exception as error:
         Progress.wipe()
         sentence = _sentence(error)

@@ -4,9 +4,9 @@
     python train.py --model=checkpoints/llama3 --data=sft.jsonl --layers=auto:16 --budget=0.5 --out=out/llama3
     torchrun --nproc_per_node=8 train.py ...          # the same global batches, the same result up to rounding
 
-Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any step, the same
-command goes on where the last checkpoint stands and ends in the same router file, bit for bit (on a GPU as far as its
-kernels are deterministic).
+Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any moment, the same
+command goes on where the last checkpoint stands, or within a phase before or after the steps, and ends in the same
+router file, bit for bit (on a GPU as far as its kernels are deterministic). See docs/TRAINING.md.
 
 recipe=default: what recipe/ measures, fits and calibrates; steps of ridge regression in the space of logits, a running
 quantile as the cut that holds the budget. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).
@@ -44,23 +44,27 @@ from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
 from recipe.calibrate import PASSES, calibrate
 from recipe.controls import Controls
-from recipe.cost import step_flops
+from recipe.cost import step_flops, trunk_flops
 from recipe.experts import gate_start
 from recipe.fit import RidgeDescent
+from recipe.journal import Journal, discard
 from recipe.lora import TARGETS, LoRAConfig, add_lora, changes, let_train
 from recipe.measure import Measured, measure_costs
+from recipe.needs import disk_needed, memory_needed, seconds_per_example, show_needs
 from recipe.orders import search_orders
 from recipe.passes import (
-    Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits, states,
+    EVAL_BATCH, Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits,
+    states,
 )
 from recipe.report import compare, show, show_step, verdict
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
-    EXPERT_GRANULARITIES, GRANULARITIES, RouterConfig, RouterMeta, cuts_for, deep_layers, load_router_weights,
+    EXPERT_GRANULARITIES, GRANULARITIES, RouterConfig, RouterMeta, check_fingerprint, cuts_for, deep_layers,
+    load_router_weights,
     official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of, trainable,
 )
-from runtime import Runtime, collect, generator, permutation, print0, setting, sum_over_ranks, wait_for_all
+from runtime import Runtime, collect, generator, mine, permutation, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -80,11 +84,12 @@ EFFORTS = {
     "thorough": dict(cost_samples=96, benefit_samples=320, select_samples=96, calibrate_samples=384, evaluations=4),
 }
 # Settings that may differ between a run and its continuation; what `effort` stands for is compared instead of its name.
-FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad")
+FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad", "rank_timeout", "max_bad_steps")
 LEAST = {  # least value of each number
     **dict.fromkeys(("batch_size", "micro_batch", "cost_samples", "select_samples", "calibrate_samples"), 1),
-    **dict.fromkeys(("heldout_samples", "save_every"), 1),
+    **dict.fromkeys(("heldout_samples", "save_every", "max_bad_steps"), 1),
     **dict.fromkeys(("evaluations", "steps", "epochs", "lr", "lambda_", "trunk_gb", "benefit_samples", "lora_lr"), 0),
+    "rank_timeout": 0,
     **dict.fromkeys(("max_samples", "max_length"), 2),
 }
 
@@ -131,6 +136,7 @@ class TrainConfig:
     )
     lambda_: float | None = setting(None, "weight of the capacity penalty ReLU(capacity - budget)")
     warmup: float = setting(0.03, "share of the steps with rising learning rate")
+    schedule: Literal["cosine", "constant"] = setting("cosine", "learning rate after the warm-up")
     lora_first: bool = setting(True, "routers+lora: LoRA first, then routers on the result; false: both in each step")
     lora_rank: int = setting(8, "rank of each projection's change")
     lora_alpha: float = setting(16.0, "changes are scaled by alpha / rank")
@@ -149,14 +155,18 @@ class TrainConfig:
         (0.75, 0.5, 0.25), "budgets at which the routers are compared with their controls, beside the run's own"
     )
     trunk_gb: float = setting(1.0, "most disk space (GB, in --out) for activations below the first routed layer")
+    max_bad_steps: int = setting(10, "steps in a row without finite gradient after which the run stops")
     save_every: int = setting(5, "steps between checkpoints")
+    rank_timeout: float = setting(runtime.RANK_TIMEOUT, "minutes that a rank waits for another before it gives up")
     overwrite: bool = setting(False, "begin anew in an --out that holds another run")
+    init: str | None = setting(None, "router file of train.py whose routers begin this run, instead of fitted ones")
     import_official: str | None = setting(None, "router file of the official code: calibrate and write it as ours")
     recalibrate: str | None = setting(None, "router file of train.py: calibrate it on these data and write it again")
     seed: int = setting(1337, "seed of data order and label samples")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of the frozen model: auto, float32, bfloat16, float16; routers are float32")
     compile: bool | None = setting(None, "torch.compile each block; none: on CUDA only")
+    checkpoint_activations: bool = setting(False, "compute each block again in the backward pass: less memory")
 
     def __post_init__(self):
         if self.layers is None and self.granularity in EXPERT_GRANULARITIES:
@@ -203,9 +213,9 @@ class TrainConfig:
             raise ValueError(f"train is 'full' with dtype {self.dtype} and adapter {self.adapter}; expected float32, "
                              "since steps vanish in 16 bits, and no adapter: leave --dtype away, or merge the adapter "
                              "with convert_hf.py first")
-        if self.import_official and self.recalibrate:
-            raise ValueError("--import_official and --recalibrate each name a router file, expected one: leave one "
-                             "away")
+        if sum(map(bool, (self.init, self.import_official, self.recalibrate))) > 1:
+            raise ValueError("--init, --import_official and --recalibrate each name a router file, expected one: leave "
+                             "the others away")
         if self.import_official and self.granularity.startswith(("both", "expert")):
             raise ValueError(f"granularity is {self.granularity!r} with --import_official; the official code has one "
                              "router per layer: name what it gated")
@@ -285,11 +295,13 @@ def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     return rows
 
 
-def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then cosine to zero."""
+def lr_at(step: int, steps: int, lr: float, warmup: float, schedule: str = "cosine") -> float:
+    """Linear warm-up over a share of the steps, then constant, or cosine to zero."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return lr * (step + 1) / rising
+    if schedule == "constant":
+        return lr
     return lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
@@ -300,12 +312,12 @@ def lr_at(step: int, steps: int, lr: float, warmup: float) -> float:
 class Student(nn.Module):
     """What DistributedDataParallel wraps: one routed pass that computes everything and multiplies by the gates."""
 
-    def __init__(self, model: Transformer, first_layer: int):
+    def __init__(self, model: Transformer, first_layer: int, recompute: bool):
         super().__init__()
-        self.model, self.first_layer = model, first_layer
+        self.model, self.how = model, {"first_layer": first_layer, "recompute": recompute}
 
     def forward(self, batch: Batch, x: Tensor):
-        return states(self.model, batch, route="mask", x=x, first_layer=self.first_layer)
+        return states(self.model, batch, route="mask", x=x, **self.how)
 
 
 @dataclass
@@ -324,6 +336,9 @@ class State:
     step_seconds: float = 0.0  # of its optimizer steps
     trainable: int = 0  # parameters
     optimizer_bytes: int = 0
+    bad_steps: int = 0  # skipped for want of finite gradients
+    bad_in_row: int = 0
+    last_bad: str = ""  # the last such step, in words
 
 
 @dataclass
@@ -345,6 +360,10 @@ class Job:
         stored = [*self.data.all, *prompts_of(self.data.all)]
         trunk = TrunkCache(path, self.model, stored, limit / self.rt.world_size)
         return Workload(self.model, self.data.train, self.rt, trunk)
+
+    def journal(self, name: str) -> Journal:
+        """Where phases keep what they have computed, for a run that is killed within them."""
+        return Journal(Path(self.cfg.out) / "progress", name, identity(self), self.rt)
 
     def costed(self) -> Workload:
         """The training examples on which costs are measured: before routers stand, so there is nothing stored yet."""
@@ -379,7 +398,7 @@ def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
     optimizers = optimizers_of(job.cfg, job.model, inputs, counts)
     state.trainable = sum(w.numel() for w in weights.values())
     state.optimizer_bytes = sum(map(size_of, optimizers))
-    student = Student(job.model, work.first_layer)
+    student = Student(job.model, work.first_layer, job.cfg.checkpoint_activations)
     if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
         student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False)
     select = work.of(job.data.select)
@@ -442,19 +461,44 @@ def begin(job: Job) -> Run:
         job.model.add_routers(RouterConfig.of("mlp_sequence", (0,)))
         set_cuts(job.model, -math.inf)
         return build(job, job.workload(), State(asdict(job.model.routing), {}, dtype, cut=-math.inf), None)
+    placed, first = candidates(cfg, job.model.config), None
+    if cfg.init:
+        first, meta = read_init(cfg, job.model.config)
+        placed = meta.routing, None
     with job.phases("costs"):
-        measured = place_routers(job.costed(), *candidates(cfg, job.model.config), cfg.seed)
+        measured = place_routers(job.costed(), *placed, cfg.seed)
     work = job.workload()
     with job.phases("orders"):
         orders = orders_of(job, work, measured)
     if cfg.recipe == "default":
         inputs = measured.inputs[:, permutation(measured.inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
     run = build(job, work, State(asdict(job.model.routing), orders, dtype), inputs)
+    if first is not None:
+        model = job.model
+        check_fingerprint(cfg.init, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
+        load_router_weights(cfg.init, model, first, meta.routing)
     if cfg.recipe == "default":
         with job.phases("first routers"):
-            first_routers(run, measured)
+            if first is None:
+                first_routers(run, measured)
+            else:
+                run.state.cut = try_out(run)[1]
+                set_cuts(run.model, run.state.cut)
     run.state.seconds = time.perf_counter() - started
     return run
+
+
+def read_init(cfg: TrainConfig, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:
+    """What the file of --init holds. Raises ValueError naming what these settings do not ask for."""
+    tensors, meta = read_router_file(cfg.init)
+    has, (wanted, kept) = meta.routing, candidates(cfg, config)
+    pairs = {name: (getattr(has, name), getattr(wanted, name)) for name in ("granularity", "pool", "kv")}
+    pairs["layers"] = (has.names, wanted.names) if kept is None else (len(has.places), kept)
+    if differing := [f"{name} ({ours!r} there, {asked!r} now)" for name, (ours, asked) in pairs.items()
+                     if ours != asked]:
+        raise ValueError(f"{cfg.init} cannot begin this run: {', '.join(differing)}; expected the same routers: change "
+                         "these settings, or give another --init")
+    return tensors, meta
 
 
 def candidates(cfg: TrainConfig, config: ModelConfig) -> tuple[RouterConfig, int | None]:
@@ -521,24 +565,29 @@ def tune(run: Run, out: Path) -> None:
         clean_up(out, log, state.step)
         if state.step == 0:
             save_checkpoint(run, checkpoint)
+            discard(out / "progress")
     if run.compiled:  # only steps run compiled: what is measured before them looks into the blocks
         for block in run.model.layers:
             block.compile(fullgraph=not isinstance(block.feed_forward, Experts))
-    begun = time.perf_counter() - state.seconds
-    while state.step < cfg.steps:
-        started = time.perf_counter()
-        row = step(run)
-        seconds = time.perf_counter() - started
-        tried = try_out(run)[0] if cfg.measures and state.step in tries else None
-        row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
-        state.step_seconds += seconds
-        state.seconds = time.perf_counter() - begun
-        show_step(row, cfg.steps, state.best_step == state.step)
-        if rt.is_master:
-            with open(log, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            if state.step % cfg.save_every == 0 or state.step == cfg.steps:
-                save_checkpoint(run, checkpoint)
+    begun, asked = time.perf_counter() - state.seconds, False
+    with runtime.noted_signals() as signals:
+        while state.step < cfg.steps and not asked:
+            started = time.perf_counter()
+            row = step(run)
+            seconds = time.perf_counter() - started
+            tried = try_out(run)[0] if cfg.measures and state.step in tries else None
+            row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
+            state.step_seconds += seconds
+            state.seconds = time.perf_counter() - begun
+            show_step(row, cfg.steps, state.best_step == state.step)
+            asked = runtime.spread_signal(signals, rt)
+            due = state.step % cfg.save_every == 0 or state.step == cfg.steps
+            if rt.is_master:
+                with open(log, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                if asked or due and not state.bad_in_row:
+                    save_checkpoint(run, checkpoint)
+        wait_for_all(rt)  # else the launcher would end the master, still writing, when the first rank has gone
 
 
 def step(run: Run) -> dict:
@@ -546,63 +595,101 @@ def step(run: Run) -> dict:
 
     The result depends neither on the number of ranks nor on micro_batch, but for rounding.
     """
-    cfg, rt, model, state = run.cfg, run.rt, run.model, run.state
+    cfg, rt, model, state, trunk = run.cfg, run.rt, run.model, run.state, run.work.trunk
+    trunk.computed.clear()
     whole, batches = micro_batches(run, state.step)
     lengths = [len(example.tokens) for example in whole]
     n_targets, units = sum(len(example.targets) for example in whole), n_units(model.routing, lengths)
+    loss, executed, logits = accumulate(run, batches, n_targets, units)
+    norm = torch.nn.utils.get_total_norm([w.grad for w in run.weights.values() if w.grad is not None])
+    below = trunk_flops(model.config, run.work.first_layer, trunk.computed)
+    sums = torch.stack([loss, executed, torch.tensor(below, device=rt.device)])
+    loss, executed, below = sum_over_ranks(sums, rt).tolist()
+    bad = what_is_bad(run, loss, norm.item())
+    if bad is None:
+        torch.nn.utils.clip_grads_with_norm_(run.weights.values(), cfg.clip, norm)
+        rises = [move(optimizer, state.step, cfg) for optimizer in run.optimizers]
+        if cfg.measures:
+            hold_budget(run, torch.cat(collect(logits, rt), dim=1), rises[0])
+    for w in run.weights.values():
+        w.grad = None
+    count_bad(state, bad, cfg.max_bad_steps)
+    state.step += 1
+    state.tokens += sum(lengths)
+    again = cfg.checkpoint_activations + (cfg.lambda_ > 0) + (cfg.train == "full")
+    above = (lengths, n_targets, cfg.objective == "distill", again)
+    flops = below + step_flops(model.config, run.work.first_layer, *above)
+    row = {"step": state.step, "loss": loss / n_targets, "capacity": executed / units,
+           "lr": run.optimizers[0].param_groups[0]["lr"], "grad_norm": norm.item(), "budget": cfg.budget,
+           "cut": state.cut, "bad": bad, "tokens": sum(lengths), "flops": flops}
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+
+
+def accumulate(run: Run, batches: list[tuple[int, Batch]], n_targets: int, units: int) -> tuple[Tensor, Tensor, list]:
+    """Gradients of a step, summed over micro-batches and ranks.
+
+    Returns this rank's loss and executed units, as sums, and its numbered logits (R,N).
+    """
+    cfg, rt, model = run.cfg, run.rt, run.model
     over = cfg.lambda_ > 0 and capacity_of(run, batches, units) > cfg.budget
     loss, executed, logits = torch.zeros((), device=rt.device), torch.zeros((), device=rt.device), []
     model.train(cfg.lora_dropout > 0)
     if model.training:  # what is left out is a function of seed, step and rank
-        torch.manual_seed(generator(cfg.seed, "dropout", state.step, rt.rank).initial_seed())
+        torch.manual_seed(generator(cfg.seed, "dropout", run.state.step, rt.rank).initial_seed())
     for number, batch in batches:
         with contextlib.nullcontext() if batch is batches[-1][1] else no_sync(run):
             x = run.work.entered(batch)
             h, gates, z = run.student(batch, x)
             # the wrapper averages gradients over ranks, hence the factor world_size on what is a sum
             part, dh = head_gradient(model, h, batch.labels, teacher(run, batch, x), scale=rt.world_size / n_targets)
-            torch.autograd.backward(*roots(run, h, dh, gates, units if over else None))
+            with runtime.together():
+                torch.autograd.backward(*roots(run, h, dh, gates, units if over else None))
         loss += part
         executed += executed_units(run, gates)
         logits.append((number, real_logits(z, batch.lengths)))
     model.eval()
-    norm = torch.nn.utils.clip_grad_norm_(list(run.weights.values()), cfg.clip).item()
-    loss, executed = sum_over_ranks(torch.stack([loss, executed]), rt).tolist()
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(f"step {state.step}: loss {loss}, gradient norm {norm}; expected finite numbers: lower --lr, "
-                         "or use --dtype=float32")
-    rises = [move(optimizer, state.step, cfg) for optimizer in run.optimizers]
-    if cfg.measures:
-        hold_budget(run, torch.cat(collect(logits, rt), dim=1), rises[0])
-    lr = run.optimizers[0].param_groups[0]["lr"]
-    state.step += 1
-    state.tokens += sum(lengths)
-    flops = step_flops(model.config, run.work.first_layer, lengths, n_targets, cfg.objective == "distill")
-    row = {"step": state.step, "loss": loss / n_targets, "capacity": executed / units, "lr": lr, "grad_norm": norm}
-    return {**row, "budget": cfg.budget, "cut": state.cut, "tokens": sum(lengths), "flops": flops}
+    return loss, executed, logits
+
+
+def what_is_bad(run: Run, loss: float, norm: float) -> str | None:
+    """What is not finite in a step, in words; None: nothing."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    grads = {name: w.grad for name, w in run.weights.items() if w.grad is not None}
+    names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    return f"loss {loss}, gradient norm {norm}; not finite: {', '.join(names) or 'the loss alone'}"
+
+
+def count_bad(state: State, bad: str | None, most: int) -> None:
+    """Count a step that was skipped because something in it was not finite. Raises ValueError after `most` in a row."""
+    state.bad_in_row = 0 if bad is None else state.bad_in_row + 1
+    if bad is None:
+        return
+    state.bad_steps, state.last_bad = state.bad_steps + 1, f"step {state.step + 1}: {bad}"
+    if state.bad_in_row >= most:
+        raise ValueError(f"{most} steps in a row had no finite gradient ({state.last_bad}), and the last good "
+                         "checkpoint stays; expected finite numbers: lower --lr, or use --dtype=float32 or "
+                         "bfloat16, in another --out")
 
 
 def move(optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig):
     """One step of an optimizer at the learning rate of this step; returns what it returns."""
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, cfg.steps, group["peak"], cfg.warmup)
-    result = optimizer.step()
-    optimizer.zero_grad()
-    return result
+        group["lr"] = lr_at(step, cfg.steps, group["peak"], cfg.warmup, cfg.schedule)
+    return optimizer.step()
 
 
 def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, Batch]]]:
-    """The global batch of a step, longest example first, and this rank's numbered parts of it."""
+    """The global batch of a step, longest example first, and this rank's numbered parts of it.
+
+    The parts are the same for any number of ranks (down to micro_batch examples a rank), and so is their rounding.
+    """
     cfg, rt, train = run.cfg, run.rt, run.data.train
     whole = [train[i] for i in global_batch(len(train), cfg.batch_size, cfg.seed, step)]
     whole.sort(key=lambda example: -len(example.tokens))
-    own = list(range(len(whole)))[rt.rank :: rt.world_size]
-    multiple = 64 if run.compiled else 1
-    batches = []
-    for i in range(0, len(own), cfg.micro_batch):
-        rows = own[i : i + cfg.micro_batch]
-        batches.append((rows[0], collate([whole[row] for row in rows], rt.device, multiple)))
-    return whole, batches
+    rows, multiple = min(cfg.micro_batch, cfg.batch_size // rt.world_size), 64 if run.compiled else 1
+    groups = [whole[i : i + rows] for i in range(0, len(whole), rows)]
+    return whole, [(number, collate(group, rt.device, multiple)) for number, group in mine(groups, rt)]
 
 
 def no_sync(run: Run):
@@ -669,7 +756,7 @@ def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
 def identity(job: Job) -> dict:
     """What a continuation must agree on: settings, base model and data."""
     settings = {name: value for name, value in asdict(job.cfg).items() if name not in FREE}
-    tokens = json.dumps([[example.tokens, example.targets] for example in job.data.train + job.data.select])
+    tokens = json.dumps([[example.tokens, example.targets] for example in job.data.all])
     digest = hashlib.sha256(tokens.encode()).hexdigest()[:16]
     return json.loads(json.dumps({**settings, "base fingerprint": job.model.exact_fingerprint, "data digest": digest}))
 
@@ -866,6 +953,8 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
         "objective": cfg.objective,
         "steps": state.step,
         "best_step": state.best_step,
+        "bad_steps": state.bad_steps,
+        "last_bad_step": state.last_bad or None,
         "train": cfg.train,
         **costs_of(state),
         **{name: value for name, value in own.items() if name.startswith("prefill")},
@@ -899,7 +988,11 @@ def next_command(cfg: TrainConfig, routers: str) -> str:
 
 def tuned(job: Job, saved: tuple | None) -> tuple[Workload, State]:
     """Begin or resume a run, take the steps that are left, and put its best routers into the model."""
-    run = begin(job) if saved is None else resume(job, saved)
+    if saved is None:
+        with job.journal("start"):
+            run = begin(job)
+    else:
+        run = resume(job, saved)
     describe(run)
     with job.phases("tuning", begun=run.state.step / max(1, job.cfg.steps)):
         tune(run, Path(job.cfg.out))
@@ -947,18 +1040,36 @@ def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
     return runtime.Phases(end if cfg.recalibrate or cfg.import_official else {**start, **tuning, **end})
 
 
+def announce(job: Job, done: float | None) -> None:
+    """Say what the run needs before it starts. done: share of the steps of a run that goes on; None: a new one."""
+    cfg, rt, examples, config = job.cfg, job.rt, job.data.all, job.model.config
+    lengths = sorted((len(example.tokens) for example in examples), reverse=True)
+    rows = min(cfg.micro_batch, max(1, cfg.batch_size // rt.world_size))
+    first = candidates(cfg, config)[0].places[0].layer
+    memory = memory_needed(job.model, first, sum(lengths[:rows]), cfg.checkpoint_activations)
+    disk = disk_needed(job.model, examples, cfg.trunk_gb * 1e9, INPUT_SAMPLES)
+    work = dict(job.phases.work)
+    if done is not None:
+        work = {name: passes for name, passes in work.items() if name in ("calibration", "held out")}
+        work["tuning"] = job.phases.work["tuning"] * (1 - done)
+    each = seconds_per_example(Workload(job.model, examples, rt), EVAL_BATCH)
+    show_needs(memory, disk, Path(cfg.out), each, sum(work.values()) / rt.world_size)
+
+
 def train(cfg: TrainConfig) -> dict:
     """Run or continue what `cfg` says; returns the summary."""
     if cfg.train == "routers+lora" and cfg.lora_first:
         first = replace(cfg, train="lora", out=str(Path(cfg.out) / "lora"))
         train(first)
         return train(replace(cfg, train="routers", adapter=first.out))
-    rt = runtime.setup(cfg.device, stored_dtype(cfg), cfg.seed)
+    rt = runtime.setup(cfg.device, stored_dtype(cfg), cfg.seed, cfg.rank_timeout)
     fetch_demo(cfg, rt)
     config = load_config(cfg.model)
     tensors = read_router_file(cfg.import_official, official=True)[0] if cfg.import_official else None
     if not cfg.import_official and not cfg.recalibrate:
         candidates(cfg, config)  # a wrong setting is told before anything is loaded
+    if cfg.init:
+        read_init(cfg, config)
     if cfg.train == "full" and rt.world_size > 1:
         raise ValueError(f"train is 'full' on {rt.world_size} ranks, expected one, since the head's gradient is not "
                          "summed over ranks: use one process, or --train=routers+lora")
@@ -973,18 +1084,30 @@ def train(cfg: TrainConfig) -> dict:
     if tensors is not None:
         model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), pool=cfg.pool, kv=cfg.kv))
     job = Job(cfg, rt, model, data, plan(cfg, data))
+    with runtime.alone_in(Path(cfg.out)) if rt.is_master else contextlib.nullcontext():
+        return run_job(job, tensors)
+
+
+def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
+    """The same, with everything loaded. tensors: of --import_official."""
+    cfg, rt = job.cfg, job.rt
     summary, saved = claim(job)
     if summary is not None:
         print0(f"{cfg.out} holds this run, finished: nothing to do (--overwrite begins anew)")
         return summary
-    if cfg.recalibrate:
-        work, state = recalibrated(job)
-    elif cfg.import_official:
-        work, state = imported(job, tensors)
+    announce(job, None if saved is None else saved[0].step / max(1, cfg.steps))
+    if cfg.recalibrate or cfg.import_official:
+        with job.journal("start"):
+            work, state = recalibrated(job) if cfg.recalibrate else imported(job, tensors)
     else:
         work, state = tuned(job, saved)
     keep_changes(job, work, state)
-    return finish_lora(job, work, state) if cfg.train == "lora" else finish(job, work, state)
+    with job.journal("end"):
+        summary = finish_lora(job, work, state) if cfg.train == "lora" else finish(job, work, state)
+    wait_for_all(rt)
+    if rt.is_master:
+        discard(Path(cfg.out) / "progress")
+    return summary
 
 
 def prepared(cfg: TrainConfig, rt: Runtime) -> Transformer:
@@ -1023,25 +1146,43 @@ def fetch_demo(cfg: TrainConfig, rt: Runtime) -> None:
 def claim(job: Job) -> tuple[dict | None, tuple | None]:
     """What --out holds of this very run: its summary if it is finished, state and tensors if it has begun.
 
-    Raises ValueError, naming every setting that differs, when another run lies there.
+    Raises ValueError, naming every setting that differs, when another run lies there, and where ranks see different
+    folders.
     """
-    out, now, saved, summary = Path(job.cfg.out), identity(job), None, None
+    out, now, saved = Path(job.cfg.out), identity(job), None
     checkpoint = out / "checkpoint.safetensors"
     if job.cfg.overwrite and job.rt.is_master:
         made = ("routers.safetensors", "adapter_model.safetensors", "summary.json")
         for name in ("checkpoint.safetensors", "log.jsonl", *made):
             (out / name).unlink(missing_ok=True)
+        discard(out / "progress")
     wait_for_all(job.rt)
-    made = "adapter_model.safetensors" if job.cfg.train == "lora" else "routers.safetensors"
-    if (out / "summary.json").exists() and (out / made).exists():
-        summary = runtime.read_json(out / "summary.json")
+    summary = finished(out, "adapter_model" if job.cfg.train == "lora" else "routers")
+    if summary is not None:
         refuse_other(out, summary.get("identity", {}), now)
     elif checkpoint.exists():
         state, theirs, tensors = read_checkpoint(checkpoint)
         refuse_other(out, theirs, now)
         saved = (state, tensors)
-    wait_for_all(job.rt)  # from here on the master writes
+    seen = "a finished run" if summary else f"step {saved[0].step}" if saved else "nothing"
+    everyone = collect([(job.rt.rank, seen)], job.rt)  # and from here on the master writes
+    if len(set(everyone)) > 1:
+        raise ValueError(f"the ranks find in {out}: {', '.join(everyone)}; expected the same: give an --out on a disk "
+                         "that all machines share")
     return summary, saved
+
+
+def finished(out: Path, made: str) -> dict | None:
+    """The summary of a finished run; None where it is missing or damaged, or what the run made."""
+    summary, made = out / "summary.json", out / f"{made}.safetensors"
+    if not (summary.exists() and made.exists()):
+        return None
+    try:
+        with safe_open(made, framework="pt"):  # reads where the file must end
+            return dict(runtime.read_json(summary))
+    except (SafetensorError, ValueError, TypeError) as error:
+        print0(f"{out} holds a finished run that is damaged ({error}): its end is written again")
+        return None
 
 
 def describe(run: Run) -> None:

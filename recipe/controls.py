@@ -4,11 +4,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from recipe.cost import Executed, prefill_flops
 from recipe.experts import reads_gates, run_shares, smallest_gate
+from recipe.journal import once
 from recipe.lists import Prefixes, list_states, room_for_prefixes
-from recipe.passes import Workload, collate, evaluate, finite, head_losses, random_routes
+from recipe.passes import Batch, Workload, collate, evaluate, finite, head_losses, random_routes
 from router import RouterConfig, mean_order, skipped_shares
 from runtime import sum_over_ranks, track
 
@@ -38,11 +40,15 @@ class Controls:
             else:
                 prefixes = self.kept.setdefault(number, Prefixes(room // len(groups)))
             for index, skipped in enumerate(ordered):
-                h = list_states(self.work, batch, skipped, prefixes)
-                sums[index] += head_losses(model, h, batch.labels).sum()
+                sums[index] += once(lambda: [self.list_loss(batch, skipped, prefixes)])[0].to(sums.device)
         tokens = sum(len(example.targets) for example in self.work.examples)
         losses = finite(sum_over_ranks(sums, self.work.rt), model, "loss") / tokens
         self.known |= dict(zip(ordered, losses.tolist()))
+
+    def list_loss(self, batch: Batch, skipped: tuple[int, ...], prefixes: Prefixes) -> Tensor:
+        """Summed loss of one batch."""
+        h = list_states(self.work, batch, skipped, prefixes)
+        return head_losses(self.work.model, h, batch.labels).sum()
 
     def loss(self, skipped: tuple[int, ...]) -> float:
         """Loss where everyone skips these places, given in any order."""

@@ -118,16 +118,28 @@ def prefill_flops(config: ModelConfig, tokens: int, executed: Executed = DENSE, 
     return layers + logits * head
 
 
-def step_flops(config: ModelConfig, first: int, lengths: list[int], n_targets: int, distill: bool) -> float:
-    """What a tuning step really needs, for rows of these lengths and logits at n_targets positions in all.
+def trunk_flops(config: ModelConfig, first: int, lengths: list[int]) -> float:
+    """Forward passes of rows of these lengths through the layers below `first`."""
+    return sum(layer_flops(config, layer, length, DENSE) for layer in range(first) for length in lengths)
 
-    Layers below the first routed one: forward. Above it: forward, backward without weight gradients (as much again),
-    and the teacher's forward. The head: as above it, where loss is taken.
+
+def step_flops(
+    config: ModelConfig, first: int, lengths: list[int], n_targets: int, distill: bool, again: int = 0
+) -> float:
+    """What a tuning step does from layer `first` on, for rows of these lengths and logits at n_targets positions.
+
+    Forward and backward: without weight gradients a product costs as much again, scores and values twice as much. The
+    teacher's forward. again: what costs a forward pass of the layers alone (recomputation, capacity before the
+    penalty, gradients of all weights).
     """
-    passes = 3 if distill else 2
-    head = 2 * config.dim * config.vocab_size
-    layer = sum(prefill_flops(config, length, logits=0) for length in lengths) / config.n_layers
-    return layer * (first + passes * (config.n_layers - first)) + passes * head * n_targets
+    forwards = 2 if distill else 1
+    layers = scores = 0.0
+    for layer in range(first, config.n_layers):
+        for length in lengths:
+            layers += layer_flops(config, layer, length, DENSE)
+            scores += 4 * config.n_heads * config.head_dim * pairs(length, config.window(layer))
+    head = 2 * config.dim * config.vocab_size * n_targets
+    return (forwards + again + 1) * layers + scores + (forwards + 1) * head
 
 
 # -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import ExpertRouters, Transformer
+from recipe.journal import once
 from recipe.lists import Prefixes, list_states, room_for_prefixes
 from recipe.passes import Batch, Workload, collate, finite, head_blocks, head_losses, states
 from runtime import collect, generator, permutation, track
@@ -95,11 +96,9 @@ def measure_costs(work: Workload, seed: int) -> Measured:
         for first in range(0, len(group), COST_ROWS):
             batch = collate(group[first : first + COST_ROWS], work.rt.device)
             drawn = sum(len(example.targets) for example in group[:first])
-            part = batch_costs(work.model, batch, [u[drawn : drawn + len(batch.at)] for u in draws])
-            if token:
-                rows, columns = sample_tokens(batch.lengths, share, (seed, "tokens", number, first))
-                part = Measured(part.costs[:, rows, columns], part.inputs[:, rows, columns], part.turned)
-            parts.append(((number, first), part))
+            own = [u[drawn : drawn + len(batch.at)] for u in draws]
+            at = sample_tokens(batch.lengths, share, (seed, "tokens", number, first)) if token else None
+            parts.append(((number, first), Measured(*once(lambda: batch_costs(work.model, batch, own, at)))))
     parts = collect(parts, work.rt)
     costs, inputs = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("costs", "inputs"))
     finite(costs, work.model, "Fisher costs")
@@ -110,8 +109,11 @@ def measure_costs(work: Workload, seed: int) -> Measured:
     return Measured(costs.where(costs >= 0, math.nan), inputs, turned)
 
 
-def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor]) -> Measured:
-    """The same for one batch: costs (R,B) or (R,B,T), inputs (R,B,D) or (R,B,T,D). draws: uniform numbers (n,)."""
+def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor], at: tuple | None = None) -> list[Tensor]:
+    """The same for one batch: costs (R,N), inputs (R,N,D), turned (R,).
+
+    draws: uniform numbers (n,). at: rows and columns of the tokens that are asked for; None: (R,B,T) for units token.
+    """
     device, routing = batch.tokens.device, model.routing
     shape = batch.tokens.shape if routing.unit == "token" else batch.tokens.shape[:1]
     gates = torch.ones(len(routing.places), *shape, device=device, requires_grad=True)
@@ -122,7 +124,8 @@ def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor]) -> Measur
         costs += torch.autograd.grad(h, gates, gradient, retain_graph=True)[0] ** 2 / (2 * len(draws))
     if ran.dim() == 3 and routing.experts:
         costs[ran == 0] = -1.0  # until all parts are known to be finite
-    return Measured(costs.detach().cpu(), torch.stack(inputs).float().cpu(), turned_by(model, batch, seen))
+    units = (slice(None), *(at or ()))
+    return [costs.detach()[units], torch.stack(inputs).float()[units], turned_by(model, batch, seen)]
 
 
 def sample_tokens(lengths: list[int], share: int, key: tuple) -> tuple[list[int], list[int]]:
@@ -219,8 +222,8 @@ def measure_benefits(work: Workload, skipped: tuple[int, ...], distill: bool = F
     for number, group in track(work.groups(), "benefits"):
         batch = collate(group, work.rt.device)
         benefits, inputs = batch_benefits(work, batch, skipped, distill)
-        weight = torch.tensor([len(example.targets) for example in group], device=work.rt.device) ** -0.5
-        parts.append((number, ((benefits * weight).cpu(), inputs.cpu())))
+        weight = torch.tensor([len(example.targets) for example in group]) ** -0.5
+        parts.append((number, (benefits * weight, inputs)))
     parts = collect(parts, work.rt)
     benefits = torch.cat([benefits for benefits, _ in parts], dim=1)
     return finite(benefits, work.model, "benefits"), torch.cat([inputs for _, inputs in parts], dim=1)
@@ -241,10 +244,13 @@ def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], disti
         losses = head_losses(model, h, batch.labels, teacher)
         return losses.new_zeros(len(batch.examples)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
 
-    with inputs_of(model.asked()) as inputs:
-        now = by_row(set(skipped))
-    benefits = torch.zeros(len(inputs), len(now), device=now.device)
+    def beside_the_list() -> list[Tensor]:
+        with inputs_of(model.asked()) as inputs:
+            return [by_row(set(skipped)), torch.stack(inputs)]
+
+    now, inputs = once(beside_the_list)
+    benefits = torch.zeros(len(inputs), len(now))
     for place in reversed(range(len(inputs))):  # from the top: what is kept for the places below stays longest
-        difference = by_row({*skipped} ^ {place}) - now
+        difference = once(lambda: [by_row({*skipped} ^ {place})])[0] - now
         benefits[place] = -difference if place in skipped else difference
-    return benefits, torch.stack(inputs)
+    return benefits, inputs

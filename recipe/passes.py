@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.records import Example
 from model import Transformer, pad
+from recipe.journal import once
 from recipe.trunk import TrunkCache
 from router import RouterConfig, capacity, random_route
 from runtime import Runtime, collect, generator, mine, sum_over_ranks, track
@@ -176,15 +177,20 @@ def evaluate(work: Workload, force: Callable | None = None, teacher: dict[int, T
     """
     model, rt = work.model, work.rt
     sums = torch.zeros(3 + len(model.routing.places), dtype=torch.float64, device=rt.device)  # loss, n, units, by place
-    for number, group in track(work.groups(), "loss"):
-        batch = collate(group, rt.device)
+
+    def group_sums(number: int, group: list[Example]) -> Tensor:
+        batch, part = collate(group, rt.device), torch.zeros_like(sums)
         forced = None if force is None else force(model, batch, number)
         start = {"x": work.entered(batch), "first_layer": work.first_layer}
         h, gates, _ = states(model, batch, route="gather", gates=forced, **start)
-        sums[0] += head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
-        sums[1] += len(batch.labels)
-        sums[2] += len(group) if gates.dim() == 2 else sum(batch.lengths)
-        sums[3:] += gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
+        part[0] = head_losses(model, h, batch.labels, None if teacher is None else teacher[number]).sum()
+        part[1] = len(batch.labels)
+        part[2] = len(group) if gates.dim() == 2 else sum(batch.lengths)
+        part[3:] = gates.flatten(1).sum(1)  # (R,B) or (R,B,T) -> (R,)
+        return part
+
+    for number, group in track(work.groups(), "loss"):
+        sums += once(lambda: [group_sums(number, group)])[0].to(rt.device)
     loss, tokens, units, *executed = finite(sum_over_ranks(sums, rt), model, "loss").tolist()
     shares = [count / units for count in executed]
     realised = capacity(torch.tensor(shares)[:, None], weights=model.place_weights()).item()
@@ -232,17 +238,22 @@ def real_logits(z: Tensor, lengths: list[int]) -> Tensor:
     return z.detach().cpu()
 
 
+def group_logits(work: Workload, group: list[Example]) -> Tensor:
+    """The same of a few examples, whole."""
+    batch = collate(group, work.rt.device)
+    start = {"x": work.entered(batch), "first_layer": work.first_layer}
+    z = work.model.hidden(None, lengths=batch.lengths, route="gather", return_scores=True, **start)[2]
+    finite(z.masked_fill(z.isinf(), 0.0) if work.model.routing.experts else z, work.model, "router logits")
+    return real_logits(z, batch.lengths)
+
+
 @torch.no_grad()
 def route_logits(work: Workload) -> Tensor:
     """Logits (R,N) of every unit under the current cuts. A sequence decides on its prompt, so only that is run."""
-    model, routing = work.model, work.model.routing
+    routing = work.model.routing
     if routing.unit == "sequence" and routing.pool == "prompt":
         work = work.of(prompts_of(work.examples))
     parts = []
     for number, group in track(work.groups(), "routes"):
-        batch = collate(group, work.rt.device)
-        start = {"x": work.entered(batch), "first_layer": work.first_layer}
-        z = model.hidden(None, lengths=batch.lengths, route="gather", return_scores=True, **start)[2]
-        finite(z.masked_fill(z.isinf(), 0.0) if routing.experts else z, model, "router logits")
-        parts.append((number, real_logits(z, batch.lengths)))
+        parts.append((number, once(lambda: [group_logits(work, group)])[0]))
     return torch.cat(collect(parts, work.rt), dim=1)

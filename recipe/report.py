@@ -11,6 +11,9 @@ COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "load", "smalles
 
 def show_step(row: dict, steps: int, best: bool) -> None:
     """Print a step's line. best: the router tried after it is the best so far."""
+    if row["bad"]:
+        print0(f"iter {row['step']}/{steps} | step skipped, nothing moved: {row['bad']}")
+        return
     parts = [
         f"iter {row['step']}/{steps}",
         f"loss {row['loss']:.4f}",

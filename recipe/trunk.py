@@ -25,6 +25,7 @@ class TrunkCache:
     def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
         """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below."""
         weight, first = model.tok_embeddings.weight, model.routing.places[0].layer
+        self.computed: list[int] = []  # lengths of the examples that were not read, until somebody clears it
         self.slots, size = {}, 0  # tokens of an example -> (number, first element)
         for example in examples if first else []:
             key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
@@ -40,30 +41,35 @@ class TrunkCache:
         about |= {"dtype": str(weight.dtype), "tokens": digest}
         sums = path.with_suffix(".sums")
         _clear_other(path.with_suffix(".json"), (path, sums), about)
-        self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
-        self.sums = torch.from_file(str(sums), shared=True, size=len(self.slots), dtype=torch.int64)  # 0: not stored
+        try:
+            self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
+            self.sums = torch.from_file(str(sums), shared=True, size=len(self.slots), dtype=torch.int64)  # 0: no
+        except RuntimeError as error:  # a limit on the size of files, or on mapped memory
+            runtime.print0(f"no activations are stored, all are computed each time: {str(error).splitlines()[0]}")
+            self.slots = {}
 
     @torch.no_grad()
     def __call__(self, model: Transformer, examples: list[Example], tokens: Tensor) -> Tensor:
         """Activations (B,T,D) of a batch, read where all its examples are stored, else computed and stored."""
         slots = [self.slots.get(tuple(example.tokens)) for example in examples]
         if any(slot is None for slot in slots):
+            self.computed += [len(example.tokens) for example in examples]
             return model.trunk(tokens)
         lengths = [len(example.tokens) * model.config.dim for example in examples]
-        parts = [self.data[start : start + length] for (_, start), length in zip(slots, lengths)]
-        stored = [self.sums[number] == _checksum(part) for (number, _), part in zip(slots, parts)]
-        if all(stored):
+        stored = [self.data[start : start + length] for (_, start), length in zip(slots, lengths)]
+        if all(self.sums[number] == _checksum(part) for (number, _), part in zip(slots, stored)):
             x = torch.zeros(*tokens.shape, model.config.dim, dtype=self.data.dtype)  # pads hold zeros
-        else:
-            x = model.trunk(tokens)
-        for row, (number, _), part, known in zip(x, slots, parts, stored):
-            own = row.view(-1)[: len(part)]
-            if known:  # the first batch that held an example decides its last bits, whichever run comes back to it
-                own.copy_(part)
-            else:
-                part.copy_(own)
-                self.sums[number] = _checksum(part)
-        return x.to(tokens.device)
+            for row, part in enumerate(stored):
+                x[row].view(-1)[: len(part)] = part
+            return x.to(tokens.device)
+        x = torch.zeros(*tokens.shape, model.config.dim, dtype=self.data.dtype, device=tokens.device)
+        for row, ((number, _), part) in enumerate(zip(slots, stored)):
+            length = len(examples[row].tokens)  # alone: what is stored depends on no other example
+            self.computed.append(length)
+            x[row, :length] = model.trunk(tokens[row : row + 1, :length])[0]
+            part.copy_(x[row, :length].flatten())
+            self.sums[number] = _checksum(part)
+        return x
 
 
 def _checksum(part: Tensor) -> int:

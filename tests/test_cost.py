@@ -25,7 +25,7 @@ from recipe.cost import (
     prefill_flops,
     step_flops,
 )
-from router import GRANULARITIES, RouterConfig, random_route
+from router import GRANULARITIES, RouterConfig, freeze_all_but_routers, random_route
 
 CONFIG = replace(tiny.CONFIG, n_layers=6, vocab_size=61)
 UNTIED = replace(CONFIG, family="mistral", tie_embeddings=False, sliding_window=7, n_kv_heads=1, head_dim=12)
@@ -108,14 +108,29 @@ def test_pairs_are_those_of_the_mask(tokens, window):
     assert pairs(tokens, window) == seen.sum().item()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("distill", [False, True])
-def test_a_tuning_step_below_and_above_the_first_router(distill):
-    """All layers above it: forward and backward, with a teacher its forward too; all below it: one forward."""
-    lengths, passes = [9, 24], 3 if distill else 2
-    dense = sum(prefill_flops(CONFIG, length, logits=0) for length in lengths)
-    head = prefill_flops(CONFIG, 5, logits=7) - prefill_flops(CONFIG, 5, logits=0)
-    assert step_flops(CONFIG, 0, lengths, 7, distill) == pytest.approx(passes * (dense + head))
-    assert step_flops(CONFIG, CONFIG.n_layers, lengths, 7, distill) == pytest.approx(dense + passes * head)
+def test_a_tuning_step_costs_what_torch_counts(distill, recompute):
+    """Forward, backward, teacher and recomputation, all above the first router; scores apart, which torch counts by the
+    whole square. The first routed attention has no gradient to pass on, so that its backward pass is not run.
+    """
+    routing, rows, n = RouterConfig.of("attn_sequence", range(CONFIG.n_layers)), 3, 3 * (WIDTH - 1)
+    model, tokens = build(routing).train(), tokens_of(rows, WIDTH)
+    freeze_all_but_routers(model)
+    with FlopCounterMode(display=False) as counter:
+        if distill:
+            with torch.no_grad():
+                model.head(model.hidden(tokens)[0][:, :-1].flatten(0, 1))
+        h, gates = model.hidden(tokens, route="mask", recompute=recompute)
+        model.head(h[:, :-1].flatten(0, 1)).sum().backward()
+    counts = counter.get_flop_counts()["Global"].items()
+    counted = sum(count for op, count in counts if "attention" not in str(op))
+    lengths, scores = [WIDTH] * rows, rows * score_flops(CONFIG, [1.0] * CONFIG.n_layers)
+    found = step_flops(CONFIG, 0, lengths, n, distill, int(recompute))
+    found -= (3 + distill + recompute) * scores  # forward once each, backward twice
+    width, kv_width = CONFIG.n_heads * CONFIG.head_dim, CONFIG.n_kv_heads * CONFIG.head_dim
+    found -= rows * WIDTH * 4 * CONFIG.dim * (width + kv_width)
+    assert counted == pytest.approx(found, rel=0.01)
 
 
 def touched(model: Transformer) -> set:

@@ -12,7 +12,7 @@ import train
 from data.records import Form, encode
 from model import ModelConfig, load_model
 from recipe import calibrate, controls, fit, lists, measure, orders, passes, trunk
-from recipe.cost import prefill_flops, step_flops
+from recipe.cost import pairs, prefill_flops, step_flops, trunk_flops
 from recipe.passes import Workload
 from tokenizer import load_tokenizer
 
@@ -269,13 +269,16 @@ def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     group = run.data.train[:5]
     batch = passes.collate(group, torch.device("cpu"))
     fresh = run.model.trunk(batch.tokens)
-    torch.testing.assert_close(cache(run.model, group, batch.tokens), fresh)
+    computed = cache(run.model, group, batch.tokens)
     again = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit)  # another run in the same folder
     mixed = passes.collate(run.data.train[3:9], torch.device("cpu"))  # some stored, some not
-    torch.testing.assert_close(again(run.model, run.data.train[3:9], mixed.tokens), run.model.trunk(mixed.tokens))
+    found, expected = again(run.model, run.data.train[3:9], mixed.tokens), run.model.trunk(mixed.tokens)
+    for row, length in enumerate(mixed.lengths):
+        torch.testing.assert_close(found[row, :length], expected[row, :length])
     read = again(run.model, group, batch.tokens)
     for row, length in enumerate(batch.lengths):  # pads may differ: nothing reads them
         torch.testing.assert_close(read[row, :length], fresh[row, :length])
+        assert torch.equal(read[row, :length], computed[row, :length])
     size = (tmp_path / "trunk.bin").stat().st_size if (tmp_path / "trunk.bin").exists() else 0
     assert size <= limit and bool(again.slots) == stored
     if stored:
@@ -381,8 +384,8 @@ def test_a_dropped_layer_leaves_nothing_whatever_the_unit(base):
 
 
 def test_step_flops_count_passes():
-    """One routed layer of two: the lower layer runs once, the upper one forward, backward and as teacher; the head
-    where loss is taken.
+    """One routed layer of two: the lower layer runs once, the upper one forward, backward, as teacher and once more
+    where it is recomputed; the head where loss is taken.
     """
     config = ModelConfig(
         family="llama",
@@ -398,5 +401,9 @@ def test_step_flops_count_passes():
         rope_theta=1e4,
     )
     layer = (prefill_flops(config, 3, logits=0) + prefill_flops(config, 5, logits=0)) / 2
-    assert step_flops(config, 1, [3, 5], 4, distill=True) == layer * (1 + 3) + 3 * 4 * 2 * 8 * 10
-    assert step_flops(config, 0, [3, 5], 4, distill=False) == layer * (2 + 2) + 2 * 4 * 2 * 8 * 10
+    scores = 4 * 8 * (pairs(3, None) + pairs(5, None))  # backward costs them twice
+    head = 4 * 2 * 8 * 10
+    assert trunk_flops(config, 1, [3, 5]) == layer
+    assert step_flops(config, 1, [3, 5], 4, distill=True) == 3 * layer + scores + 3 * head
+    assert step_flops(config, 0, [3, 5], 4, distill=False) == 2 * 2 * layer + 2 * scores + 2 * head
+    assert step_flops(config, 1, [3, 5], 4, distill=False, again=2) == 4 * layer + scores + 2 * head

@@ -215,6 +215,7 @@ def test_run_writes_what_it_promises(base, tmp_path, granularity):
         "grad_norm",
         "budget",
         "cut",
+        "bad",
         "select_loss",
         "milliseconds",
         "tokens_per_second",
