@@ -562,7 +562,7 @@ def tune(run: Run, out: Path) -> None:
     checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
     tries = {round(cfg.steps * i / cfg.evaluations) for i in range(1, cfg.evaluations + 1)}
     if rt.is_master:
-        clean_up(out, log, state.step)
+        clean_up(log, state.step)
         if state.step == 0:
             save_checkpoint(run, checkpoint)
             discard(out / "progress")
@@ -815,10 +815,8 @@ def resume(job: Job, saved: tuple[State, dict]) -> Run:
     return run
 
 
-def clean_up(out: Path, log: Path, step: int) -> None:
-    """Remove what a killed run left: half-written files, and lines of steps that are done again."""
-    for path in out.glob(".*.tmp"):
-        path.unlink()
+def clean_up(log: Path, step: int) -> None:
+    """Remove what a killed run left of steps that are done again."""
     lines = []
     for line in log.read_text().splitlines() if log.exists() else ():
         try:
@@ -1094,6 +1092,8 @@ def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
     summary, saved = claim(job)
     if summary is not None:
         print0(f"{cfg.out} holds this run, finished: nothing to do (--overwrite begins anew)")
+        if rt.is_master:
+            discard(Path(cfg.out) / "progress")
         return summary
     announce(job, None if saved is None else saved[0].step / max(1, cfg.steps))
     if cfg.recalibrate or cfg.import_official:
@@ -1151,6 +1151,8 @@ def claim(job: Job) -> tuple[dict | None, tuple | None]:
     """
     out, now, saved = Path(job.cfg.out), identity(job), None
     checkpoint = out / "checkpoint.safetensors"
+    for half_written in out.rglob(".*.tmp") if job.rt.is_master else ():
+        half_written.unlink()
     if job.cfg.overwrite and job.rt.is_master:
         made = ("routers.safetensors", "adapter_model.safetensors", "summary.json")
         for name in ("checkpoint.safetensors", "log.jsonl", *made):
