@@ -112,7 +112,8 @@ def test_pairs_are_those_of_the_mask(tokens, window):
 @pytest.mark.parametrize("distill", [False, True])
 def test_a_tuning_step_costs_what_torch_counts(distill, recompute):
     """Forward, backward, teacher and recomputation, all above the first router; scores apart, which torch counts by the
-    whole square. The first routed attention has no gradient to pass on, so that its backward pass is not run.
+    whole square. The first routed attention has no gradient to pass on, so that its backward pass is not run, and
+    recomputation stops before each block's last product.
     """
     routing, rows, n = RouterConfig.of("attn_sequence", range(CONFIG.n_layers)), 3, 3 * (WIDTH - 1)
     model, tokens = build(routing).train(), tokens_of(rows, WIDTH)
@@ -130,6 +131,7 @@ def test_a_tuning_step_costs_what_torch_counts(distill, recompute):
     found -= (3 + distill + recompute) * scores  # forward once each, backward twice
     width, kv_width = CONFIG.n_heads * CONFIG.head_dim, CONFIG.n_kv_heads * CONFIG.head_dim
     found -= rows * WIDTH * 4 * CONFIG.dim * (width + kv_width)
+    found -= recompute * CONFIG.n_layers * rows * WIDTH * 2 * CONFIG.dim * CONFIG.hidden_dim
     assert counted == pytest.approx(found, rel=0.01)
 
 
