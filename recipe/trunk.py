@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import runtime
@@ -23,18 +24,20 @@ class TrunkCache:
     """
 
     def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
-        """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below."""
+        """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below.
+
+        Where the disk has no room, what would be stored is computed every time, as it is for the store: the same bits.
+        """
         weight, first = model.tok_embeddings.weight, model.routing.places[0].layer
         self.computed: list[int] = []  # lengths of the examples that were not read, until somebody clears it
+        self.data: Tensor | None = None  # the store
         self.slots, size = {}, 0  # tokens of an example -> (number, first element)
         for example in examples if first else []:
             key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
             if key not in self.slots and (size + elements) * weight.element_size() <= limit:
                 self.slots[key] = (len(self.slots), size)
                 size += elements
-        if size and not _has_room(path, 2 * size * weight.element_size()):
-            self.slots, size = {}, 0
-        if not size:
+        if not size or not _has_room(path, 2 * size * weight.element_size()):
             return
         digest = hashlib.sha256(json.dumps(list(self.slots)).encode()).hexdigest()
         about = {"fingerprint": model.exact_fingerprint, "first_layer": first}
@@ -42,11 +45,10 @@ class TrunkCache:
         sums = path.with_suffix(".sums")
         _clear_other(path.with_suffix(".json"), (path, sums), about)
         try:
-            self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
             self.sums = torch.from_file(str(sums), shared=True, size=len(self.slots), dtype=torch.int64)  # 0: no
+            self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
         except RuntimeError as error:  # a limit on the size of files, or on mapped memory
             runtime.print0(f"no activations are stored, all are computed each time: {str(error).splitlines()[0]}")
-            self.slots = {}
 
     @torch.no_grad()
     def __call__(self, model: Transformer, examples: list[Example], tokens: Tensor) -> Tensor:
@@ -55,6 +57,8 @@ class TrunkCache:
         if any(slot is None for slot in slots):
             self.computed += [len(example.tokens) for example in examples]
             return model.trunk(tokens)
+        if self.data is None:
+            return self.alone(model, examples, tokens)
         lengths = [len(example.tokens) * model.config.dim for example in examples]
         stored = [self.data[start : start + length] for (_, start), length in zip(slots, lengths)]
         if all(self.sums[number] == _checksum(part) for (number, _), part in zip(slots, stored)):
@@ -62,14 +66,17 @@ class TrunkCache:
             for row, part in enumerate(stored):
                 x[row].view(-1)[: len(part)] = part
             return x.to(tokens.device)
-        x = torch.zeros(*tokens.shape, model.config.dim, dtype=self.data.dtype, device=tokens.device)
+        x = self.alone(model, examples, tokens)
         for row, ((number, _), part) in enumerate(zip(slots, stored)):
-            length = len(examples[row].tokens)  # alone: what is stored depends on no other example
-            self.computed.append(length)
-            x[row, :length] = model.trunk(tokens[row : row + 1, :length])[0]
-            part.copy_(x[row, :length].flatten())
+            part.copy_(x[row].flatten()[: len(part)])
             self.sums[number] = _checksum(part)
         return x
+
+    def alone(self, model: Transformer, examples: list[Example], tokens: Tensor) -> Tensor:
+        """The same, each example computed alone, so that no other one has a part in its rounding."""
+        rows = [model.trunk(tokens[row : row + 1, : len(example.tokens)])[0] for row, example in enumerate(examples)]
+        self.computed += map(len, rows)
+        return torch.stack([F.pad(x, (0, 0, 0, tokens.shape[1] - len(x))) for x in rows])  # B x (t,D) -> (B,T,D)
 
 
 def _checksum(part: Tensor) -> int:
