@@ -1,4 +1,4 @@
-"""Routers tuned by one process and by two (gloo), on the same data: how far apart they end.
+"""Steps on one process and on two (gloo), from the same start on the same data: how far apart the routers end.
 
     python tests/compare_ranks.py --model=DIR --data=FILE [--dtype=float32,bfloat16] [--steps=6] [--batch_size=16]
 
@@ -6,7 +6,7 @@ Prints, for each dtype, how far the routers moved and the largest difference bet
 """
 
 import os
-import subprocess
+import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,10 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from safetensors.torch import load_file  # noqa: E402
+import torch  # noqa: E402
 
 import runtime  # noqa: E402
+import train  # noqa: E402
+from model import load_model  # noqa: E402
 from runtime import setting  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+
+FEW = {"max_samples": 96, "cost_samples": 4, "select_samples": 4, "calibrate_samples": 4, "heldout_samples": 2,
+       "benefit_samples": 4}
 
 
 @dataclass
@@ -33,34 +39,58 @@ class Settings:
     lr: float = setting(2e-4, "learning rate")
     layers: str = setting("deep:16", "routed layers")
     max_length: int = setting(96, "longest example in tokens")
+    chat: str = setting("plain", "chat form")
 
 
-def tuned(settings: Settings, dtype: str, ranks: int, out: Path) -> dict:
-    """Routers of a run on so many ranks."""
-    names = ("model", "data", "recipe", "steps", "batch_size", "micro_batch", "lr", "layers", "max_length")
-    words = [f"--{name}={getattr(settings, name)}" for name in names]
-    few = {"max_samples": 96, "cost_samples": 4, "select_samples": 4, "calibrate_samples": 4, "heldout_samples": 2}
-    words += [f"--{name}={value}" for name, value in few.items()]
-    words += ["--truncate", f"--dtype={dtype}", f"--out={out}", "--device=cpu"]
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d",
-                  "--rdzv_endpoint=localhost:0"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*start, str(ROOT / "train.py"), *words], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"a run on {ranks} ranks ended with {done.returncode}: {done.stderr[-2000:]}")
-    return load_file(out / "routers.safetensors")
+def config_of(settings: Settings, dtype: str, folder: str) -> train.TrainConfig:
+    names = ("model", "recipe", "steps", "batch_size", "micro_batch", "lr", "layers", "max_length", "chat")
+    own = {name: getattr(settings, name) for name in names}
+    return train.TrainConfig(**own, **FEW, data=(settings.data,), truncate=True, dtype=dtype, device="cpu", out=folder)
+
+
+def take_steps(cfg: train.TrainConfig, out: Path) -> None:
+    """What a rank does: all steps; the first one keeps its routers (R,D) before and after, and losses."""
+    rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
+    model = load_model(cfg.model, dtype=rt.dtype)
+    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
+    run = train.begin(train.Job(cfg, rt, model, data, train.plan(cfg, data)))
+    routers, losses = [torch.cat(list(run.weights.values())).detach().clone()], []
+    for _ in range(cfg.steps):
+        losses.append(train.step(run)["loss"])
+        routers.append(torch.cat(list(run.weights.values())).detach().clone())
+    if rt.is_master:
+        torch.save((torch.stack(routers), losses), out)
+    runtime.cleanup()
+
+
+def tuned(cfg: train.TrainConfig, ranks: int, out: Path) -> tuple[torch.Tensor, list[float]]:
+    """Routers (steps + 1,R,D) and losses of a run on so many forked ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port, children = str(probe.getsockname()[1]), []
+    for rank in range(ranks):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            runtime.run_main(lambda: take_steps(cfg, out))
+            sys.exit(0)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        raise ValueError(f"a run on {ranks} ranks failed: read what it printed")
+    return torch.load(out)
 
 
 def main() -> None:
     settings = runtime.cli(Settings)
+    torch.set_num_threads(1)
     for dtype in settings.dtype:
         with tempfile.TemporaryDirectory() as folder:
-            one, two = (tuned(settings, dtype, ranks, Path(folder) / str(ranks)) for ranks in (1, 2))
-        moved = max(tensor.abs().max().item() for tensor in one.values())
-        apart = max((one[name] - two[name]).abs().max().item() for name in one)
-        print(f"{dtype}: largest weight {moved:.3g}, largest difference between 1 and 2 ranks {apart:.3g}", flush=True)
+            cfg = config_of(settings, dtype, folder)
+            (one, losses), (two, _) = (tuned(cfg, ranks, Path(folder) / f"{ranks}.pt") for ranks in (1, 2))
+        apart = (one - two).abs().flatten(1).amax(1).tolist()
+        print(f"{dtype}: losses {', '.join(f'{loss:.4f}' for loss in losses)}; largest weight {one[-1].abs().max():.3g}")
+        print(f"largest difference between 1 and 2 ranks after each step: "
+              f"{', '.join(f'{value:.2g}' for value in apart)}", flush=True)
 
 
 if __name__ == "__main__":
