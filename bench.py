@@ -15,15 +15,17 @@ allocator's peak in one run on CUDA, the whole process's so far on CPU. The last
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, compile_model, decode, load_model, load_routers, routing_of
-from recipe.cost import Executed, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
+from model import (
+    KVCache, ModelConfig, Transformer, compile_model, decode, fill, load_model, load_routers, routing_of,
+)
+from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, random_route, set_cuts
 from runtime import setting
 
@@ -70,6 +72,7 @@ class BenchConfig:
     threads: int | None = setting(None, "CPU threads; none: torch's choice")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16")
+    base_dtype: Literal["int8"] | None = setting(None, "int8: weights rounded to a byte each; none: in dtype")
     seed: int = setting(1337, "seed of tokens, of token routes and of a --shape's weights")
     out: str | None = setting(None, "write the JSON here too")
     analytic: bool = setting(False, "print the ceiling table of published models and stop")
@@ -233,9 +236,13 @@ def expected(subject: Subject, point: Point, sample: Sample, context: torch.Tens
     if point.phase == "prefill":
         ceiling = prefill_ceiling(model.config, model.routing, sample.gates, point.context)
         return realised(sample.gates), ceiling
-    itemsize = model.tok_embeddings.weight.element_size()
+    itemsize = itemsize_of(model)
     ceiling = decode_ceiling(model.config, model.routing, itemsize, point.context, context, sample.steps)
     return statistics.mean(map(realised, sample.steps)), ceiling
+
+
+def itemsize_of(model: Transformer) -> ItemSize:
+    return ItemSize(model.tok_embeddings.weight.element_size(), model.dtype.itemsize)
 
 
 def in_turn(dense: Callable[[], Sample], routed: Callable[[], Sample], rounds: int) -> list[tuple[Sample, Sample]]:
@@ -255,7 +262,7 @@ def bench_point(subject: Subject, point: Point, budgets: tuple[float | None, ...
     config = subject.model.config
     work = f"{prefill_flops(config, point.context) * point.batch / 1e9:,.1f} GFLOP"
     if point.phase == "decode":
-        itemsize = subject.model.tok_embeddings.weight.element_size()
+        itemsize = itemsize_of(subject.model)
         work = f"{decode_bytes(config, point.batch, point.context, itemsize) / 1e6:,.1f} MB a step"
     runtime.print0(f"\n{point} | dense {work}")
     dense, _ = prepare(subject, point, "off")
@@ -310,7 +317,7 @@ def show(row: dict, dense_seconds: float | None = None) -> None:
 # The grid
 
 
-def random_model(name: str, layers: int, seed: int, rt: runtime.Runtime) -> Transformer:
+def random_model(name: str, layers: int, seed: int, rt: runtime.Runtime, base_dtype: str | None = None) -> Transformer:
     """A frozen model of published widths with so many layers, whose weights nobody trained.
 
     Its head is tied, which saves memory and changes no time. Raises ValueError for more layers than the model has.
@@ -320,13 +327,16 @@ def random_model(name: str, layers: int, seed: int, rt: runtime.Runtime) -> Tran
         raise ValueError(f"shape_layers is {layers}, expected 1 to the {config.n_layers} layers of {name}")
     with torch.device("meta"):
         model = Transformer(replace(config, n_layers=layers, tie_embeddings=True))
-    tensors, rng = {}, torch.Generator(rt.device).manual_seed(seed)
-    for key, tensor in model.state_dict().items():
-        tensors[key] = torch.ones(tensor.shape, dtype=rt.dtype, device=rt.device)
-        if tensor.dim() > 1:  # a norm's weights stay 1
-            tensors[key].normal_(std=config.dim**-0.5, generator=rng)
-    model.load_state_dict(tensors, assign=True)
-    return model.to(rt.device).eval().requires_grad_(False)
+    rng = torch.Generator(rt.device).manual_seed(seed)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for key, tensor in model.state_dict().items():
+            values = torch.ones(tensor.shape, dtype=rt.dtype, device=rt.device)
+            if tensor.dim() > 1:  # a norm's weights stay 1
+                values.normal_(std=config.dim**-0.5, generator=rng)
+            yield key, values
+
+    return fill(model, weights(), base_dtype).to(rt.device)
 
 
 def check(config: BenchConfig) -> None:
@@ -353,9 +363,9 @@ def check(config: BenchConfig) -> None:
 def subject_of(config: BenchConfig, rt: runtime.Runtime) -> Subject:
     """The model to measure, with its routers."""
     if config.shape is not None:
-        model = random_model(config.shape, config.shape_layers, config.seed, rt)
+        model = random_model(config.shape, config.shape_layers, config.seed, rt, config.base_dtype)
     else:
-        model = load_model(config.model, device=rt.device, dtype=rt.dtype)
+        model = load_model(config.model, device=rt.device, dtype=rt.dtype, base_dtype=config.base_dtype)
     n_layers, calibration = model.config.n_layers, None
     longest = max((*config.prefill, *(context + config.steps for context in config.decode)))
     if longest > model.config.max_seq_len:
@@ -413,7 +423,7 @@ def roofline(config: ModelConfig, point: Point, peaks: tuple[float, float],
         before = prefill_flops(config, point.context, executed, logits=0)
         flops = prefill_flops(config, point.context + 1, executed) - before
     rows = point.batch if point.phase == "decode" else 0  # a prefill reads no keys and values
-    read = decode_bytes(config, rows, point.context, 2, executed)
+    read = decode_bytes(config, rows, point.context, ItemSize(2, 2), executed)
     return max((point.batch * flops / peaks[0], "flops"), (read / peaks[1], "bytes"))
 
 
@@ -444,7 +454,7 @@ def analytic_row(name: str, point: Point, peaks: tuple[float, float], columns: d
     config = PUBLISHED[name]
     seconds, binds = roofline(config, point, peaks, {})
     ceilings = {title: seconds / roofline(config, point, peaks, skipped)[0] for title, skipped in columns.items()}
-    memory = decode_bytes(config, point.batch, point.context, 2) / 1e9
+    memory = decode_bytes(config, point.batch, point.context, ItemSize(2, 2)) / 1e9
     shown = " | ".join(f"{value:.3f}" for value in ceilings.values())
     print(f"| {point.phase} batch {point.batch} x {point.context:,} | {binds} | {seconds * 1e3:,.2f} | {memory:.1f} | "
           f"{shown} |")

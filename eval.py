@@ -136,6 +136,7 @@ class EvalConfig:
     against: str | None = setting(None, "--out of another run on the same items, to compare with")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = setting("auto", "auto, float32, bfloat16, float16")
+    base_dtype: Literal["int8"] | None = setting(None, "int8: weights rounded to a byte each; none: in dtype")
     threads: int | None = setting(
         None, "of a process on the CPU; none: all cores, also under torchrun: their number moves last bits"
     )
@@ -441,7 +442,7 @@ def cache_bytes(run: Scorer, length: int, executed: list[int]) -> int:
     if run.route != "off" and (run.sequence or model.routing.kv == "routed"):
         counts = [count for place, count in zip(model.routing.places, executed) if place.target in ("attn", "block")]
         skipped = sum(length * (1 - count) if run.sequence else length - count for count in counts)
-    return kv_bytes(model.config, model.tok_embeddings.weight.element_size(), length, skipped)
+    return kv_bytes(model.config, model.dtype.itemsize, length, skipped)
 
 
 def forced(run: Scorer, rows: Sequence[Row], starts: Sequence[int], width: int) -> Tensor | None:
@@ -967,7 +968,8 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     tasks = tasks_named(cfg.tasks, cfg.custom)
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
-    model, tok = load_model(cfg.model, device=rt.device, dtype=rt.dtype), load_tokenizer(cfg.model)
+    model = load_model(cfg.model, device=rt.device, dtype=rt.dtype, base_dtype=cfg.base_dtype)
+    tok = load_tokenizer(cfg.model)
     if cfg.adapter is not None:
         load_adapter(model, cfg.adapter)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
@@ -1000,6 +1002,7 @@ def stamp_tasks(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime, ready: Sequen
         cfg.control,
         cfg.calibrate,
         str(rt.dtype),
+        cfg.base_dtype,
         rt.device.type,
         cfg.max_batch_tokens,
     ]

@@ -18,7 +18,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import chain, islice
@@ -61,6 +61,7 @@ DTYPES = {  # by safetensors' names
     "F16": torch.float16,
     "F64": torch.float64,
 }
+INT8_BLOCK = 2**18  # weights turned back from int8 at once on the CPU, 1 MiB in fp32; elsewhere 64 times that
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
@@ -601,10 +602,34 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Every product of the model: x (...,I) -> (...,O), with a weight (O,I) in int8 where there is a scale (O,)."""
+    compiling = torch.compiler.is_compiling()
+    if scale is None:
+        return (fused_linear if compiling else F.linear)(x, weight, bias)
+    if compiling:  # turned back where it is used, by the compiler
+        return fused_linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
+    y = Int8Product.apply(x, weight, scale)
+    return y if bias is None else y + bias
+
+
 class Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias)
+        self.register_buffer("scale", None)  # (O,), with a weight in int8
+
     def forward(self, x: Tensor) -> Tensor:
-        linear = fused_linear if torch.compiler.is_compiling() else F.linear
-        return linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias, self.scale)
+
+
+class Embedding(nn.Embedding):
+    def __init__(self, vocab_size: int, dim: int, weight: Tensor):
+        super().__init__(vocab_size, dim, _weight=weight)
+        self.register_buffer("scale", None)  # (V,), with a weight in int8
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = super().forward(tokens)
+        return rows if self.scale is None else rows * self.scale[tokens][..., None]
 
 
 class SwiGLU(torch.autograd.Function):
@@ -619,6 +644,62 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
+
+
+# -----------------------------------------------------------------------------
+# Weights in int8: per row symmetric, the largest absolute value at 127. Products are those of the model's own dtype
+
+
+def quantise(weight: Tensor, what: str = "the weight") -> tuple[Tensor, Tensor]:
+    """A weight (O,I) as int8 and its scale (O,) fp32: no element is off by more than scale / 2 = row's maximum / 254.
+
+    Raises ValueError for a row that holds NaN or infinity; `what` names the weight.
+    """
+    table = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), device=weight.device)
+    rows = int8_rows(weight)
+    wide = torch.empty(min(rows, len(weight)), weight.shape[1], device=weight.device)  # one for all: heaps fragment
+    for part, rounded, own in zip(weight.split(rows), table.split(rows), scale.split(rows)):
+        whole = wide[: len(part)]
+        torch.amax(whole.copy_(part).abs_(), dim=1, out=own)
+        own.div_(127).clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has one too
+        rounded.copy_(whole.copy_(part).div_(own[:, None]).round_())
+    if not torch.isfinite(scale).all():
+        row = (~torch.isfinite(scale)).nonzero()[0].item()
+        raise ValueError(f"{what}, row {row}, holds NaN or infinity; expected finite numbers for int8: convert the "
+                         "model again, or load it without base_dtype")
+    return table, scale
+
+
+def int8_rows(weight: Tensor) -> int:
+    """How many rows (at least 1) are in floating point at once."""
+    return max(1, INT8_BLOCK * (1 if weight.device.type == "cpu" else 64) // weight.shape[1])
+
+
+class Int8Product(torch.autograd.Function):
+    """x (...,I) with a weight (O,I) in int8 and its scale (O,). What is kept for the backward pass is no copy of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(rows) <= 8 and width % 64 == 0:
+            y = torch._weight_int8pack_mm(rows.contiguous(), weight, torch.ones_like(scale, dtype=x.dtype))
+            return y.mul_(scale).view(*x.shape[:-1], len(weight))
+        parts = zip(weight.split(int8_rows(weight)), scale.split(int8_rows(weight)))
+        if x.dtype == torch.float16:  # a sum of unscaled ones can be beyond it
+            y = [F.linear(x, part.to(x.dtype).mul_(own[:, None])) for part, own in parts]
+        else:
+            y = [F.linear(x, part.to(x.dtype)).mul_(own) for part, own in parts]
+        return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        weight, scale = ctx.saved_tensors
+        rows, total = int8_rows(weight), grad.new_zeros(*grad.shape[:-1], weight.shape[1])
+        for part, own, above in zip(weight.split(rows), scale.split(rows), grad.split(rows, dim=-1)):
+            total += (above * own).to(grad.dtype) @ part.to(grad.dtype)
+        return total, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -904,10 +985,10 @@ class Transformer(nn.Module):
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
             nn.init.normal_(weight)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim, weight)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         self.rope = Rope(config)
         if routing is not None:
             self.add_routers(routing)
@@ -944,6 +1025,11 @@ class Transformer(nn.Module):
             if found != list(range(expected)):
                 raise ValueError(f"routers stand at {len(found)} experts of layer {layer}, up to number {max(found)}; "
                                  f"expected one at each of its {expected}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes, whatever its weights are stored in."""
+        return self.norm.weight.dtype
 
     def routers(self) -> list[Router]:
         """Routers in the order of `routing.places`."""
@@ -983,11 +1069,14 @@ class Transformer(nn.Module):
         modules = [part for block in self.layers for part in (block.router, block.expert_routers, block.mlp_router)]
         return [part for part in modules if part is not None]
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (B,T) -> activations (B,T,D) that enter the first layer."""
+        return self.tok_embeddings(tokens).to(self.dtype)
+
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
-        linear = fused_linear if torch.compiler.is_compiling() else F.linear
-        weight = self.tok_embeddings.weight if self.output is None else self.output.weight
-        return linear(h, weight).float()
+        table = self.tok_embeddings if self.output is None else self.output
+        return product(h, table.weight, scale=table.scale).float()
 
     def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
         """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); all else as in `hidden`."""
@@ -1050,7 +1139,7 @@ class Transformer(nn.Module):
                              f"{route!r} with {batch} rows; route mask takes no cache, and the others continue what "
                              "they began")
         if x is None:
-            x = self.tok_embeddings(tokens)
+            x = self.embed(tokens)
         elif route == "gather" and not torch.is_grad_enabled():
             x = x.clone()
         device, fresh = x.device, max(starts) == 0
@@ -1340,10 +1429,11 @@ def exact_fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def read_weights(folder: str | Path, expected: dict[str, tuple], device, dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, which must be exactly those expected, by name and shape.
+def read_weights(folder: str | Path, expected: dict[str, tuple], device, dtype, apart=frozenset()):
+    """All tensors of a checkpoint by name, which must be exactly those expected, by name and shape, as an iterator.
 
-    dtype None: the one in which most values are stored, for all of them.
+    dtype None: the one in which most values are stored, for all of them. apart: names of tensors that come as they are
+    stored, each from a mapping of its own, so that only what the caller keeps of them stays in memory.
     """
     files, found, counts = checkpoint_files(folder), set(), dict.fromkeys(DTYPES, 0)
     for path in files:
@@ -1364,27 +1454,58 @@ def read_weights(folder: str | Path, expected: dict[str, tuple], device, dtype) 
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
                          "incomplete: convert the model again")
     dtype = dtype or DTYPES[max(counts, key=counts.get)]
-    tensors = {}
+    device = device or "cpu"
     for path in files:
-        tensors |= {name: tensor.to(device or "cpu", dtype) for name, tensor in load_file(path).items()}
-    return tensors
+        if not apart:
+            yield from ((name, tensor.to(device, dtype)) for name, tensor in load_file(path).items())
+            continue
+        for name in safetensors_header(path)[0]:
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+            yield name, tensor.to(device) if name in apart else tensor.to(device, dtype, copy=True)
+
+
+def int8_names(model: Transformer) -> set[str]:
+    """Names of the weights that int8 holds: embedding, head, and every product of the layers."""
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, (Linear, Embedding))}
+
+
+def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], base_dtype: str | None = None) -> Transformer:
+    """Give a model its tensors, frozen and in eval mode; base_dtype int8: matrices are rounded as they come."""
+    if base_dtype not in (None, "int8"):
+        raise ValueError(f"base_dtype is {base_dtype!r}; expected 'int8', or None for weights in the model's own dtype")
+    model.requires_grad_(False)
+    given, rounded = {}, int8_names(model) if base_dtype else ()
+    for name, tensor in tensors:
+        given[name] = tensor
+        if name in rounded:
+            owner = model.get_submodule(name.removesuffix(".weight"))
+            given[name], owner.scale = quantise(tensor, name)
+            given[f"{name.removesuffix('.weight')}.scale"] = owner.scale
+    model.load_state_dict(given, assign=True)
+    return model.eval()
 
 
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
-               dtype: torch.dtype | None = None) -> Transformer:
+               dtype: torch.dtype | None = None, base_dtype: str | None = None) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
     Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
-    in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
-    every routed unit, 1 none); None keeps the thresholds of the file. Raises FileNotFoundError or ValueError for a
-    missing, truncated or mismatched file, or routers of another base.
+    in which most values are stored, for all of them. base_dtype "int8": matrices, embedding and head are held in int8
+    with a scale per row, and dtype is what the model computes in. budget sets the routers' cuts by their calibration
+    table (0 skips every routed unit, 1 none); None keeps the thresholds of the file. Raises FileNotFoundError or
+    ValueError for a missing, truncated or mismatched file, a row that int8 cannot hold, or routers of another base.
     """
     checkpoint_files(folder)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; expected the floating-point one to compute in: for weights in int8 give "
+                         'base_dtype="int8"')
     with torch.device("meta"):
         model = Transformer(load_config(folder))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    model.load_state_dict(read_weights(folder, expected, device, dtype), assign=True)
-    model = model.to(device or "cpu").eval().requires_grad_(False)
+    weights = read_weights(folder, expected, device, dtype, int8_names(model) if base_dtype else ())
+    model = fill(model, weights, base_dtype).to(device or "cpu")
     model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
     model.parent = read_config(folder).get("parent")
     if routers is not None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class SampleConfig:
     batch: int = setting(8, "prompts of a file that are answered together")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = setting("auto", "auto, float32, bfloat16, float16")
+    base_dtype: Literal["int8"] | None = setting(None, "int8: weights rounded to a byte each; none: in dtype")
     threads: int | None = setting(None, "on the CPU; none: all cores")
 
     def __post_init__(self):
@@ -308,7 +310,7 @@ def main() -> None:
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
     if rt.device.type == "cpu":
         torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
-    model = load_model(cfg.model, cfg.routers, cfg.budget, rt.device, rt.dtype)
+    model = load_model(cfg.model, cfg.routers, cfg.budget, rt.device, rt.dtype, cfg.base_dtype)
     speaker = Speaker(cfg, model, load_tokenizer(cfg.model), Screen(cfg.show_route))
     speaker.screen.legend()
     if cfg.prompts is not None:

@@ -165,6 +165,7 @@ class TrainConfig:
     seed: int = setting(1337, "seed of data order and label samples")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of the frozen model: auto, float32, bfloat16, float16; routers are float32")
+    base_dtype: Literal["int8"] | None = setting(None, "int8: frozen weights rounded to a byte each; none: in dtype")
     compile: bool | None = setting(None, "torch.compile each block; none: on CUDA only")
     checkpoint_activations: bool = setting(False, "compute each block again in the backward pass: less memory")
 
@@ -216,6 +217,9 @@ class TrainConfig:
         if sum(map(bool, (self.init, self.import_official, self.recalibrate))) > 1:
             raise ValueError("--init, --import_official and --recalibrate each name a router file, expected one: leave "
                              "the others away")
+        if self.train == "full" and self.base_dtype is not None:
+            raise ValueError("train is 'full' with --base_dtype=int8; expected weights that can move by less than a "
+                             "step of int8: leave --base_dtype away, or use --train=lora")
         if self.import_official and self.granularity.startswith(("both", "expert")):
             raise ValueError(f"granularity is {self.granularity!r} with --import_official; the official code has one "
                              "router per layer: name what it gated")
@@ -1112,7 +1116,8 @@ def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
 
 def prepared(cfg: TrainConfig, rt: Runtime) -> Transformer:
     """The model as it stands before its first step, with LoRA where that is trained or given."""
-    model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype)
+    model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype,
+                       base_dtype=cfg.base_dtype)
     if cfg.adapter is not None:
         load_adapter(model, cfg.adapter)
     elif "lora" in cfg.train:
@@ -1192,6 +1197,7 @@ def describe(run: Run) -> None:
     cfg, rt, model, routing = run.cfg, run.rt, run.model, run.model.routing
     trainable, total = run.state.trainable, sum(p.numel() for p in model.parameters())
     dtype, per_rank = str(rt.dtype).removeprefix("torch."), cfg.batch_size // rt.world_size
+    dtype = f"int8, computing in {dtype}" if cfg.base_dtype == "int8" else dtype
     print0(f"device: {runtime.device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled}")
     print0(f"parameters: {trainable:,} trainable ({cfg.train}), {total - trainable:,} frozen, optimizer "
            f"{run.state.optimizer_bytes / 2**20:,.1f} MiB; base fingerprint {model.fingerprint}")

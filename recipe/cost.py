@@ -6,6 +6,7 @@ model's: D width, H heads, K key heads, h head width, F hidden width, V vocabula
 
 import statistics
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -146,20 +147,29 @@ def step_flops(
 # Bytes
 
 
-def layer_elements(config: ModelConfig, layer: int, batch: int, context: int, executed: Executed) -> float:
-    """Elements that one decode step reads of one layer: weights of what runs for at least one row, keys and values."""
+class ItemSize(NamedTuple):
+    """Bytes of one element."""
+
+    weight: int
+    kv: int
+
+
+def layer_elements(
+    config: ModelConfig, layer: int, batch: int, context: int, executed: Executed
+) -> tuple[float, float]:
+    """Elements that one decode step reads of one layer: weights of what runs for at least one row; keys and values."""
     attn, mlp, held = executed.layer(layer)
     slots = min(config.window(layer) or context, context) * attn * held
     kv_width = config.n_kv_heads * config.head_dim
 
-    elements = 2 * batch * slots * kv_width
+    elements = 0.0
     if attn > 0:
         elements += 2 * config.dim * config.n_heads * config.head_dim
     if attn > 0 or executed.kv == "all":
         elements += 2 * config.dim * kv_width
     if mlp > 0:
         elements += mlp_elements(config, layer, distinct_experts(config, batch, executed.experts(config, layer)))
-    return elements
+    return elements, 2 * batch * slots * kv_width
 
 
 def distinct_experts(config: ModelConfig, batch: int, each: float) -> float:
@@ -168,14 +178,15 @@ def distinct_experts(config: ModelConfig, batch: int, each: float) -> float:
     return total * (1 - (1 - each / total) ** batch)
 
 
-def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int, executed: Executed = DENSE) -> float:
+def decode_bytes(
+    config: ModelConfig, batch: int, context: int, itemsize: ItemSize, executed: Executed = DENSE
+) -> float:
     """Bytes that one decode step of the whole batch must read: weights, head, keys and values of `context` slots."""
-    head = config.dim * config.vocab_size
-    embeddings = config.dim * batch
-    layers = 0.0
+    weights, kv = config.dim * (config.vocab_size + batch), 0.0  # head, and embeddings of a token each
     for layer in range(config.n_layers):
-        layers += layer_elements(config, layer, batch, context, executed)
-    return (layers + head + embeddings) * itemsize
+        own, held = layer_elements(config, layer, batch, context, executed)
+        weights, kv = weights + own, kv + held
+    return weights * itemsize.weight + kv * itemsize.kv
 
 
 def kv_bytes(config: ModelConfig, itemsize: int, length: int, skipped: float = 0) -> int:
@@ -195,7 +206,7 @@ def prefill_ceiling(config: ModelConfig, routing: RouterConfig, gates: Tensor, t
 
 
 def decode_ceiling(
-    config: ModelConfig, routing: RouterConfig, itemsize: int, context: int, gates: Tensor, steps: list[Tensor]
+    config: ModelConfig, routing: RouterConfig, itemsize: ItemSize, context: int, gates: Tensor, steps: list[Tensor]
 ) -> float:
     """By bytes, of a decode step: the mean over steps. gates: of the context, (R,B) or (R,B,T); steps: (R,B[,1])."""
     batch, held = gates.shape[1], None

@@ -84,8 +84,11 @@ def rounded(model: Transformer, bits: int, group: int | None = None) -> Transfor
     """A dense copy of a model, its matrices rounded to `bits`: symmetric, a scale for each row or `group` of it."""
     with torch.device("meta"):
         other = Transformer(model.config)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in other.state_dict()}
+    held = model.state_dict()
+    tensors = {name: held[name] for name in other.state_dict()}
     for name, tensor in tensors.items():
+        scale = held.get(f"{name.removesuffix('.weight')}.scale")  # of a base in int8
+        tensor = tensor if scale is None else (tensor * scale[:, None]).to(model.dtype)
         if tensor.dim() == 2:
             size = group if group and tensor.shape[1] % group == 0 else tensor.shape[1]
             parts = tensor.float().unflatten(1, (-1, size))

@@ -117,10 +117,10 @@ def merge(model: Transformer) -> None:
     for name, block, place in projections(model):
         if name in held:
             lora = held[name]
-            if not isinstance(lora.base, nn.Linear):
-                raise ValueError(f"{name} changes a {type(lora.base).__name__}, whose weights are rounded; expected "
-                                 "plain weights to merge into: load the base without --base_dtype")
             weight = lora.base.weight
+            if not weight.is_floating_point():
+                raise ValueError(f"{name} changes a weight in {str(weight.dtype).removeprefix('torch.')}; expected "
+                                 "floating-point ones to merge into: load the base without --base_dtype")
             changed = weight.float() + lora.scale * lora.lora_B.float() @ lora.lora_A.float()
             lora.base.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
             block.set_submodule(place, lora.base)

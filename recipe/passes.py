@@ -43,7 +43,7 @@ class Workload:
     def entered(self, batch: "Batch") -> Tensor:
         """Activations (B,T,D) that enter `first_layer`."""
         if self.moving:
-            return self.model.tok_embeddings(batch.tokens)
+            return self.model.embed(batch.tokens)
         if self.trunk is None:
             return self.model.trunk(batch.tokens)
         return self.trunk(self.model, batch.examples, batch.tokens)
@@ -162,7 +162,7 @@ def finite(values: Tensor, model: Transformer, what: str) -> Tensor:
     broken.
     """
     if not torch.isfinite(values).all():
-        dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         raise ValueError(f"{what}: the model's outputs are not finite numbers in {dtype}; expected finite ones: use "
                          "--dtype=float32 or --dtype=bfloat16, and if that does not help convert the checkpoint again")
     return values

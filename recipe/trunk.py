@@ -28,25 +28,25 @@ class TrunkCache:
 
         Where the disk has no room, what would be stored is computed every time, as it is for the store: the same bits.
         """
-        weight, first = model.tok_embeddings.weight, model.routing.places[0].layer
+        dtype, first = model.dtype, model.routing.places[0].layer
         self.computed: list[int] = []  # lengths of the examples that were not read, until somebody clears it
         self.data: Tensor | None = None  # the store
         self.slots, size = {}, 0  # tokens of an example -> (number, first element)
         for example in examples if first else []:
             key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
-            if key not in self.slots and (size + elements) * weight.element_size() <= limit:
+            if key not in self.slots and (size + elements) * dtype.itemsize <= limit:
                 self.slots[key] = (len(self.slots), size)
                 size += elements
-        if not size or not _has_room(path, 2 * size * weight.element_size()):
+        if not size or not _has_room(path, 2 * size * dtype.itemsize):
             return
         digest = hashlib.sha256(json.dumps(list(self.slots)).encode()).hexdigest()
         about = {"fingerprint": model.exact_fingerprint, "first_layer": first}
-        about |= {"dtype": str(weight.dtype), "tokens": digest}
+        about |= {"dtype": str(dtype), "stored": str(model.tok_embeddings.weight.dtype), "tokens": digest}
         sums = path.with_suffix(".sums")
         _clear_other(path.with_suffix(".json"), (path, sums), about)
         try:
             self.sums = torch.from_file(str(sums), shared=True, size=len(self.slots), dtype=torch.int64)  # 0: no
-            self.data = torch.from_file(str(path), shared=True, size=size, dtype=weight.dtype)
+            self.data = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
         except RuntimeError as error:  # a limit on the size of files, or on mapped memory
             runtime.print0(f"no activations are stored, all are computed each time: {str(error).splitlines()[0]}")
 

@@ -17,6 +17,7 @@ from model import KVCache, ModelConfig, Transformer
 from recipe.cost import (
     DENSE,
     Executed,
+    ItemSize,
     decode_bytes,
     decode_ceiling,
     kv_bytes,
@@ -152,7 +153,7 @@ def touched(model: Transformer) -> set:
 @pytest.mark.parametrize("granularity, kv", CASES)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_decode_bytes_are_the_tensors_that_a_step_touches(granularity, kv, budget):
-    routing, itemsize = routing_of(granularity, kv), 4
+    routing, itemsize = routing_of(granularity, kv), ItemSize(1, 4)
     model = build(routing)
     cache, seen = KVCache(model, 1), touched(model)
     step = gates_of(routing, budget, 1, 1, seed=3) if routing.unit == "token" else None
@@ -160,7 +161,7 @@ def test_decode_bytes_are_the_tensors_that_a_step_touches(granularity, kv, budge
         _, realised = model.hidden(tokens_of(1, WIDTH), cache=cache, route="gather",
                                    gates=gates_of(routing, budget, 1, WIDTH))
         # before the step, no slot is spare
-        cached = [0 if layer.k is None else 2 * layer.k.numel() * itemsize for layer in cache.layers]
+        cached = [0 if layer.k is None else 2 * layer.k.numel() * itemsize.kv for layer in cache.layers]
         seen.clear()
         _, decided = model.hidden(tokens_of(1, 1), cache=cache, route="gather", gates=step)
     executed = Executed.by(CONFIG, routing, decided)
@@ -169,7 +170,7 @@ def test_decode_bytes_are_the_tensors_that_a_step_touches(granularity, kv, budge
     read = sum(n for n, share in zip(cached, executed.attn) if share)
     if routing.unit == "token" and kv == "routed":
         executed = replace(executed, held=Executed.by(CONFIG, routing, realised).attn)
-    assert decode_bytes(CONFIG, 1, WIDTH, itemsize, executed) == pytest.approx(weights * itemsize + read, rel=1e-6)
+    assert decode_bytes(CONFIG, 1, WIDTH, itemsize, executed) == pytest.approx(weights * itemsize.weight + read, rel=1e-6)
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED])
@@ -181,7 +182,7 @@ def test_dense_decode_bytes_are_all_tensors(config, batch):
     head = [] if model.output is not None else [model.tok_embeddings.weight]
     weights = sum(weight.numel() for weight in [*matrices, *head]) + batch * config.dim
     cache = kv_bytes(config, 4, batch * slots)
-    assert decode_bytes(config, batch, WIDTH, 4, DENSE) == weights * 4 + cache
+    assert decode_bytes(config, batch, WIDTH, ItemSize(4, 4), DENSE) == weights * 4 + cache
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -206,6 +207,6 @@ def test_ceilings_fall_with_the_budget_and_end_at_one(granularity, kv):
     for budget in BUDGETS:
         gates, step = gates_of(routing, budget, 1, 400), gates_of(routing, budget, 1, 1)
         prefill.append(prefill_ceiling(CONFIG, routing, gates, 400))
-        decode.append(decode_ceiling(CONFIG, routing, 2, 400, gates, [step]))
+        decode.append(decode_ceiling(CONFIG, routing, ItemSize(2, 2), 400, gates, [step]))
     assert prefill == sorted(prefill, reverse=True) and decode == sorted(decode, reverse=True)
     assert prefill[0] > 1.0 and decode[0] > 1.0 and prefill[-1] == decode[-1] == 1.0

@@ -16,7 +16,7 @@ import bench
 import eval as scoring
 import train
 from model import Experts, KVCache, ModelConfig, Transformer, generate, load_model, load_routers, routing_of
-from recipe.cost import DENSE, Executed, decode_bytes, layer_elements, mlp_elements, prefill_flops
+from recipe.cost import DENSE, Executed, ItemSize, decode_bytes, layer_elements, mlp_elements, prefill_flops
 from recipe.experts import loads, reading_gates, smallest_gate
 from recipe.passes import evaluate, random_routes, skip_everywhere
 from router import RouterConfig, RouterMeta, cuts_for, read_router_file, save_routers, set_cuts
@@ -259,12 +259,12 @@ def test_flops_are_what_torch_counts(name, cut):
 
 
 def test_a_decode_step_reads_the_experts_that_run():
-    one, many = (layer_elements(CONFIG, 1, batch, 8, DENSE) for batch in (1, 1000))
+    (one, _), (many, _) = (layer_elements(CONFIG, 1, batch, 8, DENSE) for batch in (1, 1000))
     pair = 3 * CONFIG.dim * CONFIG.expert_dim
-    kv = 2 * 8 * CONFIG.n_kv_heads * CONFIG.head_dim
-    assert many - 1000 * kv - (one - kv) == pytest.approx(3 * pair)  # all 5 instead of 2
+    assert many - one == pytest.approx(3 * pair)  # all 5 instead of 2
     half = Executed(pairs=[0.5] * 4)
-    assert decode_bytes(CONFIG, 1, 8, 4) - decode_bytes(CONFIG, 1, 8, 4, half) == pytest.approx(4 * 4 * pair)
+    dense, routed = (decode_bytes(CONFIG, 1, 8, ItemSize(4, 4), executed) for executed in (DENSE, half))
+    assert dense - routed == pytest.approx(4 * 4 * pair)
 
 
 # -----------------------------------------------------------------------------

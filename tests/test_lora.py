@@ -18,6 +18,7 @@ from model import Transformer, fingerprint, load_model
 from recipe import passes
 from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
+from recipe.fidelity import rounded
 from recipe.lora import PROJECTIONS, TARGETS, LoRAConfig, add_lora, changes, merge
 from router import GRANULARITIES, RouterConfig, freeze_all_but_routers
 
@@ -93,6 +94,21 @@ def test_experts_stay_as_they_are():
     everywhere = Transformer(replace(CONFIG, family="mixtral", **{**sizes, "dense_layers": ()}))
     with pytest.raises(ValueError, match="mixtures of experts"):
         add_lora(everywhere, LoRAConfig(targets=("up_proj",)))
+
+
+def test_lora_around_a_base_in_int8_has_the_gradients_of_the_rounded_one(base):
+    """And is not merged: what it adds is less than a step of int8."""
+    grads = []
+    for model in (load_model(base, base_dtype="int8"), rounded(load_model(base), 8)):
+        torch.manual_seed(4)
+        changed(model)
+        for lora in changes(model).values():
+            lora.lora_A.requires_grad_(True)
+        model(TOKENS)[0].logsumexp(-1).sum().backward()
+        grads.append(torch.cat([lora.lora_A.grad.flatten() for lora in changes(model).values()]))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="int8.*without --base_dtype"):
+        merge(changed(load_model(base, base_dtype="int8")))
 
 
 # -----------------------------------------------------------------------------
@@ -297,6 +313,7 @@ def test_killed_and_continued_ends_in_the_same_files(base, tmp_path, monkeypatch
     "changes, part",
     [
         (dict(train="full", dtype="bfloat16"), "float32"),
+        (dict(train="full", base_dtype="int8"), "int8"),
         (dict(train="lora", objective="distill"), "distill"),
         (dict(lora_rank=0), "rank"),
         (dict(lora_dropout=1.0), "dropout"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import KVCache, ModelConfig, Transformer, exact_fingerprint, fingerprint, generate, load_model
+from model import KVCache, ModelConfig, Transformer, exact_fingerprint, fill, fingerprint, generate, load_model, quantise
 from router import GRANULARITIES, Place, RouterConfig, RouterMeta, save_routers
 
 BASE = dict(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
@@ -34,7 +34,8 @@ def routing_of(granularity: str, kv: str = "routed", layers=(1, 2, 3)) -> Router
     return RouterConfig(tuple(places), whole.unit, kv=kv)
 
 
-def build(family: str = "llama", granularity: str | None = None, kv: str = "routed", layers=(1, 2, 3), seed: int = 0, dtype=torch.float32) -> Transformer:
+def build(family: str = "llama", granularity: str | None = None, kv: str = "routed", layers=(1, 2, 3), seed: int = 0, dtype=torch.float32,
+          base_dtype: str | None = None) -> Transformer:
     """A tiny random model whose routers split their inputs about evenly."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**{**BASE, "family": family, **FAMILIES[family]}))
@@ -47,7 +48,7 @@ def build(family: str = "llama", granularity: str | None = None, kv: str = "rout
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
         else:
             parameter.data.normal_(0, 0.3)
-    return model.to(dtype).eval().requires_grad_(False)
+    return fill(model, dict(model.state_dict()).items(), base_dtype).to(dtype)
 
 
 def tokens_of(batch: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -66,14 +67,15 @@ def rows(logits: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 
 pattern = st.fixed_dictionaries(dict(
     case=st.sampled_from(CASES), family=st.sampled_from(sorted(FAMILIES)), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
-    share=st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0, None]), seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16])))
+    share=st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0, None]), seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    base_dtype=st.sampled_from([None, "int8"])))
 
 
 @settings(max_examples=250, deadline=None)
 @given(pattern)
 def test_mask_equals_gather(p):
     (granularity, kv), lengths = p["case"], p["lengths"]
-    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=p["dtype"])
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=p["dtype"], base_dtype=p["base_dtype"])
     width = max(lengths)
     tokens = tokens_of(len(lengths), width, p["seed"])
     gates = None if p["share"] is None else random_gates(model, len(lengths), width, p["seed"], p["share"])
@@ -92,7 +94,7 @@ def test_mask_equals_gather(p):
 def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
     """A prompt of ragged rows, then chunks of `step` tokens: the same logits as one uncached pass that pools over the same prompts."""
     (granularity, kv), prompts = p["case"], p["lengths"]
-    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64)
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64, base_dtype=p["base_dtype"])
     more, batch = 7, len(prompts)
     full = [length + more for length in prompts]
     tokens = tokens_of(batch, max(full), p["seed"])
@@ -125,7 +127,7 @@ def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
 @given(pattern)
 def test_batch_equals_rows_alone(p):
     (granularity, kv), lengths = p["case"], p["lengths"]
-    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64)
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64, base_dtype=p["base_dtype"])
     tokens = tokens_of(len(lengths), max(lengths), p["seed"])
     for route in ("mask", "gather"):
         together, gates = model(tokens, lengths, route=route)
@@ -587,3 +589,85 @@ def test_yarn_is_right_up_to_factor_times_the_original_context():
         ours(tokens[:, :120], cache=cache)
         torch.testing.assert_close(ours(tokens[:, 120:], cache=cache)[0], wanted[:, 120:], atol=1e-4, rtol=1e-4)
     assert len(generate(ours, [tokens[0, :100].tolist()], 28)[0]) == 28
+
+
+# -----------------------------------------------------------------------------
+# Weights in int8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_int8_is_within_half_a_step_of_every_weight(dtype):
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3] = 0
+    weight[4] *= 1e-5  # rows of very different sizes
+    before = weight.clone()
+    table, scale = quantise(weight)
+    assert torch.equal(weight, before)  # it may be a mapped file's
+    assert table.dtype == torch.int8 and scale.dtype == torch.float32 and table.min() >= -127
+    assert torch.equal(table[3], torch.zeros(24, dtype=torch.int8))
+    error = (table.double() * scale.double()[:, None] - weight.double()).abs()
+    assert (error <= 0.5001 * scale.double()[:, None]).all()
+    assert (scale[:3].double() <= weight[:3].double().abs().amax(1) / 126.9).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["layers.2.feed_forward.w2.weight", "tok_embeddings.weight"])
+def test_int8_refuses_a_row_that_is_not_finite_by_name(tmp_path, value, name):
+    net = build()
+    net.get_parameter(name)[5, 7] = value
+    with pytest.raises(ValueError, match=f"{name}, row 5, holds NaN or infinity"):
+        load_model(stored(tmp_path, net), base_dtype="int8")
+    load_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("width", [24, 33, 128])
+def test_int8_products_are_those_of_the_rounded_weight(monkeypatch, dtype, tolerance, width):
+    """In blocks too, with gradients, for widths that torch's own int8 operator reads beyond (it crashed at 33)."""
+    monkeypatch.setattr(model_module, "INT8_BLOCK", 5 * width)
+    table, scale = quantise(torch.randn(17, width, generator=torch.Generator().manual_seed(1)))
+    plain = (table.double() * scale.double()[:, None])
+    for rows in (0, 1, 8, 9):
+        x = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype).requires_grad_()
+        y = model_module.product(x, table, scale=scale)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), x.double() @ plain.T, atol=10 * tolerance, rtol=tolerance)
+        above = torch.randn(2, rows, 17, generator=torch.Generator().manual_seed(9)).to(dtype)
+        gradient = torch.autograd.grad(y, x, above)[0]
+        torch.testing.assert_close(gradient.double(), above.double() @ plain, atol=10 * tolerance, rtol=tolerance)
+
+
+def test_int8_in_float16_does_not_overflow_where_the_result_does_not():
+    table, scale = quantise(torch.full((3, 512), 0.01))
+    y = model_module.product(torch.full((1, 512), 20.0, dtype=torch.float16), table, scale=scale)
+    torch.testing.assert_close(y.float(), torch.full((1, 3), 102.4), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("parts", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_base_in_int8_holds_a_byte_a_weight_and_is_still_that_base(tmp_path, family, parts):
+    folder = stored(tmp_path, build(family), parts)
+    plain, small = load_model(folder, dtype=torch.float32), load_model(folder, dtype=torch.float32, base_dtype="int8")
+    for name, module in small.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            assert module.weight.dtype == torch.int8 and module.scale.shape == module.weight.shape[:1], name
+    assert small.dtype == small.norm.weight.dtype == torch.float32 and small.fingerprint == plain.fingerprint
+    logits, other = plain(tokens_of(2, 9))[0], small(tokens_of(2, 9))[0]
+    assert 0 < (logits - other).norm() < 0.1 * logits.norm()
+    file = routers_for(tmp_path / "routers", small, small.fingerprint)
+    for base_dtype in (None, "int8"):
+        assert load_model(folder, file, base_dtype=base_dtype).routing == small.routing
+
+
+def test_int8_generates_as_it_scores(tmp_path):
+    model = load_model(stored(tmp_path, build()), base_dtype="int8")
+    prompt = tokens_of(1, 6)[0].tolist()
+    new = generate(model, [prompt], 8)[0]
+    assert new == model(torch.tensor([prompt + new]))[0].argmax(-1)[0, 5:-1].tolist()
+
+
+@pytest.mark.parametrize("wrong", [dict(dtype=torch.int8), dict(base_dtype="int4"), dict(base_dtype=torch.int8)])
+def test_other_integers_are_refused(tmp_path, wrong):
+    folder = stored(tmp_path, build())
+    with pytest.raises(ValueError, match="int8"):
+        load_model(folder, **wrong)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,20 @@ def test_summary_ends_with_what_each_budget_gives_and_takes(base, tmp_path):
 def read_orders(path) -> dict[str, list[int]]:
     meta = router.read_router_file(path)[1]
     return {name: [meta.routing.names.index(place) for place in order] for name, order in meta.orders.items()}
+
+
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_base_in_int8_is_tuned_and_its_routers_serve_the_base_in_float32(base, tmp_path, recipe):
+    cfg = settings(base, tmp_path / "run", recipe=recipe, base_dtype="int8", steps=2)
+    summary = train.train(cfg)
+    assert math.isfinite(summary["heldout_loss_routed"])
+    for base_dtype in (None, "int8"):
+        model = load_model(base, tmp_path / "run/routers.safetensors", base_dtype=base_dtype)
+        held = train.load_data(cfg, load_tokenizer(base), 128).held
+        loss = passes.evaluate(Workload(model, held, CPU))["loss"]
+        assert loss == pytest.approx(summary["heldout_loss_routed"], rel=0.05 if base_dtype is None else 1e-6)
+    with pytest.raises(ValueError, match="base_dtype \\('int8' there, None now\\)"):
+        train.train(replace(cfg, base_dtype=None))
 
 
 @pytest.mark.parametrize("recipe", ["default", "paper"])
