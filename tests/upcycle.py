@@ -238,8 +238,8 @@ def fit(mixture: Transformer, dense: Transformer, data: train.Data, cfg: Upcycle
 CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 
 
-def write(mixture: Transformer, cfg: UpcycleConfig, folder: Path, **about) -> None:
-    """The mixture's checkpoint folder, and what is known of it beside."""
+def write(mixture: Transformer, cfg: UpcycleConfig, folder: Path) -> None:
+    """The mixture's checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in ("*token*", "generation_config.json"):
         for file in Path(cfg.model).glob(pattern):
@@ -247,7 +247,6 @@ def write(mixture: Transformer, cfg: UpcycleConfig, folder: Path, **about) -> No
     tensors = {name: value.contiguous() for name, value in mixture.state_dict().items()}
     runtime.write_atomic(folder / "model.safetensors", lambda path: save_file(tensors, path))
     runtime.write_json(folder / "config.json", asdict(mixture.config))
-    runtime.write_json(Path(cfg.out) / "base.json", about)
 
 
 def base(cfg: UpcycleConfig, data: train.Data) -> Path:
@@ -255,17 +254,20 @@ def base(cfg: UpcycleConfig, data: train.Data) -> Path:
     folder, known = Path(cfg.out) / "base", Path(cfg.out) / "base.json"
     torch.manual_seed(cfg.seed)
     dense = load_model(cfg.model, dtype=torch.float32)
+    if not (folder / "config.json").exists():
+        write(upcycled(dense, data.train, cfg), cfg, folder)
     if not known.exists():
-        mixture = upcycled(dense, data.train, cfg)
+        mixture = load_model(folder, dtype=torch.float32)
         losses = {"dense": loss_of(dense, data.held), "mixture": loss_of(mixture, data.held)}
-        write(mixture, cfg, folder, untrained=losses, heldout=losses)
         print0(f"before training: held-out loss {losses['mixture']:.4f}, dense model {losses['dense']:.4f}")
+        runtime.write_json(known, {"untrained": losses, "heldout": losses, "path": []})
     about = runtime.read_json(known)
     if cfg.minutes and about["heldout"]["mixture"] - about["heldout"]["dense"] > cfg.gap:
         mixture = load_model(folder, dtype=torch.float32)
-        about["path"] = about.get("path", []) + fit(mixture, dense, data, cfg)
+        about["path"] += fit(mixture, dense, data, cfg)
+        write(mixture, cfg, folder)
         about["heldout"]["mixture"] = loss_of(mixture, data.held)
-        write(mixture, cfg, folder, **about)
+        runtime.write_json(known, about)
     return folder
 
 
