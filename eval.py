@@ -244,8 +244,7 @@ def row_items(index: int, place: str, row: dict, form: Form) -> list[Item]:
     if example is None:
         return []
     item = answer_item(index, example)
-    if form.truncate and len(example.tokens) == form.limit:
-        item.truncated = len(encode(row, place, replace(form, limit=sys.maxsize)).tokens) > form.limit
+    item.truncated = example.cut
     return [item]
 
 

@@ -22,7 +22,7 @@ import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
 
 import jinja2
@@ -640,6 +640,7 @@ def _texts(value) -> list[str]:
 # ------------------------------------------------------------------------------------------------- rendering a template
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # stand around {% generation %}: noncharacters, which no text holds
+WRITTEN_BLOCK = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -743,6 +744,7 @@ def _turn_end(tok: Tokenizer) -> int | None:
 # conversation itself, then it looked at the answers otherwise, and the next way to mark is tried.
 
 PRIVATE = tuple(map(chr, (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
+ANY_PRIVATE = re.compile(f"[{PRIVATE[0]}-{PRIVATE[-1]}]")
 
 
 @dataclass
@@ -898,7 +900,8 @@ def _blocks(shown: str) -> tuple[str, Ranges]:
 
 def _pieces(seen: Followed) -> list[Piece]:
     marked, pieces = seen.marked, []
-    for at, char in enumerate(seen.shown):
+    for found in ANY_PRIVATE.finditer(seen.shown):
+        at, char = found.start(), found[0]
         number, i = marked.owner.get(char, (None, 0))
         if number not in marked.answers:
             continue
@@ -965,8 +968,7 @@ def _loss_ranges(tok: Tokenizer, render: Render, messages: Messages, seen: Follo
         except ValueError:
             return 0
 
-    stop = re.compile(rf"\s*({_either(tok.pieces[i].decode() for i in tok.stop_ids)})")
-    ranges = []
+    stop, ranges = _stop(tok), []
     pieces = itertools.groupby(_pieces(seen), lambda piece: seen.marked.places[piece.text][0])
     for i, group in pieces:
         grown = [_grow(piece, seen, without) for piece in group]
@@ -976,6 +978,12 @@ def _loss_ranges(tok: Tokenizer, render: Render, messages: Messages, seen: Follo
     if seen.blocks:
         return [at for block in seen.blocks for at in _written(block, ranges, seen, stop)]
     return [at for start_stop in ranges for at in _with_stop(start_stop, seen, stop)]
+
+
+@functools.lru_cache(maxsize=16)
+def _stop(tok: Tokenizer) -> re.Pattern:
+    """The stop token behind an answer."""
+    return re.compile(rf"\s*({_either(tok.pieces[i].decode() for i in tok.stop_ids)})")
 
 
 def _with_stop(at: Range, seen: Followed, stop: re.Pattern) -> Ranges:
@@ -1010,6 +1018,48 @@ def _calls(render: Render, before: Messages, seen: Followed, grown: list, stop: 
     return start, match.start() if match else end
 
 
+# Most templates print most contents as they stand, or without white space around them, between texts that depend on
+# the roles alone. Where that is so of a conversation, to the letter, its answers need no marks to be found.
+
+
+@functools.lru_cache(maxsize=256)
+def _frame(source: str, special: tuple[tuple[str, str], ...], day: date, roles: tuple[str, ...]) -> list[str] | None:
+    """What a template prints before, between and behind contents of these roles; None where it does not print each
+    once and in order."""
+    contents = [f"Qz{number}zQ" for number in range(len(roles))]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    try:
+        text = Render(source, dict(special), None, False, datetime.combine(day, time())).text(messages)
+    except ValueError:
+        return None
+    parts = re.split(r"(Qz\d+zQ)", text)
+    return parts[::2] if parts[1::2] == contents else None
+
+
+def _framed_ranges(
+    tok: Tokenizer, render: Render, messages: Messages, answers: list[bool], plain: str
+) -> Ranges | None:
+    """The stretches that carry loss of a conversation that its frame and its contents make up; None of any other."""
+    special, roles = tuple(render.roles.items()), tuple(message["role"] for message in messages)
+    bare = all(message.keys() == {"role", "content"} for message in messages)
+    if not bare or render.tools is not None or render.generate or WRITTEN_BLOCK.search(render.source):
+        return None
+    frame = _frame(render.source, special, render.now.date(), roles)
+    for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]) if frame else ():
+        parts = [part for pair in zip(frame, [*contents, ""]) for part in pair]
+        if "".join(parts) == plain:
+            break
+    else:
+        return None
+    ends, ranges = list(itertools.accumulate(map(len, parts))), []
+    for number in itertools.compress(range(len(messages)), answers):
+        end = ends[2 * number + 1]
+        ranges.append((end - len(contents[number]), end))
+        if match := _stop(tok).match(frame[number + 1]):
+            ranges.append((end + match.start(1), end + match.end(1)))
+    return ranges
+
+
 def _encode_template(
     tok: Tokenizer, render: Render, messages: Messages, answers: list[bool]
 ) -> Encoded:
@@ -1018,16 +1068,21 @@ def _encode_template(
     if OPEN in plain or CLOSE in plain:
         raise ValueError("the conversation holds U+FDD0 or U+FDD1, which are no characters of any text: remove them")
     others = _patterns(tok, render.source, 0)[0]
-    if not any(answers) and not any(map(others.search, _texts([messages, render.tools]))):
-        ids = tok.encode(plain, special=True)
-        return ids, [False] * len(ids)
+    if not any(map(others.search, _texts([messages, render.tools]))):
+        if not any(answers):
+            ids = tok.encode(plain, special=True)
+            return ids, [False] * len(ids)
+        ranges = _framed_ranges(tok, render, messages, answers, plain)
+        if ranges is not None:
+            return tok.encode_masked(plain, ranges, [])
     seen = _follow(tok, render, messages, answers, plain)
     ranges = _loss_ranges(tok, render, messages, seen)
     if any(answers) and not ranges:
         raise ValueError(f"the chat template prints none of the answers: {OTHER_FORM}")
     hidden = []
-    for i, char in enumerate(seen.shown):
-        if char in seen.marked.hidden:
+    for found in ANY_PRIVATE.finditer(seen.shown) if seen.marked.hidden else ():
+        i = found.start()
+        if found[0] in seen.marked.hidden:
             start = hidden.pop()[0] if hidden and hidden[-1][1] == i else i
             hidden.append((start, i + 1))
     return tok.encode_masked(plain, ranges, hidden)

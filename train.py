@@ -19,13 +19,14 @@ A place is where a router stands (`RouterConfig.places`); an order lists the num
 """
 
 import contextlib
-import hashlib
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import runtime
-from data.records import Example, Form, encode_all, read_records, settle_bad, split_rows, usable_rows
+from data.draw import Draw
+from data.load import ALONE, Data, Request, load
+from data.portions import source_of
+from data.records import Example, Form
 from model import Experts, ModelConfig, Transformer, fingerprint, load_config, load_model, routing_of
 from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
@@ -103,7 +107,9 @@ class TrainConfig:
     """Every setting of a run; `none` leaves the choice to the recipe, or to the effort."""
 
     model: str = setting(DEMO_MODEL, "checkpoint folder written by convert_hf.py")
-    data: tuple[str, ...] = setting((DEMO_DATA,), "files of rows, in any form that data/records.py names")
+    data: tuple[str, ...] = setting(
+        (DEMO_DATA,), "files of rows, in any form that data/records.py names; FILE:2.9 takes its rows 2.9 times"
+    )
     out: str = setting("out/demo", "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors")
     train: Literal["routers", "lora", "routers+lora", "full"] = setting(
         "routers", "what is trained; lora: on the dense model; full: all weights of the base, with routers"
@@ -229,74 +235,39 @@ class TrainConfig:
 # Data
 
 
-@dataclass(frozen=True)
-class Data:
-    """Examples to tune on, to choose among routers by, and to report on."""
-
-    train: list[Example]
-    select: list[Example]
-    held: list[Example]
-
-    @property
-    def all(self) -> list[Example]:
-        return self.train + self.select + self.held
-
-
-def load_data(cfg: TrainConfig, tok: Tokenizer, context: int) -> Data:
-    """Read, split and encode. Every row is checked; only those in use are encoded.
+def load_data(cfg: TrainConfig, tok: Tokenizer, context: int, rt: Runtime = ALONE) -> Data:
+    """The examples of a run, tokenised once under --out. Every row is checked; only those in use are encoded.
 
     Held-out rows come from a file, from "split" fields, or from a seeded draw; the selection set is taken out of the
-    training rows. Raises ValueError that lists all rows that cannot be used.
+    training rows. Raises ValueError that lists rows that cannot be used.
     """
     limit = min(cfg.max_length or context, context)
     if (cfg.max_length or 0) > context:
         raise ValueError(f"max_length is {cfg.max_length:,}, expected at most the model's context of {context:,} "
                          "tokens: lower --max_length")
-    form, bad = Form(tok, limit, cfg.chat, cfg.truncate, cfg.loss_on == "last"), []
-    rows = [row for path in cfg.data for row in usable_rows(path, bad)]
-    train, held = split_rows([rows[i] for i in permutation(len(rows), cfg.seed, "split")])
-    if isinstance(cfg.heldout, str):
-        apart = usable_rows(cfg.heldout, bad)
-        held = split_rows(apart)[1] or apart
-    elif not held:
-        n_held = max(1, round(cfg.heldout * len(rows)))
-        train, held = train[n_held:], train[:n_held]
-    train, held = train[: cfg.max_samples], held[: cfg.heldout_samples]
-    n_select = min(cfg.select_samples, max(1, len(train) // 4))
-    parts = [encode_all(part, form, bad) for part in (train[n_select:], train[:n_select], held)]
-    settle_bad(bad, cfg.skip_bad, print0)
-    if len(train) < 2 or not held:
-        raise ValueError(f"{len(train)} training and {len(held)} held-out examples, expected at least 2 and 1: add "
-                         "data or change --heldout, --max_samples")
-    data = Data(*(examples for examples, _ in parts))
-    if not (data.train and data.select and data.held):
-        raise ValueError(f"--max_length={limit} leaves no answer in the training, selection or held-out examples: "
-                         "raise it")
+    apart = Path(cfg.heldout) if isinstance(cfg.heldout, str) else None
+    request = Request(
+        sources=[source_of(word) for word in cfg.data],
+        heldout=apart,
+        draw=Draw(cfg.seed, apart is not None or cfg.heldout, cfg.heldout_samples, cfg.max_samples, cfg.select_samples),
+        skip_bad=cfg.skip_bad,
+        model=Path(cfg.model),
+        folder=Path(cfg.out) / "tokens",
+    )
     print0(f"chat form: {cfg.chat or tok.chat_form}")
-    describe_data(data, limit, sum(cut for _, cut in parts))
-    return data
-
-
-def describe_data(data: Data, limit: int, cut: int) -> None:
-    tokens = sum(len(example.tokens) for example in data.train)
-    at_limit = sum(len(example.tokens) == limit for example in data.all)
-    print0(f"data: {len(data.train)} examples to tune on ({tokens:,} tokens), {len(data.select)} to select, "
-           f"{len(data.held)} held out; {at_limit} at the limit of {limit:,} tokens, {cut} left out because truncation "
-           "leaves no answer")
-    tuned = {tuple(example.tokens) for example in data.train + data.select}
-    if leaked := sum(tuple(example.tokens) in tuned for example in data.held):
-        print0(f"warning: {leaked} of {len(data.held)} held-out texts are also tuned on, so held-out losses flatter")
+    return load(request, Form(tok, limit, cfg.chat, cfg.truncate, cfg.loss_on == "last"), rt)
 
 
 def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Examples of one step, over all ranks: a stream of seeded permutations, so a pure function of its arguments."""
-    epochs, rows = {}, []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch = position // n
-        if epoch not in epochs:
-            epochs[epoch] = permutation(n, seed, "epoch", epoch)
-        rows.append(epochs[epoch][position % n])
-    return rows
+    places = (divmod(position, n) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [epoch_order(n, seed, epoch)[at].item() for epoch, at in places]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) of the examples in an epoch."""
+    return torch.randperm(n, generator=generator(seed, "epoch", epoch))
 
 
 def lr_at(step: int, steps: int, lr: float, warmup: float, schedule: str = "cosine") -> float:
@@ -361,7 +332,8 @@ class Job:
         if self.cfg.train != "routers":
             return Workload(self.model, self.data.train, self.rt, moving=True)
         path, limit = Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.cfg.trunk_gb * 1e9
-        stored = [*self.data.all, *prompts_of(self.data.all)]
+        prompts = (prompt for example in self.data.all for prompt in prompts_of([example]))
+        stored = itertools.chain(self.data.all, prompts)
         trunk = TrunkCache(path, self.model, stored, limit / self.rt.world_size)
         return Workload(self.model, self.data.train, self.rt, trunk)
 
@@ -760,9 +732,8 @@ def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
 def identity(job: Job) -> dict:
     """What a continuation must agree on: settings, base model and data."""
     settings = {name: value for name, value in asdict(job.cfg).items() if name not in FREE}
-    tokens = json.dumps([[example.tokens, example.targets] for example in job.data.all])
-    digest = hashlib.sha256(tokens.encode()).hexdigest()[:16]
-    return json.loads(json.dumps({**settings, "base fingerprint": job.model.exact_fingerprint, "data digest": digest}))
+    settings |= {"base fingerprint": job.model.exact_fingerprint, "data digest": job.data.digest}
+    return json.loads(json.dumps(settings))
 
 
 def refuse_other(out: Path, saved: dict, now: dict) -> None:
@@ -842,7 +813,7 @@ def finish(job: Job, work: Workload, state: State) -> dict:
     plain = cfg.recipe == "paper" or cfg.import_official is not None  # cuts of 0, and no static lists in the table
     path = Path(cfg.out) / "routers.safetensors"
     with job.phases("calibration"):
-        examples = [*data.select, *reversed(data.train)]  # last first: the least fitted ones
+        examples = data.select + data.train[::-1]  # last first: the least fitted ones
         calibration = work.of(examples[: max(cfg.calibrate_samples, len(data.select))])
         table = calibrate(calibration, cfg.budget, Controls(work.of(data.select)), None if plain else state.orders)
         cuts = [0.0] * len(model.routing.places) if plain else cuts_for(cfg.budget, table)
@@ -857,7 +828,7 @@ def finish(job: Job, work: Workload, state: State) -> dict:
         summary = summarise(cfg, held, state, rows)
         meta.report = [losses_of(row) for row in rows]
     summary |= {"seconds": state.seconds + time.perf_counter() - started, "routers": str(path)}
-    summary["identity"] = identity(job)
+    summary |= {"identity": identity(job), "data": data.report}
     if job.rt.is_master:
         save_routers(path, model, meta)  # with what the comparison found
         runtime.write_json(Path(cfg.out) / "summary.json", summary)
@@ -966,15 +937,17 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
     }
 
 
-def next_command(cfg: TrainConfig, routers: str) -> str:
+def next_command(cfg: TrainConfig, summary: dict) -> str:
     """How to score what was written: on the held-out rows where a file names them, else on a task."""
+    routers, files = summary["routers"], summary["data"]["files"]
+    marked = [file["file"] for file in files if file["has_split"]]
     adapter = cfg.out if "lora" in cfg.train else cfg.adapter
     start = f"python eval.py --model={f'{cfg.out}/base' if cfg.train == 'full' else cfg.model} --routers={routers}"
     start += f" --adapter={adapter}" if adapter else ""
     if isinstance(cfg.heldout, str):
         what = f"--perplexity={cfg.heldout}"
-    elif any("split" in row for _, row in read_records(cfg.data[0], [])):
-        what = f"--perplexity={cfg.data[0]} --perplexity_split=heldout"
+    elif marked:
+        what = f"--perplexity={marked[0]} --perplexity_split=heldout"
     else:
         return f"{start} --tasks=arc_easy --data=data/eval"
     form = {"chat": cfg.chat, "max_length": cfg.max_length, "truncate": cfg.truncate, "skip_bad": cfg.skip_bad}
@@ -1078,7 +1051,7 @@ def train(cfg: TrainConfig) -> dict:
     if cfg.batch_size % rt.world_size:
         raise ValueError(f"batch_size is {cfg.batch_size} on {rt.world_size} ranks, expected a multiple: change "
                          "--batch_size or the number of ranks")
-    data = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len)
+    data = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len, rt)
     epochs = cfg.epochs if cfg.epochs is not None else 0.1 if cfg.train == "routers" else 1.0
     steps = math.ceil(epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps
     cfg = replace(cfg, steps=steps)
@@ -1215,7 +1188,7 @@ def main() -> None:
     summary = train(cfg)
     if "prefill_speedup" in summary:  # the master's
         print(show(summary))
-        print(f"next               {next_command(cfg, summary['routers'])}")
+        print(f"next               {next_command(cfg, summary)}")
         print("\n".join(verdict(row) for row in summary["report"]))
     runtime.cleanup()
 

@@ -6,7 +6,8 @@
 Reads FROM/NAME.jsonl (data/reformat.py writes them; other `messages` files may lie there, .json and .gz too) and writes
 OUT/data.jsonl and OUT/data.report.json. The default is the paper's mix. A portion's whole part repeats every row, its
 fraction is a seeded draw. Rows stay on disk: 16 bytes of memory a row are enough. A second run with the same inputs and
-settings does nothing. Then: python train.py --data=OUT/data.jsonl. Depends on data/stream.py and runtime.
+settings does nothing. Then: python train.py --data=OUT/data.jsonl. Depends on data/stream.py, data/portions.py and
+runtime.
 """
 
 import difflib
@@ -28,9 +29,9 @@ if str(ROOT) not in sys.path:
 
 import runtime  # noqa: E402
 from data import stream  # noqa: E402
+from data.portions import MOST, read_portion, repeat  # noqa: E402
 
 PAPER = ("vicuna_sharegpt:2.9", "evol_instruct:1", "slim_orca:1", "meta_math_qa:1", "evol_code_alpaca:1")
-MOST = 1000  # largest portion
 PROGRAM = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # other rules make another file
 
 
@@ -60,15 +61,12 @@ def read_portions(words: tuple[str, ...]) -> dict[str, Fraction]:
     portions = {}
     for word in words:
         name, _, text = word.partition(":")
-        try:
-            is_number = 0.0 < float(text or "1") <= MOST
-        except ValueError:
-            is_number = False
-        if not name or not is_number:
+        portion = read_portion(text or "1")
+        if not name or portion is None:
             raise ValueError(f"--portions has {word!r}, expected NAME:X with 0 < X <= {MOST}: write e.g. slim_orca:1")
         if name in portions:
             raise ValueError(f"--portions names {name} twice, expected each source once: add the portions up")
-        portions[name] = Fraction(text or "1")
+        portions[name] = portion
     if not portions:
         raise ValueError("--portions is empty, expected NAME:X,...: name a source")
     return portions
@@ -186,12 +184,9 @@ def add_copies(order: array, places: array, begin: int, portion: Fraction) -> tu
     heldout = array("I", (number for number in range(begin, len(places)) if places[number] & 1))
     train = array("I", (number for number in range(begin, len(places)) if not places[number] & 1))
     order.extend(heldout)
-    copies = int(portion * len(train))
-    for _ in range(int(portion)):
-        order.extend(train)
-    del train[copies - int(portion) * len(train):]
-    order.extend(train)
-    return copies, len(heldout)
+    copies = repeat(train, portion)
+    order.extend(copies)
+    return len(copies), len(heldout)
 
 
 def mix(files: dict[str, Path], portions: dict[str, Fraction], settings: Settings, output: Path) -> dict:
@@ -207,12 +202,12 @@ def mix_lines(files: dict[str, Path], portions: dict[str, Fraction], settings: S
         begins.append(len(places))
         drawn, too_long = index_rows(path, name, settings)
         usable = len(drawn)
-        del drawn[settings.max_rows or usable:]
-        places.extend(drawn)
+        places.extend(drawn[: settings.max_rows] if settings.max_rows else drawn)
+        del drawn  # as large as its source: gone before copies are made
         train, heldout = add_copies(order, places, begins[-1], portions[name])
-        counts[name] = {"rows": usable + too_long, "too_long": too_long, "not_drawn": usable - len(drawn),
+        counts[name] = {"rows": usable + too_long, "too_long": too_long,
+                        "not_drawn": usable - (len(places) - begins[-1]),
                         "portion": float(portions[name]), "train": train, "heldout": heldout}
-    del drawn
     check_counts(counts, settings)
     random.Random(f"{settings.seed} order").shuffle(order)
     write_rows((order, places, begins), list(files.values()), output, bool(settings.heldout))
@@ -254,7 +249,7 @@ def show(output: Path, report: dict) -> None:
     print(f"{output}: {report['rows']:,} rows", flush=True)
     repeats = any(count["portion"] > 1 for count in report["sources"].values())
     if repeats and not any(count["heldout"] for count in report["sources"].values()):
-        print("rows repeat: with --heldout=0.01 train.py scores on questions that it does not tune on")
+        print("rows repeat: with --heldout=0.01 those that train.py scores on come once")
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

@@ -11,13 +11,14 @@ A turn may say that no loss is taken on it: "weight": 0, "train": false or "loss
 is not read here is refused by its name; other keys (id, source, domain, split, ...) say something about the row.
 """
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.stream import read_rows
+from data.stream import RowError, read_rows
 from tokenizer import Tokenizer, encode_chat
 
 ROLES = {
@@ -56,13 +57,14 @@ class Example:
     """One whole document in tokens.
 
     prompt: tokens before the first loss-carrying one; targets: positions whose token is predicted; domain: what the row
-    says of itself.
+    says of itself; cut: whether tokens beyond the limit were cut off.
     """
 
-    tokens: list[int]
+    tokens: Sequence[int]
     prompt: int
-    targets: list[int]
+    targets: Sequence[int]
     domain: str | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Form:
 # From files to rows
 
 
-def read_records(path: str | Path, bad: list[str] | None = None) -> list[tuple[str, dict]]:
+def read_records(path: str | Path, bad: list | None = None) -> list[tuple[str, dict]]:
     """All objects of a file of JSON lines or of one JSON list, perhaps gzipped, each with its place in words.
 
     What is wrong with a single row goes to `bad`; without `bad` it raises ValueError. Raises FileNotFoundError or
@@ -93,15 +95,15 @@ def read_records(path: str | Path, bad: list[str] | None = None) -> list[tuple[s
     faults = []
     rows = list(read_rows(path, faults))
     if len(faults) > 1 and not rows:
-        _refuse_object(path)
+        refuse_object(path)
     if faults and bad is None:
-        raise ValueError(faults[0])
+        raise faults[0]
     if faults:
         bad += faults
     return rows
 
 
-def _refuse_object(path: str | Path) -> None:
+def refuse_object(path: str | Path) -> None:
     """Say so where a file without one good line is a single object over many lines, which may hold the rows."""
     try:
         whole = json.loads(Path(path).read_bytes())
@@ -116,9 +118,7 @@ def _refuse_object(path: str | Path) -> None:
 
 
 def to_messages(row: dict, place: str) -> tuple[list[dict], list | None] | str:
-    """A row of any form as (messages, tools), or as plain text. Raises ValueError naming the place and what is
-    wrong.
-    """
+    """A row of any form as (messages, tools), or as plain text. Raises RowError naming the place and what is wrong."""
     question, answer = next((pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), ("", ""))
     if "messages" in row:
         turns, read = _turns(row["messages"], place), ("tools",)
@@ -130,17 +130,25 @@ def to_messages(row: dict, place: str) -> tuple[list[dict], list | None] | str:
     elif isinstance(row.get("text"), str):
         turns, read = row["text"], ()
     else:
-        raise ValueError(f"{place} has the keys {sorted(row)[:12]}; expected messages, conversations, instruction + "
-                         "output, prompt + response, query + response, or text: convert the row")
+        raise RowError(f"{place} has the keys {sorted(row)[:12]}; expected messages, conversations, instruction + "
+                       "output, prompt + response, query + response, or text: convert the row", "no known form")
     if unread := [key for key in PROMPT_KEYS if key not in read and row.get(key)]:
-        raise ValueError(f"{place}: {unread[0]!r} changes the prompt and is not read beside {_name(row, question)}; "
-                         "expected it in the prompt itself: put it there, or delete the key")
+        raise RowError(f"{place}: {unread[0]!r} changes the prompt and is not read beside {_name(row, question)}; "
+                       "expected it in the prompt itself: put it there, or delete the key", "a key that is not read")
     if isinstance(turns, str):
         return turns
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise ValueError(f"{place}: no turn of the assistant, so there is nothing to predict: add the answer or delete "
-                         "it")
+        raise RowError(f"{place}: no turn of the assistant, so there is nothing to predict: add the answer or delete "
+                       "it", "no turn of the assistant")
     return turns, _tools(row, place)
+
+
+def prompt_of(content: tuple[list[dict], list | None] | str) -> str:
+    """What stands before the first answer of a row that to_messages read; of a plain text all of it."""
+    if isinstance(content, str):
+        return content
+    before = itertools.takewhile(lambda turn: turn["role"] != "assistant", content[0])
+    return "\n".join(turn["content"] for turn in before)
 
 
 def _name(row: dict, question: str) -> str:
@@ -149,8 +157,8 @@ def _name(row: dict, question: str) -> str:
 
 def _turns(turns, place: str) -> list[dict]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{place}: messages is not a list of turns; expected "
-                         '[{"role": ..., "content": ...}, ...]: mend the row')
+        raise RowError(f"{place}: messages is not a list of turns; expected "
+                       '[{"role": ..., "content": ...}, ...]: mend the row', "no list of turns")
     return [_turn(turn, f"{place}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
@@ -158,15 +166,16 @@ def _turn(turn: dict, place: str) -> dict:
     said = turn.get("role", turn.get("from"))
     role, content = ROLES.get(str(said).lower()), turn.get("content", turn.get("value"))
     if role is None or not isinstance(content, str):
-        raise ValueError(f"{place} has role {said!r} and content of type {type(content).__name__}; expected a role of "
-                         f"{', '.join(ROLES)} and a text: mend the row")
+        raise RowError(f"{place} has role {said!r} and content of type {type(content).__name__}; expected a role of "
+                       f"{', '.join(ROLES)} and a text: mend the row",
+                       "an unknown role" if role is None else "a turn without text")
     message = {"role": role, "content": content}
     message |= {key: turn[key] for key in TEMPLATE_KEYS if turn.get(key)}
     if not _carries_loss(turn, place):
         message["loss"] = False
     elif role != "assistant" and any(key in turn for key in LOSS_KEYS):
-        raise ValueError(f"{place}: loss is asked for on a turn of the {role}; expected it on the assistant's: set it "
-                         "to 0")
+        raise RowError(f"{place}: loss is asked for on a turn of the {role}; expected it on the assistant's: set it "
+                       "to 0", "a loss flag of another kind")
     return message
 
 
@@ -174,7 +183,8 @@ def _carries_loss(turn: dict, place: str) -> bool:
     flags = {key: turn[key] for key in LOSS_KEYS if turn.get(key) is not None}
     for key, value in flags.items():
         if value not in (0, 1):  # True and False are 1 and 0
-            raise ValueError(f"{place}: {key!r} is {value!r}, expected 0 or 1: loss is taken on a turn or it is not")
+            raise RowError(f"{place}: {key!r} is {value!r}, expected 0 or 1: loss is taken on a turn or it is not",
+                           "a loss flag of another kind")
     return all(flags.values())
 
 
@@ -183,13 +193,14 @@ def _pair(row: dict, question: str, answer: str, place: str) -> list[dict]:
     turns = []
     for earlier in row.get("history") or []:
         if not isinstance(earlier, (list, tuple)) or [type(text) for text in earlier] != [str, str]:
-            raise ValueError(f"{place}: history holds {str(earlier)[:60]!r}, expected pairs [question, answer]: mend "
-                             "the row")
+            raise RowError(f"{place}: history holds {str(earlier)[:60]!r}, expected pairs [question, answer]: mend "
+                           "the row", "a field of another type")
         turns += [{"role": "user", "content": earlier[0]}, {"role": "assistant", "content": earlier[1]}]
     asked = row[question]
     if question == "instruction" and row.get("input"):
         if not isinstance(row["input"], str):
-            raise ValueError(f"{place}: input is a {type(row['input']).__name__}, expected a text: mend the row")
+            raise RowError(f"{place}: input is a {type(row['input']).__name__}, expected a text: mend the row",
+                           "a field of another type")
         asked += f"\n\n{row['input']}"
     return [*turns, {"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
 
@@ -200,10 +211,11 @@ def _with_system(row: dict, turns: list[dict], place: str) -> list[dict]:
     if not system:
         return turns
     if not isinstance(system, str):
-        raise ValueError(f"{place}: system is a {type(system).__name__}, expected a text: mend the row")
+        raise RowError(f"{place}: system is a {type(system).__name__}, expected a text: mend the row",
+                       "a field of another type")
     if turns[0]["role"] == "system":
-        raise ValueError(f"{place}: a system message stands in the row and in its first turn, expected one: delete one "
-                         "of them")
+        raise RowError(f"{place}: a system message stands in the row and in its first turn, expected one: delete one "
+                       "of them", "two system messages")
     return [{"role": "system", "content": system}, *turns]
 
 
@@ -213,35 +225,12 @@ def _tools(row: dict, place: str) -> list | None:
         try:
             tools = json.loads(tools) or None
         except ValueError as error:
-            raise ValueError(f"{place}: tools is not JSON ({error}), expected a list: mend the row") from None
+            raise RowError(f"{place}: tools is not JSON ({error}), expected a list: mend the row",
+                           "a field of another type") from None
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"{place}: tools is a {type(tools).__name__}, expected a list: mend the row")
+        raise RowError(f"{place}: tools is a {type(tools).__name__}, expected a list: mend the row",
+                       "a field of another type")
     return tools
-
-
-def usable_rows(path: str | Path, bad: list[str]) -> list[tuple[str, dict]]:
-    """Rows of a file that hold a conversation or a text, with their places; what is wrong with others goes to `bad`."""
-    rows = []
-    for place, row in read_records(path, bad):
-        try:
-            to_messages(row, place)
-        except ValueError as error:
-            bad.append(str(error))
-        else:
-            rows.append((place, row))
-    return rows
-
-
-def split_rows(rows: list[tuple[str, dict]]) -> tuple[list, list]:
-    """Rows to tune on, and rows whose "split" is heldout. Raises ValueError for any other split than these two."""
-    splits = [row["split"] for _, row in rows if row.get("split") is not None]
-    if unknown := [split for split in splits if split not in ("train", "heldout")]:
-        counts = Counter(map(repr, splits))
-        found = ", ".join(f"{split} {count}" for split, count in sorted(counts.items()))
-        raise ValueError(f"rows have the split {unknown[0]!r:.60} (all: {found[:200]}); expected train or heldout: "
-                         "rename it, or delete these rows")
-    held = [row for row in rows if row[1].get("split") == "heldout"]
-    return [row for row in rows if row[1].get("split") != "heldout"], held
 
 
 # -----------------------------------------------------------------------------
@@ -249,25 +238,25 @@ def split_rows(rows: list[tuple[str, dict]]) -> tuple[list, list]:
 
 
 def encode(row: dict, place: str, form: Form) -> Example | None:
-    """Tokens and targets of one row; None where truncation leaves nothing to predict. Raises ValueError naming the
-    place.
+    """Tokens and targets of one row; None where truncation leaves nothing to predict. Raises RowError naming the place.
     """
     content = to_messages(row, place)
     try:
         ids, targets = _encode_text(content, form) if isinstance(content, str) else _encode_turns(*content, form)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise RowError(f"{place}: {error}", "no place in the chat form") from None
     if not targets:
-        raise ValueError(f"{place}: no loss-carrying token among {len(ids)}; expected an answer that is not empty and "
-                         "on which loss is taken: mend or delete the row")
-    if len(ids) > form.limit:
-        if not form.truncate:
-            raise ValueError(f"{place}: {len(ids):,} tokens, expected at most {form.limit:,}: raise --max_length (up "
-                             "to the model's context), cut examples with --truncate, or delete the row")
+        raise RowError(f"{place}: no loss-carrying token among {len(ids)}; expected an answer that is not empty and "
+                       "on which loss is taken: mend or delete the row", "no token carries loss")
+    is_long = len(ids) > form.limit
+    if is_long and not form.truncate:
+        raise RowError(f"{place}: {len(ids):,} tokens, expected at most {form.limit:,}: raise --max_length (up "
+                       "to the model's context), cut examples with --truncate, or delete the row", "too long")
+    if is_long:
         ids, targets = ids[: form.limit], [position for position in targets if position < form.limit]
         if not targets:
             return None
-    return Example(ids, targets[0], targets, row.get("domain"))
+    return Example(ids, targets[0], targets, row.get("domain"), is_long)
 
 
 def _encode_text(text: str, form: Form) -> tuple[list[int], list[int]]:
@@ -284,30 +273,28 @@ def _encode_turns(messages: list[dict], tools: list | None, form: Form) -> tuple
 # Many rows, some of them bad
 
 
-def encode_all(rows: Iterable[tuple[str, dict]], form: Form, bad: list[str]) -> tuple[list[Example], int]:
-    """Examples of all good rows, and how many rows were left without an answer by truncation. Faults go to `bad`."""
-    examples, cut = [], 0
-    for place, row in rows:
-        try:
-            example = encode(row, place, form)
-        except ValueError as error:
-            bad.append(str(error))
-            continue
-        if example is None:
-            cut += 1
-        else:
-            examples.append(example)
-    return examples, cut
+class Tally(list):
+    """Faults of rows: the first SHOWN of them, and how many there are by reason."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def append(self, fault: RowError) -> None:
+        self.counts[fault.reason] += 1
+        if len(self) < SHOWN:
+            super().append(fault)
 
 
-def settle_bad(bad: list[str], skip: bool, say=print) -> None:
+def settle_bad(bad: list, skip: bool, say=print) -> None:
     """Raise one ValueError that lists the bad rows, or say how many are left out where that was asked for."""
     if not bad:
         return
-    more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    total = bad.counts.total() if isinstance(bad, Tally) else len(bad)
+    more = f"\n  and {total - SHOWN:,} more" if total > SHOWN else ""
     listed = "".join(f"\n  {reason}" for reason in bad[:SHOWN]) + more
     if not skip:
-        if len(bad) == 1:
+        if total == 1:
             raise ValueError(f"{bad[0]} (--skip_bad leaves such rows out)")
-        raise ValueError(f"{len(bad)} rows cannot be used; mend them, or leave them out with --skip_bad:{listed}")
-    say(f"{len(bad)} bad rows are left out (--skip_bad):{listed}")
+        raise ValueError(f"{total:,} rows cannot be used; mend them, or leave them out with --skip_bad:{listed}")
+    say(f"{total:,} bad rows are left out (--skip_bad):{listed}")

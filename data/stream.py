@@ -35,11 +35,19 @@ OTHER_FORMATS = (  # how a file that is no JSON begins, what it is, and what to 
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+class RowError(ValueError):
+    """What is wrong with one row. reason: the kind of fault, under which such rows are counted."""
+
+    def __init__(self, sentence: str, reason: str):
+        super().__init__(sentence)
+        self.reason = reason
+
+
+def read_rows(path: str | Path, bad: list | None = None) -> Iterator[tuple[str, dict]]:
     """Objects of a JSON list or of JSON lines (empty lines skipped), each with its place in words.
 
-    What is wrong with a single row goes to `bad`; without `bad` it raises ValueError. Raises FileNotFoundError for a
-    missing file; ValueError for a folder, another format, a row longer than LONGEST, a list that is not JSON or not
+    What is wrong with a single row goes to `bad`, a RowError each; without `bad` it is raised. Raises FileNotFoundError
+    for a missing file; ValueError for a folder, another format, a row longer than LONGEST, a list that is not JSON or not
     UTF-8, and a file that was cut or holds no row.
     """
     path = Path(path)
@@ -54,7 +62,8 @@ def read_rows(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[
                     faults.rows += 1
                     yield place, row
                 else:
-                    faults.add(f"{place} is a JSON {type(row).__name__}, expected an object: mend or delete it")
+                    found = f"{place} is a JSON {type(row).__name__}"
+                    faults.add(f"{found}, expected an object: mend or delete it", "no JSON object")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked ({error}), expected a whole .gz file: get it again") from None
     if not faults.rows and not bad:
@@ -64,12 +73,13 @@ def read_rows(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[
 class _Faults:
     """Faults of single rows, collected or raised at once, and how many rows are good."""
 
-    def __init__(self, bad: list[str] | None):
+    def __init__(self, bad: list | None):
         self.bad, self.rows = bad, 0
 
-    def add(self, fault: str) -> None:
+    def add(self, sentence: str, reason: str) -> None:
+        fault = RowError(sentence, reason)
         if self.bad is None:
-            raise ValueError(fault)
+            raise fault
         self.bad.append(fault)
 
 
@@ -122,9 +132,9 @@ def _lines(file: io.BufferedIOBase, path: Path, faults: _Faults) -> Iterator[tup
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            faults.add(f"{place} is not UTF-8 (its byte {error.start}): save the file as UTF-8")
+            faults.add(f"{place} is not UTF-8 (its byte {error.start}): save the file as UTF-8", "not UTF-8")
         except (ValueError, RecursionError) as error:
-            faults.add(f"{place} is not JSON ({error}), expected one object a line: mend or delete it")
+            faults.add(f"{place} is not JSON ({error}), expected one object a line: mend or delete it", "not JSON")
         else:
             yield place, row
 

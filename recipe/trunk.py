@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ class TrunkCache:
     layer, dtype or data set is written anew; where the disk has no room nothing is stored.
     """
 
-    def __init__(self, path: Path, model: Transformer, examples: list[Example], limit: float):
+    def __init__(self, path: Path, model: Transformer, examples: Iterable[Example], limit: float):
         """limit: bytes; examples beyond it are computed every time. Nothing is stored where no layer stands below.
 
         Where the disk has no room, what would be stored is computed every time, as it is for the store: the same bits.
@@ -34,7 +35,9 @@ class TrunkCache:
         self.slots, size = {}, 0  # tokens of an example -> (number, first element)
         for example in examples if first else []:
             key, elements = tuple(example.tokens), len(example.tokens) * model.config.dim
-            if key not in self.slots and (size + elements) * dtype.itemsize <= limit:
+            if (size + elements) * dtype.itemsize > limit:
+                break  # of a large data set only the first ones are looked at
+            if key not in self.slots:
                 self.slots[key] = (len(self.slots), size)
                 size += elements
         if not size or not _has_room(path, 2 * size * dtype.itemsize):

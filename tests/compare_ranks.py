@@ -52,7 +52,7 @@ def take_steps(cfg: train.TrainConfig, out: Path) -> None:
     """What a rank does: all steps; the first one keeps its routers (R,D) before and after, and losses."""
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
     model = load_model(cfg.model, dtype=rt.dtype)
-    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
+    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len, rt)
     run = train.begin(train.Job(cfg, rt, model, data, train.plan(cfg, data)))
     routers, losses = [torch.cat(list(run.weights.values())).detach().clone()], []
     for _ in range(cfg.steps):

