@@ -39,10 +39,10 @@ from tokenizer import load_tokenizer
 def first_step(rank, world, port, out, changes):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = port
-    cfg = settings(Path(sys.argv[1]), out, trunk_gb=0, **changes)
+    cfg = settings(Path(sys.argv[1]), f"{out}-run", trunk_gb=0, **changes)
     rt = runtime.setup("cpu", cfg.dtype, cfg.seed)
     model = load_model(cfg.model, dtype=rt.dtype)
-    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len)
+    data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len, rt)
     run = train.begin(train.Job(cfg, rt, model, data, train.plan(cfg, data)))
     row = train.step(run)
     if rank == 0:
