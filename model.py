@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -470,7 +470,9 @@ class Selection:
         self.turn = call.turn  # (2,n,1,h)
         self.position = call.position  # (1|N,M) of packed tokens
         self.starts, self.counts = call.starts, call.counts  # of packed rows
-        self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens run
+        self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens are packed
+        self.single = False  # single tokens were asked: what they leave in a cache has gaps
+        self.lone: list[int] | None = None  # batch rows of lone tokens that run, where some do not
         self.everything: Tensor | None = None  # (B*T,D) everybody's input, where all leave keys and values (kv=all)
 
     @classmethod
@@ -483,51 +485,71 @@ class Selection:
         if rows is None:
             return who
         width, device = call.position.shape[1], call.position.device
-        number = torch.tensor(rows, device=device, dtype=torch.long)
-        column = torch.arange(width, device=device)
-        who.index = (number[:, None] * width + column).flatten()
         who.n, who.some = len(rows) * width, bool(rows)
-        who.turn = call.turn[:, who.index]
+        who.index = number = torch.tensor(rows, device=device, dtype=torch.long)
+        if width > 1:
+            who.index = (number[:, None] * width + torch.arange(width, device=device)).flatten()
+        who.turn = call.turn.index_select(1, who.index)
         who.position = call.position if len(call.position) == 1 else call.position[number]
         who.starts = [call.starts[row] for row in rows]
         who.counts = [call.counts[row] for row in rows]
         return who
 
     @classmethod
-    def tokens(cls, call: Call, gate: Tensor, dtype: torch.dtype) -> "Selection":
-        """Single tokens, by gate (B,T). One host sync. dtype: in which they will be computed (see ROWS_MULTIPLE)."""
-        who, opened = cls(call), gate.detach().bool().cpu()  # the host sync
+    def tokens(cls, call: Call, opened: Tensor, dtype: torch.dtype) -> "Selection":
+        """Single tokens, by gates (B,T) on the host. dtype: in which they will be computed (see ROWS_MULTIPLE)."""
+        who, device = cls(call), call.position.device
+        who.single = True
+        index = opened.flatten().nonzero().squeeze(1)
+        who.n, who.some = len(index), len(index) > 0
+        if who.n == opened.numel():
+            return who
+        if dtype == torch.bfloat16 and device.type == "cpu" and who.n >= ROWS_MULTIPLE:
+            index = torch.cat([index, index[-1:].expand(-who.n % ROWS_MULTIPLE)])
+        who.index = index.to(device)
+        return who
+
+    def pack_tokens(self, opened: Tensor) -> None:
+        """Prepare attention among single tokens that run: each row's side by side, in order. opened (B,T) as before."""
+        if self.index is None:
+            return
+        call, (rows, width), device = self.call, opened.shape, self.index.device
+        self.turn = call.turn.index_select(1, self.index)
+        self.counts = opened.sum(1).tolist()
+        if width == 1:  # every row has its place, whether it runs or not
+            self.lone = [row for row, count in enumerate(self.counts) if count]
+            self.table = torch.tensor([[at if n else NOWHERE] for at, n in zip(call.starts, self.counts)])
+            self.slot, self.position = self.index, self.table.to(device)
+            return
+        widest = max(self.counts)
         row, column = opened.nonzero(as_tuple=True)
-        who.counts, who.n = opened.sum(1).tolist(), len(row)
-        who.some = who.n > 0
-        rows, widest = len(opened), max(who.counts)
-        slot = row * widest + (opened.cumsum(1) - 1)[row, column]  # tokens of a row keep their order
+        slot = row * widest + (opened.cumsum(1) - 1)[row, column]
         table = torch.full((rows * widest,), NOWHERE)
         table[slot] = column + torch.tensor(call.starts)[row]
-        who.table = table.view(rows, widest)
-        who.position = who.table.to(gate.device)
-        index, repeats = row * opened.shape[1] + column, 0
-        if dtype == torch.bfloat16 and gate.device.type == "cpu" and who.n >= ROWS_MULTIPLE:
-            repeats = -who.n % ROWS_MULTIPLE
-            index = torch.cat([index, index[-1:].expand(repeats)])
-            slot = torch.cat([slot, slot[-1:].expand(repeats)])
-        who.index = index.to(gate.device)
-        who.turn = call.turn[:, who.index]
-        if repeats or min(who.counts) < widest:
-            who.slot = slot.to(gate.device)
-        return who
+        self.table = table.view(rows, widest)
+        self.position = self.table.to(device)
+        repeats = len(self.index) - self.n
+        if repeats or min(self.counts) < widest:
+            self.slot = torch.cat([slot, slot[-1:].expand(repeats)]).to(device)
+
+    def keep_columns(self) -> None:
+        """Prepare attention of single tokens over everybody's keys, each at its own place in its row."""
+        if self.index is None:
+            return
+        self.slot = self.index
+        self.turn = self.call.turn.index_select(1, self.index)
 
     def take(self, x: Tensor) -> Tensor:
         """(B,T,...) -> (n,...)"""
         x = x.flatten(0, 1)
-        return x if self.index is None else x[self.index]
+        return x if self.index is None else x.index_select(0, self.index)
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         """x (B,T,D) plus out (n,D) where it ran; out, and without gradient x, may be overwritten."""
         if self.index is None:
             out = out.view_as(x)
             if self.gate is not None:
-                return x + self.gate * out
+                return torch.addcmul(x, self.gate, out)
             # compiled code is fused anyway, and would be compiled anew for a view
             return x + out if torch.compiler.is_compiling() else out.add_(x)
         flat = x.flatten(0, 1)
@@ -537,14 +559,14 @@ class Selection:
     def pack(self, x: Tensor) -> Tensor:
         """(n,H,h) -> (N,H,M,h)"""
         if self.slot is not None:
-            packed = x.new_zeros(self.table.numel(), *x.shape[1:])
-            x = packed.index_copy(0, self.slot[:self.n], x[:self.n])
+            packed = x.new_zeros(len(self.counts) * self.position.shape[1], *x.shape[1:])
+            x = packed.index_copy_(0, self.slot[:self.n], x[:self.n])
         return x.unflatten(0, (-1, self.position.shape[1])).transpose(1, 2)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(N,H,M,h) -> (n,H*h)"""
         x = x.transpose(1, 2).flatten(0, 1)  # (N*M,H,h)
-        return (x if self.slot is None else x[self.slot]).flatten(1)
+        return (x if self.slot is None else x.index_select(0, self.slot)).flatten(1)
 
     def span(self, a: int, b: int, window: int | None) -> tuple[int, int]:
         """First position that some query of packed columns a..b-1 sees, and the one after the last, on the host."""
@@ -570,7 +592,56 @@ class Selection:
 #   apply_rope            1.8 at 512 tokens
 #   Selection.add         1.6 at 512 tokens; index_add_ for half of them 4.0 beside index_copy_ of sums
 #   Selection.rows        rows met before in a call: 1 us in place of 57
+#   Selection.take        index_select: 4.3 beside x[index] at 512 tokens
+#   Selection.add         addcmul: 3.9 beside x + gate * out at 512 tokens
+#   lone_queries          2.6 at batch 8 over 520 slots where half of the rows run, 1.6 where 6 do; 1.0 where all do
 # One mask for all layers of a call (16 us a layer, 0.4 % of a decode step of batch 8) does not pay and is left out.
+
+
+class Costs(NamedTuple):
+    """What decides between picking the tokens that run and computing everybody, in seconds of one thread."""
+
+    call: float  # of an operator on few numbers
+    move: float  # of a number copied between rows
+    flop: float  # in a product of many rows
+    tile: int  # rows that a product computes together: fewer take as long
+
+
+COSTS = {  # by what the processor can do and by dtype; `python tests/measure_costs.py` prints them
+    ("avx2", torch.float32): Costs(call=5e-6, move=2e-10, flop=1.8e-11, tile=6),
+}
+UNKNOWN = Costs(call=0.0, move=0.0, flop=1.0, tile=1)  # nothing was measured: everybody only where everybody runs
+PICKS = 8  # operator calls that picking takes, whatever their size
+
+
+@cache
+def costs_of(device: str, dtype: torch.dtype) -> Costs:
+    """Costs on this machine's device of that type."""
+    has = torch.cpu.get_capabilities() if device == "cpu" else {}
+    wider = has.get("avx512_f")  # not measured
+    return COSTS.get(("avx2", dtype), UNKNOWN) if has.get("avx2") and not wider else UNKNOWN
+
+
+def cheaper_whole(n_run: int, n_all: int, flops: float, moved: float, costs: Costs) -> bool:
+    """Whether computing all n_all tokens (or scores of queries) takes no longer than picking the n_run that run.
+
+    flops: of a token; moved: numbers copied to pick a token and to put it back.
+    """
+
+    def product(rows: int) -> float:
+        return math.ceil(rows / costs.tile) * costs.tile * flops * costs.flop
+
+    picking = PICKS * costs.call + n_run * moved * costs.move
+    return n_run > 0 and product(n_all) <= product(n_run) + picking
+
+
+def lone_queries(q: Tensor, k: Tensor, v: Tensor, rows: list[int], used: list[int]) -> Tensor:
+    """Each of these batch rows' one query over what its row holds: other rows' keys are not read. As `sdpa`."""
+    out = torch.zeros_like(q)  # (B,H,1,h)
+    for row in rows:
+        own = slice(row, row + 1)
+        out[own] = sdpa(q[own], k[own, :, :used[row]], v[own, :, :used[row]])
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -742,7 +813,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x, who.turn, source, owner.turn)
         k, v = owner.pack(k), owner.pack(v)  # (N,K,M,h)
         if cache is not None:
-            held = cache.extend(k, v, owner.counts, None if owner.table is None else owner.position)
+            position = owner.position.expand(len(owner.counts), -1) if owner.single else None
+            held = cache.extend(k, v, owner.counts, position)
             k, v = (k, v) if who.call.fresh else held  # (N,K,S,h)
         if not who.some:
             return x
@@ -760,9 +832,11 @@ class Attention(nn.Module):
         if not call.fresh:
             key = None if cache.position is None else cache.position[:, :slots]
             near = window is None or max(call.starts) < window
+            if longest == 1 and near and who.lone is not None and q.device.type == "cpu":
+                return lone_queries(q, k, v, who.lone, cache.used)
             if longest == 1 and near and min(cache.used) == slots:
                 return sdpa(q, k, v)  # the latest token sees all that is held
-        elif who.everything is None:
+        elif who.everything is None or who.table is None:
             key = None if who.table is None else who.position
             if window is None or longest <= window:
                 return sdpa(q, k, v, causal=True)
@@ -879,15 +953,15 @@ class Block(nn.Module):
         elif who.everything is not None:
             self.attention(h, who, cache)  # for its keys and values
 
-        if self.whole:
-            h = self.ffn_norm(who.take(x))
-        elif self.expert_routers is not None and call.route != "off":
+        if not self.whole and self.expert_routers is not None and call.route != "off":
             h = self.ffn_norm(x.flatten(0, 1))
             pairs, made = self.ask_experts(h.view_as(x), call, cache, forced)
             return Selection(call).add(x, self.feed_forward(h, pairs)), made
-        else:
+        if not self.whole:
             who, h, more = self.ask("mlp_router", x, call, cache, forced[-1:])
             made = made + more
+        elif who.some:
+            h = self.ffn_norm(who.take(x))
         if who.some:
             x = who.add(x, self.feed_forward(h))
         return x if blend is None else begin + blend * (x - begin), made
@@ -902,7 +976,7 @@ class Block(nn.Module):
             return Selection(call), norm(x.flatten(0, 1)), []
         if not call.fresh and name in cache.kept:
             who = Selection.rows(call, cache.kept[name])
-            return who, norm(who.take(x)), []
+            return who, norm(who.take(x)) if who.some else None, []
 
         h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
         z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)  # (B,) sequences, (B,T) tokens
@@ -916,8 +990,7 @@ class Block(nn.Module):
             hidden = ~gate.detach().bool() if single and not keeps else None
             who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), hidden)
         elif single:
-            who = Selection.tokens(call, gate, x.dtype)
-            who.everything = h.flatten(0, 1) if keeps and name == "router" else None
+            who = self.pick(name, call, gate, h)
         else:
             opened = gate.tolist()  # the host sync
             rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
@@ -925,6 +998,33 @@ class Block(nn.Module):
                 cache.kept[name] = rows
             who = Selection.rows(call, rows)
         return who, who.take(h), [(gate, z)]
+
+    def pick(self, name: str, call: Call, gate: Tensor, h: Tensor) -> Selection:
+        """The single tokens that run behind a router, by gate (B,T): one host sync. h (B,T,D): everybody's input.
+
+        Where that is cheaper everybody is computed: an MLP, then multiplied; with kv=all the scores, then picked from.
+        """
+        opened = gate.detach().bool().cpu()  # the host sync
+        costs = costs_of(h.device.type, self.attention.wq.weight.dtype)
+        who = Selection.tokens(call, opened, h.dtype)
+        n_run, n_all = who.n, opened.numel()
+        if name == "mlp_router":
+            if who.index is None or isinstance(self.feed_forward, Experts):
+                return who
+            product = 6 * self.feed_forward.w1.weight.numel()
+            if cheaper_whole(n_run, n_all, product, 2 * h.shape[-1], costs):
+                return Selection(call, gate.detach().to(h.dtype)[..., None])
+            return who
+        if self.routing.kv == "routed":
+            who.pack_tokens(opened)
+            return who
+        who.everything = h.flatten(0, 1)
+        scores = 2 * call.position.shape[1] * len(self.attention.wq.weight)  # of a query that sees half of all keys
+        if call.fresh and cheaper_whole(n_run, n_all, scores, 0, costs):
+            who.keep_columns()
+        else:
+            who.pack_tokens(opened)
+        return who
 
     def ask_experts(self, h: Tensor, call: Call, cache: LayerCache | None, forced: list):
         """Pairs of a token of h (B,T,D) and an expert, as Experts.forward takes them, and (gate, logit) of each expert.

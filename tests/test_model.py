@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_model.py
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,72 @@ def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
             assert torch.equal(gates, held)
     torch.testing.assert_close(torch.cat([torch.cat(row) for row in got]), rows(expected, full), atol=1e-9, rtol=1e-9)
     assert cache.lengths == full and cache.used_bytes() <= cache.bytes()
+
+
+sizes = st.fixed_dictionaries(dict(flops=st.floats(0, 1e9), moved=st.floats(0, 1e5), costs=st.builds(
+    model_module.Costs, call=st.floats(0, 1e-3), move=st.floats(0, 1e-8), flop=st.floats(0, 1e-9), tile=st.integers(1, 64))))
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 5000), sizes)
+def test_the_choice_between_picking_and_computing_everybody(n_all, first, second, given):
+    """Nobody runs: picked, that is nothing. Everybody: everybody. Between them it turns once, and later where picking costs less."""
+    few, many = sorted((min(first, n_all), min(second, n_all)))
+    assert not model_module.cheaper_whole(0, n_all, **given)
+    assert model_module.cheaper_whole(n_all, n_all, **given)
+    if few and model_module.cheaper_whole(few, n_all, **given):
+        assert model_module.cheaper_whole(many, n_all, **given)
+        dear = given | dict(costs=given["costs"]._replace(call=1.0), moved=given["moved"])
+        assert model_module.cheaper_whole(few, n_all, **dear)
+    unknown = given | dict(flops=max(given["flops"], 1e-6), costs=model_module.UNKNOWN)
+    assert model_module.cheaper_whole(few, n_all, **unknown) == (few == n_all)
+
+
+@pytest.mark.parametrize("choice", [lambda n_run, *_: n_run > 0, lambda n_run, n_all, *_: n_run == n_all])
+@settings(max_examples=60, deadline=None)
+@given(p=pattern, step=st.sampled_from([1, 1, 3]))
+def test_either_choice_is_the_same_function(choice, p, step):
+    """Computing everybody and picking who runs: a prompt of ragged rows and later tokens are those of one masked pass, the cache is as compact."""
+    (granularity, kv), prompts, width = p["case"], p["lengths"], max(p["lengths"]) + 6
+    model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64)
+    tokens, full = tokens_of(len(prompts), width, p["seed"]), [length + 6 for length in prompts]
+    gates = random_gates(model, len(prompts), width, p["seed"], 0.5 if p["share"] is None else p["share"])
+    by_token = model.routing.unit == "token"
+    masked, realised = model(tokens, full, prompts, route="mask", gates=gates)
+    cache, got = KVCache(model, len(prompts)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "cheaper_whole", choice)
+        width = max(prompts)
+        got.append(model(tokens[:, :width], prompts, cache=cache, route="gather", gates=gates[:, :, :width] if by_token else gates)[0])
+        for at in range(0, 6, step):
+            columns = torch.tensor([[length + at + i for i in range(step)] for length in prompts])
+            later = gates.gather(2, columns.expand(len(gates), -1, -1)) if by_token else None
+            got.append(model(tokens.gather(1, columns), cache=cache, route="gather", gates=later)[0])
+    together = torch.cat([torch.cat([got[0][row, :length], *(piece[row] for piece in got[1:])]) for row, length in enumerate(prompts)])
+    torch.testing.assert_close(together, rows(masked, full), atol=1e-9, rtol=1e-9)
+    slot, ran = 2 * model.config.n_kv_heads * model.config.head_dim * 8, 4 * sum(full)
+    for place, gate in zip(model.routing.places, realised):
+        if kv == "routed" and place.target != "mlp":
+            shares = gate if by_token else gate[:, None].expand(-1, max(full))
+            ran -= sum(length - int(shares[row, :length].sum()) for row, length in enumerate(full))
+    assert cache.used_bytes() == slot * ran
+
+
+@pytest.mark.parametrize("granularity, kv", [case for case in CASES if case[0] in ("attn_token", "both_token", "block_token")])
+def test_a_row_that_skips_a_step_takes_no_part_in_it(granularity, kv):
+    """Whatever its cache holds in the layers that it skips is not read."""
+    model, tokens = build("llama", granularity, kv), tokens_of(3, 8)
+    cache = KVCache(model, 3)
+    model(tokens, [8, 5, 6], cache=cache, route="gather")
+    gates = torch.ones(len(model.routing.places), 3, 1)
+    gates[:, 1] = 0.0
+    attends = [place.layer for place in model.routing.places if place.target != "mlp"]
+    step, other = tokens_of(3, 1, seed=4), cache.clone()
+    wanted, _ = model(step, cache=cache, route="gather", gates=gates)
+    for layer in attends:
+        for held in (other.layers[layer].k, other.layers[layer].v):
+            held[1] = math.nan
+    got, _ = model(step, cache=other, route="gather", gates=gates)
+    assert torch.equal(got, wanted) and got.isfinite().all()
 
 
 @settings(max_examples=120, deadline=None)
