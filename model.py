@@ -795,22 +795,28 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, turn: Tensor, source: Tensor, source_turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (n,H,h) of normalised tokens x (n,D); rotated keys, and values (m,K,h), of source (m,D)."""
-        q, k, v = self.wq(x), self.wk(source), self.wv(source)
+        return self.turned(self.wq(x), self.q_norm, turn), *self.remember(source, source_turn)
+
+    def remember(self, source: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values (m,K,h), of normalised tokens (m,D)."""
+        v = self.wv(source).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        return self.turned(self.wk(source), self.k_norm, turn), v
+
+    def turned(self, x: Tensor, norm: nn.Module, turn: Tensor) -> Tensor:
+        """Projections (n,H*h) as normalised and rotated heads (n,H,h)."""
         if self.norm_first:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (self.n_heads, self.head_dim))
-        k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
-        if not self.norm_first:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rope(q, turn), apply_rope(k, source_turn), v
+            return apply_rope(norm(x).unflatten(-1, (-1, self.head_dim)), turn)
+        return apply_rope(norm(x.unflatten(-1, (-1, self.head_dim))), turn)
 
     def forward(self, x: Tensor, who: Selection, cache: LayerCache | None = None) -> Tensor:
         """Attention of the normalised tokens x (n,D) that run, over what is cached and over themselves -> (n,D)."""
         owner, source = who, x  # of keys and values
         if who.everything is not None:  # kv=all: a skipped token is spared its query, scores and output projection
             owner, source = Selection(who.call), who.everything
-        q, k, v = self.project(x, who.turn, source, owner.turn)
+        if who.some:
+            q, k, v = self.project(x, who.turn, source, owner.turn)
+        else:
+            k, v = self.remember(source, owner.turn)
         k, v = owner.pack(k), owner.pack(v)  # (N,K,M,h)
         if cache is not None:
             position = owner.position.expand(len(owner.counts), -1) if owner.single else None
@@ -983,7 +989,8 @@ class Block(nn.Module):
         gate = forced[0].to(z.dtype) if forced else ste_gate(z, router.cut)
         single, keeps = gate.dim() == 2, name == "mlp_router" or self.routing.kv == "all"
         if single:  # the first token of a sequence always runs (attention sink), pads never do
-            gate = torch.where(call.position == 0, torch.ones_like(gate), gate)
+            if call.starts is None or min(call.starts) == 0:
+                gate = gate.masked_fill(call.position == 0, 1.0)
             gate = gate if call.real is None else gate * call.real
 
         if call.route == "mask":
