@@ -12,7 +12,7 @@ decode steps are made without products, so that keys are zeros: they take the sa
 the machine, --clock=processor counts the processor seconds of one thread. The table gives the median of each
 cell's samples with a 95 % interval (of the median: bootstrap, 2,000 draws, seed 0), the ceiling (recipe/cost.py, mean
 over rounds), and whether the cell meets both bars: no interval of routed / dense wholly above 1.02; where the ceiling
-is 1.10 or more, a speed-up of at least 1 + (ceiling - 1) / 2.
+is 1.10 or more, a speed-up of at least 1 + (ceiling - 1) / 2. Fewer than 5 samples decide nothing.
 """
 
 import json
@@ -42,6 +42,8 @@ from runtime import setting  # noqa: E402
 VARIANTS = ("attn_sequence", "attn_token kv=all", "mlp_token", "block_token", "both_sequence")
 SKIPPED = (0.25, 0.5)  # shares of routed units
 DRAWS = 2000
+BARS = ("never_loses", "half_gained")
+ENOUGH = 5  # samples that decide about a cell
 
 
 @dataclass
@@ -231,57 +233,73 @@ def rows_of(samples: list[dict]) -> list[dict]:
     return rows
 
 
+def place_of(row: dict) -> tuple:
+    """Where a row stands in the table."""
+    return row["phase"], row["context"], row["batch"], row["variant"], row["skipped"]
+
+
 def show(rows: list[dict]) -> None:
     print("| regime | dense ms | variant | skipped | speed-up | 95 % interval | ceiling | rounds | bars |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    order = lambda row: (row["phase"], row["context"], row["batch"], row["variant"], row["skipped"])
-    for row in sorted(rows, key=order):
+    for row in sorted(rows, key=place_of):
         regime = f"{row['phase']} {row['batch']} x {row['context']:,}"
         spread = f"{row['low']:.3f} to {row['high']:.3f}"
-        bars = " ".join(word for word in ("never_loses", "half_gained") if not row[word]) or "met"
+        bars = " ".join(bar for bar in BARS if not row[bar]) or "met"
+        bars = bars if row["rounds"] >= ENOUGH else "undecided"
         print(
             f"| {regime} | {row['dense'] * 1e3:,.1f} | {row['variant']} | {row['skipped']:.0%} | "
             f"{row['speedup']:.3f} | {spread} | {row['ceiling']:.3f} | {row['rounds']} | {bars} |"
         )
 
 
+def draw_regime(axis, rows: list[dict]) -> None:
+    """Speed-ups of one regime with their intervals, beside ceilings."""
+    names = [(name, skipped) for name in VARIANTS for skipped in SKIPPED]
+    found = {(row["variant"], row["skipped"]): row for row in rows}
+    for at, name in enumerate(names):
+        if row := found.get(name):
+            spread = [[row["speedup"] - row["low"]], [row["high"] - row["speedup"]]]
+            axis.errorbar(row["speedup"], at, xerr=spread, fmt="o", color="tab:blue", ms=4, capsize=2)
+            axis.plot(row["ceiling"], at, "|", color="tab:red", ms=12, mew=2)
+    axis.axvline(1, color="gray", lw=0.8)
+    axis.set_yticks(range(len(names)), [f"{name} {skipped:.0%}" for name, skipped in names], fontsize=7)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_title("{phase}, batch {batch}, {context:,} tokens".format(**rows[0]), fontsize=9)
+    axis.set_xlabel("dense / routed time (red: ceiling)", fontsize=8)
+
+
+def draw_crossover(axis, rows: list[dict]) -> None:
+    """Where computing everybody begins to take less time than picking who runs, and what the model chooses."""
+    for tokens in sorted({row["tokens"] for row in rows}):
+        line = [row for row in rows if row["tokens"] == tokens]
+        axis.plot([row["share"] for row in line], [row["ratio"] for row in line], label=f"{tokens:,} tokens")
+        for row in line:
+            axis.plot(row["share"], row["ratio"], "s" if row["chosen"] == "everybody" else "o", color="black", ms=4)
+    axis.axhline(1, color="gray", lw=0.8)
+    axis.set_title(f"{rows[0]['what']}: picked / everybody", fontsize=9)
+    axis.set_xlabel("share that runs (square: everybody chosen)", fontsize=8)
+    axis.legend(fontsize=7)
+
+
 def figure(rows: list[dict], crossover: list[dict], path: Path) -> None:
-    """Speed-ups with their intervals beside ceilings, a panel a regime; below, where computing everybody pays."""
+    """A panel for each regime, and one for each kind of crossover."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    regimes = sorted({(row["phase"], row["context"], row["batch"]) for row in rows})
-    names = [(name, skipped) for name in VARIANTS for skipped in SKIPPED]
-    columns = -(-(len(regimes) + 2) // 2)
+    regimes, kinds = {}, {}
+    for row in sorted(rows, key=place_of):
+        regimes.setdefault((row["phase"], row["context"], row["batch"]), []).append(row)
+    for row in crossover:
+        kinds.setdefault(row["what"], []).append(row)
+    panels = [(draw_regime, found) for found in regimes.values()]
+    panels += [(draw_crossover, found) for found in kinds.values()]
+    columns = -(-len(panels) // 2)
     fig, axes = plt.subplots(2, columns, figsize=(3.4 * columns, 9), squeeze=False)
-    panels = list(axes.flat)
-    for axis, regime in zip(panels, regimes):
-        phase, context, batch = regime
-        found = {(row["variant"], row["skipped"]): row for row in rows
-                 if (row["phase"], row["context"], row["batch"]) == regime}
-        for at, name in enumerate(names):
-            if row := found.get(name):
-                spread = [[row["speedup"] - row["low"]], [row["high"] - row["speedup"]]]
-                axis.errorbar(row["speedup"], at, xerr=spread, fmt="o", color="tab:blue", ms=4, capsize=2)
-                axis.plot(row["ceiling"], at, "|", color="tab:red", ms=12, mew=2)
-        axis.axvline(1, color="gray", lw=0.8)
-        axis.set_yticks(range(len(names)), [f"{name} {skipped:.0%}" for name, skipped in names], fontsize=7)
-        axis.invert_yaxis()
-        axis.set_title(f"{phase}, batch {batch}, {context:,} tokens", fontsize=9)
-        axis.set_xlabel("dense / routed time (red: ceiling)", fontsize=8)
-    for axis, what in zip(panels[len(regimes):], ("MLP", "scores, kv=all")):
-        for tokens in sorted({row["tokens"] for row in crossover if row["what"] == what}):
-            line = [row for row in crossover if (row["what"], row["tokens"]) == (what, tokens)]
-            axis.plot([row["share"] for row in line], [row["ratio"] for row in line], "-", label=f"{tokens:,} tokens")
-            for row in line:
-                axis.plot(row["share"], row["ratio"], "s" if row["chosen"] == "everybody" else "o", color="black", ms=4)
-        axis.axhline(1, color="gray", lw=0.8)
-        axis.set_title(f"{what}: picking / computing everybody", fontsize=9)
-        axis.set_xlabel("share that runs (square: everybody is chosen)", fontsize=8)
-        axis.legend(fontsize=7)
-    for axis in panels[len(regimes) + 2:]:
+    for axis, (draw, found) in zip(axes.flat, panels):
+        draw(axis, found)
+    for axis in axes.flat[len(panels):]:
         axis.axis("off")
     fig.tight_layout()
     runtime.write_atomic(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110))
@@ -296,8 +314,9 @@ def main() -> None:
     report = runtime.read_json(cfg.out)
     rows = rows_of(report.pop("samples"))
     show(rows)
-    lost, short = (sum(not row[bar] for row in rows) for bar in ("never_loses", "half_gained"))
-    print(json.dumps(dict(cells=len(rows), lost=lost, short=short)))
+    decided = [row for row in rows if row["rounds"] >= ENOUGH]
+    missed = {f"not_{bar}": sum(not row[bar] for row in decided) for bar in BARS}
+    print(json.dumps(dict(cells=len(rows), decided=len(decided), **missed)))
     if cfg.figure is not None:
         crossover = [] if cfg.crossover is None else runtime.read_json(cfg.crossover)
         runtime.write_json(Path(cfg.figure).with_suffix(".json"), dict(**report, rows=rows, crossover=crossover))
