@@ -160,7 +160,7 @@ class Grid:
         cache = KVCache(model, point.batch, max_len=point.context + steps)
         with without_products():
             _, context = model.hidden(tokens, cache=cache, route=route, gates=gates)
-        run_decode(model, cache, tokens[:, -1:], route, later)  # warms up
+        run_decode(model, cache, tokens[:, -1:], route, later[:1])  # warms up
         begin = clock()
         sample = run_decode(model, cache, tokens[:, -1:], route, later)
         seconds = (clock() - begin) / steps
