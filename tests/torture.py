@@ -35,6 +35,7 @@ import train  # noqa: E402
 from runtime import setting  # noqa: E402
 
 NOBODY = 65534
+HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 TIMEOUT = 240.0  # seconds after which a run hangs
 SETTINGS = {"layers": "1-3", "dtype": "float32", "batch_size": 8, "micro_batch": 2, "steps": 4, "save_every": 2,
             "select_samples": 4, "cost_samples": 4, "benefit_samples": 4, "calibrate_samples": 6, "heldout_samples": 4,
@@ -76,9 +77,10 @@ class Bench:
 
 
 def child(words: list[str], log: Path, env: dict[str, str], limit: int | None, user: int | None) -> None:
-    """What a forked rank does; never returns."""
+    """What a forked rank does, with signals held back until now; never returns."""
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
@@ -115,9 +117,11 @@ def start(words: list[str], log: Path, ranks: int = 1, limit: int | None = None,
         path = log.with_name(f"{log.name}.{rank}")
         path.write_text("")
         path.chmod(0o666)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # one must not find the child within this function
         pids.append(os.fork())
         if pids[-1] == 0:
             child(words, path, env, limit, user)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     return pids
 
 
