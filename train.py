@@ -572,13 +572,15 @@ def step(run: Run) -> dict:
     The result depends neither on the number of ranks nor on micro_batch, but for rounding.
     """
     cfg, rt, model, state, trunk = run.cfg, run.rt, run.model, run.state, run.work.trunk
-    trunk.computed.clear()
+    if trunk is not None:
+        trunk.computed.clear()
     whole, batches = micro_batches(run, state.step)
     lengths = [len(example.tokens) for example in whole]
     n_targets, units = sum(len(example.targets) for example in whole), n_units(model.routing, lengths)
     loss, executed, logits = accumulate(run, batches, n_targets, units)
     norm = torch.nn.utils.get_total_norm([w.grad for w in run.weights.values() if w.grad is not None])
-    below = trunk_flops(model.config, run.work.first_layer, trunk.computed)
+    computed = [length for _, batch in batches for length in batch.lengths] if trunk is None else trunk.computed
+    below = trunk_flops(model.config, run.work.first_layer, computed)
     sums = torch.stack([loss, executed, torch.tensor(below, device=rt.device)])
     loss, executed, below = sum_over_ranks(sums, rt).tolist()
     bad = what_is_bad(run, loss, norm.item())

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from safetensors.torch import load, load_file  # noqa: E402
 from tiny import write_base, write_jsonl  # noqa: E402
 
 import runtime  # noqa: E402
@@ -284,8 +285,26 @@ def truncate_a_file(bench: Bench, out: Path, log: Path) -> str:
     return finish(bench, out, ranks, log)
 
 
+def change_the_ranks(bench: Bench, out: Path, log: Path) -> str:
+    """Begun on one number of ranks, killed, ended on another: the same routers but for the order of sums."""
+    begun, ended = bench.draw.sample([1, 2], 2)
+    pids = start(bench.words(out), log, begun)
+    time.sleep(bench.moment(begun))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait(pids)
+    codes = wait(start(bench.words(out), log, ended))
+    if any(codes):
+        raise Failed(f"ended with {codes}:\n{shown(log, ended)}")
+    found, expected = load_file(out / "routers.safetensors"), load(bench.expected[ended])
+    apart = max((found[name] - expected[name]).abs().max().item() for name in expected)
+    if apart > 1e-6:
+        raise Failed(f"begun on {begun} ranks, ended on {ended}: routers differ by {apart:.2g}")
+    return "same routers within 1e-6"
+
+
 HARMS = [kill_the_only_one, ask_the_only_one, kill_one_of_two, kill_both, ask_both, stop_one_of_two, fill_the_disk,
-         take_the_write_bit, change_the_data, truncate_a_file]
+         take_the_write_bit, change_the_data, truncate_a_file, change_the_ranks]
 
 
 # -----------------------------------------------------------------------------
