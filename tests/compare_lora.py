@@ -39,8 +39,8 @@ class Config:
     layers: str = setting("auto:16", "routed layers")
     budgets: tuple[float, ...] = setting((0.875, 0.75), "capacities; tuned at the last one")
     seeds: tuple[int, ...] = setting((1, 2, 3), "seeds of rows, order and LoRA")
-    samples: int = setting(56, "training examples, selection set included")
-    heldout: int = setting(24, "held-out examples")
+    samples: int = setting(30, "training examples, selection set included")
+    heldout: int = setting(16, "held-out examples")
     max_length: int = setting(112, "longest example; longer ones are cut")
     batch: int = setting(4, "examples a step")
     rank: int = setting(8, "rank of LoRA")
@@ -49,7 +49,7 @@ class Config:
 
 def settings(cfg: Config, seed: int, variant: str) -> train.TrainConfig:
     """Of one run; `lora` is the first step of `first`."""
-    out, effort = f"{cfg.out}/{seed}/{variant}", dict(cost_samples=6, select_samples=10, calibrate_samples=10)
+    out, effort = f"{cfg.out}/{seed}/{variant}", dict(cost_samples=4, select_samples=6, calibrate_samples=6)
     if variant == "first":
         effort |= {"train": "routers", "adapter": f"{cfg.out}/{seed}/lora", "epochs": 1.0}
     else:

@@ -13,6 +13,7 @@ from tiny import CONFIG, write_base
 from tuning import begun, settings
 
 import convert_hf
+import model as model_module
 import train
 from model import Transformer, fingerprint, load_model
 from recipe import passes
@@ -324,6 +325,23 @@ def test_killed_and_continued_ends_in_the_same_files(base, tmp_path, monkeypatch
 def test_wrong_settings_are_told(base, tmp_path, changes, part):
     with pytest.raises(ValueError, match=part):
         settings(base, tmp_path, **changes)
+
+
+def test_no_weight_is_read_from_an_old_copy(base, monkeypatch):
+    """The CPU may keep frozen weights in another order: what trains or is merged is never read from there."""
+    for name in ("PACKED_LEAST", "PACKED_LEAST_ALONE"):
+        monkeypatch.setattr(model_module, name, 1, raising=False)
+    run = tuning(base, "full", batch_size=4)
+    merged = changed(load_model(base))
+    for model, change in ((run.model, lambda: train.step(run)), (merged, lambda: merge(merged))):
+        before = logits(model.requires_grad_(model is run.model))
+        change()
+        model.requires_grad_(False)
+        model.add_routers(None)
+        plain = Transformer(model.config)
+        plain.load_state_dict(model.state_dict())
+        torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-5)
+        assert model is merged or not torch.equal(logits(model), before)
 
 
 def test_full_tuning_leaves_the_file_of_its_base_alone(base, tmp_path):
