@@ -26,6 +26,7 @@ from torch import Tensor
 import runtime
 from data.records import read_records, to_messages
 from model import KVCache, Transformer, generate, load_model
+from recipe.adapter import load_adapter
 from runtime import setting
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
@@ -41,6 +42,7 @@ class SampleConfig:
     prompts: str | None = setting(None, "file of prompts: .txt, one on each line, or rows in a form of train.py's")
     routers: str | None = setting(None, "router file; none: the dense model")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
+    adapter: str | None = setting(None, "LoRA adapter folder, of train.py or peft, on which the model stands")
     compare: bool = setting(False, "let the dense model answer too")
     show_route: bool = setting(False, "show what share of the routed units each token ran")
     system: str | None = setting(None, "a system message")
@@ -311,6 +313,8 @@ def main() -> None:
     if rt.device.type == "cpu":
         torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
     model = load_model(cfg.model, cfg.routers, cfg.budget, rt.device, rt.dtype, cfg.base_dtype)
+    if cfg.adapter is not None:
+        load_adapter(model, cfg.adapter)
     speaker = Speaker(cfg, model, load_tokenizer(cfg.model), Screen(cfg.show_route))
     speaker.screen.legend()
     if cfg.prompts is not None:

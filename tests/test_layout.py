@@ -31,7 +31,7 @@ ALLOWED = {  # module -> (modules of the project, packages) that it may import
     **{f"recipe/{path.stem}": ({*MODEL, "recipe", "data"}, {"torch", "safetensors"}) for path in (ROOT / "recipe").glob("*.py")},
     "train": ({*MODEL, "tokenizer", "recipe", "data"}, {"torch", "safetensors", "numpy"}),
     "eval": ({*MODEL, "tokenizer", "recipe", "data"}, {"torch", "numpy"}),
-    "sample": ({"runtime", "model", "tokenizer", "data"}, {"torch"}),
+    "sample": ({"runtime", "model", "tokenizer", "recipe", "data"}, {"torch"}),
     "bench": ({*MODEL, "recipe", "data"}, {"torch", "numpy"}),
 }
 ALLOWED = {module: allowed for module, allowed in ALLOWED.items() if (ROOT / f"{module}.py").exists()}
