@@ -34,7 +34,7 @@ from model import ModelConfig, Transformer, load_model
 from recipe.adapter import load_adapter
 from recipe.base import save_base
 from recipe.fixed import by_routers, fix_route, listed
-from recipe.lora import merge
+from recipe.lora import changes, merge
 from tokenizer import load_tokenizer
 
 # Hugging Face name -> our name; None = left out on purpose. Both sides store RoPE half-split, so nothing is permuted.
@@ -819,6 +819,7 @@ def rebuild(c: ConvertConfig) -> None:
     parent = model.fingerprint
     if c.adapter is not None:
         load_adapter(model, c.adapter)
+        runtime.print0(f"merged: {len(changes(model))} projections | routers of {parent} stay valid for the result")
         merge(model)
     if c.skip is not None:
         n_layers, parent = model.config.n_layers, None  # routers of the base have no place here
@@ -829,6 +830,7 @@ def rebuild(c: ConvertConfig) -> None:
         runtime.print0(f"skipped: {', '.join(names) or 'nothing'} | {gone} of {n_layers} layers left out, later ones "
                        f"move up | {len(skipped) - 2 * gone} sublayers stay, with a last projection of zeros: the same "
                        "function, not faster, since transformers runs every sublayer of a layer")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made = Path(scratch) / "base" if c.to_hf else out
         if not c.to_hf:

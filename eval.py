@@ -61,7 +61,7 @@ from data.tasks import (
     tasks_named,
 )
 from model import KVCache, Transformer, decode, load_model, load_routers, pad
-from recipe.adapter import load_adapter
+from recipe.adapter import lacks_adapter, load_adapter
 from recipe.calibrate import settle
 from recipe.cost import kv_bytes
 from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
@@ -972,7 +972,10 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     if cfg.adapter is not None:
         load_adapter(model, cfg.adapter)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
-    orders = load_routers(model, cfg.routers, budget).orders if cfg.routers else {}
+    meta = load_routers(model, cfg.routers, budget) if cfg.routers else None
+    if meta is not None and lacks_adapter(model, meta):
+        say(f"note: {cfg.routers} was tuned on LoRA that this model lacks: give the --adapter beside it")
+    orders = meta.orders if meta is not None else {}
     route = "off" if cfg.routers is None else "gather"
     run = Scorer(model, tok, route if cfg.route == "auto" else cfg.route, max_batch_tokens=cfg.max_batch_tokens)
     names = [task.name for task in tasks] + ([NAMES[0]] if cfg.perplexity else []) + ([TASK] if cfg.fidelity else [])

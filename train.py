@@ -875,8 +875,8 @@ def finish_lora(job: Job, work: Workload, state: State) -> dict:
     }
     if job.rt.is_master:
         runtime.write_json(Path(cfg.out) / "summary.json", summary)
-    print0(f"held-out loss of the dense model: {base['loss']:.4f} without LoRA, {with_lora['loss']:.4f} with it; adapter "
-           f"in {cfg.out}")
+    print0(f"held-out loss of the dense model: {base['loss']:.4f} without LoRA, {with_lora['loss']:.4f} with it; the "
+           f"adapter is in {cfg.out}")
     return summary
 
 
@@ -1001,6 +1001,8 @@ def searched(job: Job) -> tuple[Workload, State]:
 
 def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
     """The phases of a run and roughly what each takes, in forward passes over an example."""
+    if cfg.train == "lora":
+        return runtime.Phases({"tuning": 4 * cfg.steps * cfg.batch_size, "held out": 2 * len(data.held)})
     n_places = 16  # as in the demo: the phases' shares depend little on it
     sequences = cfg.granularity.endswith("sequence")
     read = sum(example.prompt if sequences else len(example.tokens) for example in data.all)

@@ -17,7 +17,7 @@ from torch import Tensor
 import runtime
 from model import Transformer
 from recipe.lora import TARGETS, changes, projections, put_lora
-from router import check_fingerprint
+from router import RouterMeta, check_fingerprint
 
 # Settings of peft's that change the function, or the base itself: what each must be, or else be empty
 PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
@@ -32,6 +32,7 @@ PARTS = ("lora_A", "lora_B")
 def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
     """Write all changes of a model as peft does, with the fingerprint of their base beside. base: name or folder."""
     folder, held = Path(folder), changes(model)
+    layers = sorted({int(name.split(".")[4]) for name in held})
     first = next(iter(held.values()))
     rank = len(first.lora_A)
     tensors = {f"{name}.{part}.weight": getattr(lora, part).detach().cpu().contiguous()
@@ -44,12 +45,19 @@ def save_adapter(model: Transformer, folder: str | Path, base: str) -> None:
         "lora_alpha": first.scale * rank,
         "lora_dropout": first.dropout.p,
         "target_modules": sorted({name.rpartition(".")[2] for name in held}),
+        "layers_to_transform": None if len(layers) == len(model.layers) else layers,
         "bias": "none",
         "inference_mode": True,
     }
     data = save(tensors, metadata={"format": "pt", "base_fingerprint": model.fingerprint or ""})
     runtime.write_atomic(folder / "adapter_model.safetensors", lambda path: path.write_bytes(data))
     runtime.write_json(folder / "adapter_config.json", settings)
+
+
+def lacks_adapter(model: Transformer, meta: RouterMeta) -> bool:
+    """Whether routers were tuned on changes that this model has neither around its projections nor merged."""
+    on_changes = "lora" in str(meta.config.get("train")) or meta.config.get("adapter") is not None
+    return on_changes and not changes(model) and meta.base_fingerprint == model.fingerprint
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, Tensor], str]:

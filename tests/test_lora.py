@@ -17,11 +17,11 @@ import model as model_module
 import train
 from model import Transformer, fingerprint, load_model
 from recipe import passes
-from recipe.adapter import load_adapter, save_adapter
+from recipe.adapter import lacks_adapter, load_adapter, save_adapter
 from recipe.base import save_base
 from recipe.fidelity import rounded
 from recipe.lora import PROJECTIONS, TARGETS, LoRAConfig, add_lora, changes, merge
-from router import GRANULARITIES, RouterConfig, freeze_all_but_routers
+from router import GRANULARITIES, RouterConfig, freeze_all_but_routers, read_router_file
 
 TOKENS = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(5))
 
@@ -159,6 +159,8 @@ def test_peft_loads_ours_and_we_load_pefts(base, adapter, tmp_path):
     model = load_model(base)
     load_adapter(model, tmp_path / "peft")
     assert len(changes(model)) == 6
+    save_adapter(model, tmp_path / "again", "base")  # and back: only the layers that were changed
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["layers_to_transform"] == [1, 3]
     with torch.no_grad():
         torch.testing.assert_close(made(TOKENS).logits, logits(model), rtol=0, atol=1e-4)
 
@@ -271,6 +273,8 @@ def test_a_run_writes_an_adapter_beside_its_routers(base, tmp_path, more):
     model = load_model(base, routers=tmp_path / "routers.safetensors")
     load_adapter(model, tmp_path)
     assert any(router.weight.any() for router in model.routers())
+    meta = read_router_file(tmp_path / "routers.safetensors")[1]
+    assert lacks_adapter(load_model(base), meta) and not lacks_adapter(model, meta)
     assert any(lora.lora_B.any() for lora in changes(model).values())
     assert summary["trainable_parameters"] > 0 and summary["optimizer_bytes"] > 0
     assert (tmp_path / "lora").is_dir() == more["lora_first"]
