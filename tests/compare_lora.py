@@ -42,6 +42,7 @@ class Config:
     samples: int = setting(30, "training examples, selection set included")
     heldout: int = setting(16, "held-out examples")
     max_length: int = setting(112, "longest example; longer ones are cut")
+    chat: str | None = setting(None, "chat form; none: the model's own")
     batch: int = setting(4, "examples a step")
     rank: int = setting(8, "rank of LoRA")
     variants: tuple[str, ...] = setting(("first", "joint"), "first: routers on a frozen LoRA; joint: both in one run")
@@ -57,7 +58,7 @@ def settings(cfg: Config, seed: int, variant: str) -> train.TrainConfig:
     return train.TrainConfig(
         model=cfg.model, data=cfg.data, out=out, granularity=cfg.granularity, layers=cfg.layers, seed=seed,
         budget=cfg.budgets[-1], max_samples=cfg.samples, max_length=cfg.max_length, truncate=True, dtype="float32",
-        heldout_samples=cfg.heldout, batch_size=cfg.batch, micro_batch=4, lora_rank=cfg.rank,
+        heldout_samples=cfg.heldout, batch_size=cfg.batch, micro_batch=4, lora_rank=cfg.rank, chat=cfg.chat,
         benefit_samples=0, **effort,
     )
 
