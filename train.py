@@ -58,7 +58,7 @@ from recipe.needs import disk_needed, memory_needed, seconds_per_example, show_n
 from recipe.orders import search_orders
 from recipe.passes import (
     EVAL_BATCH, Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits,
-    states,
+    states, under_budget,
 )
 from recipe.report import compare, show, show_step, verdict
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
@@ -90,7 +90,8 @@ EFFORTS = {
 # Settings that may differ between a run and its continuation; what `effort` stands for is compared instead of its name.
 FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad", "rank_timeout", "max_bad_steps")
 LEAST = {  # least value of each number
-    **dict.fromkeys(("batch_size", "micro_batch", "cost_samples", "select_samples", "calibrate_samples"), 1),
+    **dict.fromkeys(("batch_size", "micro_batch", "batch_tokens"), 1),
+    **dict.fromkeys(("cost_samples", "select_samples", "calibrate_samples"), 1),
     **dict.fromkeys(("heldout_samples", "save_every", "max_bad_steps"), 1),
     **dict.fromkeys(("evaluations", "steps", "epochs", "lr", "lambda_", "trunk_gb", "benefit_samples", "lora_lr"), 0),
     "rank_timeout": 0,
@@ -134,7 +135,8 @@ class TrainConfig:
     chat: str | None = setting(None, "plain, chatml, llama3, mistral, or one of the model's templates; none: its own")
     loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
     batch_size: int = setting(16, "examples per step, over all ranks")
-    micro_batch: int = setting(4, "examples per forward pass and rank; does not change the result")
+    micro_batch: int = setting(4, "most examples of a forward pass and rank; does not change the result")
+    batch_tokens: int = setting(8192, "most tokens of a forward pass and rank, pads included; one example at least")
     epochs: float | None = setting(None, "passes over the training examples; none: 0.1 for routers alone, else 1")
     steps: int | None = setting(None, "optimizer steps; none: from epochs")
     lr: float | None = setting(
@@ -666,7 +668,7 @@ def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, B
     whole = [train[i] for i in global_batch(len(train), cfg.batch_size, cfg.seed, step)]
     whole.sort(key=lambda example: -len(example.tokens))
     rows, multiple = min(cfg.micro_batch, cfg.batch_size // rt.world_size), 64 if run.compiled else 1
-    groups = [whole[i : i + rows] for i in range(0, len(whole), rows)]
+    groups = under_budget(whole, rows, cfg.batch_tokens)
     return whole, [(number, collate(group, rt.device, multiple)) for number, group in mine(groups, rt)]
 
 
@@ -1022,8 +1024,8 @@ def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
 def announce(job: Job, done: float | None) -> None:
     """Say what the run needs before it starts. done: share of the steps of a run that goes on; None: a new one."""
     cfg, rt, examples, config = job.cfg, job.rt, job.data.all, job.model.config
-    lengths = sorted((len(example.tokens) for example in examples), reverse=True)
-    rows = min(cfg.micro_batch, max(1, cfg.batch_size // rt.world_size))
+    lengths = sorted(examples.lengths(), reverse=True)
+    rows = min(cfg.micro_batch, max(1, cfg.batch_size // rt.world_size), max(1, cfg.batch_tokens // lengths[0]))
     first = candidates(cfg, config)[0].places[0].layer
     memory = memory_needed(job.model, first, sum(lengths[:rows]), cfg.checkpoint_activations)
     disk = disk_needed(job.model, examples, cfg.trunk_gb * 1e9, INPUT_SAMPLES)

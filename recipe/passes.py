@@ -91,6 +91,16 @@ def by_length(examples: list[Example], rows: int) -> list[list[Example]]:
     return [order[i : i + rows] for i in range(0, len(order), rows)]
 
 
+def under_budget(examples: list[Example], rows: int, tokens: int) -> list[list[Example]]:
+    """Groups of examples, given longest first, of at most `rows` and at most `tokens` with their pads; or of one."""
+    groups, start = [], 0
+    while start < len(examples):
+        size = max(1, min(rows, tokens // len(examples[start].tokens)))
+        groups.append(examples[start : start + size])
+        start += size
+    return groups
+
+
 def prompts_of(examples: list[Example]) -> list[Example]:
     """What sequence routers read of the examples: no answers."""
     return [Example(example.tokens[: example.prompt], example.prompt, []) for example in examples]

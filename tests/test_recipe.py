@@ -9,7 +9,7 @@ from tuning import CPU, begun, selection
 
 import router
 import train
-from data.records import Form, encode
+from data.records import Example, Form, encode
 from model import ModelConfig, load_model
 from recipe import calibrate, controls, fit, lists, measure, orders, passes, trunk
 from recipe.cost import pairs, prefill_flops, step_flops, trunk_flops
@@ -251,6 +251,16 @@ def test_similarity_order_follows_the_angle_that_a_layer_turns(base):
     run.model.layers[2].attention.wo.weight.data *= 1e-4  # changes nothing any more
     assert measure.measure_costs(Workload(run.model, run.data.train, CPU), 0).turned.argsort()[0] == 2
     run.model.layers[2].attention.wo.weight.data *= 1e4
+
+
+@pytest.mark.parametrize("rows, tokens", [(4, 10**6), (64, 120), (3, 100), (8, 1)])
+def test_groups_hold_to_their_budget_of_tokens(rows, tokens):
+    lengths = sorted([90, 3, 3, 60, 31, 30, 30, 8, 1, 45, 7, 2], reverse=True)
+    groups = passes.under_budget([Example([0] * length, 1, [1]) for length in lengths], rows, tokens)
+    sizes = [[len(example.tokens) for example in group] for group in groups]
+    assert [size for group in sizes for size in group] == lengths
+    assert all(len(group) <= rows and (len(group) == 1 or len(group) * group[0] <= tokens) for group in sizes)
+    assert all(len(a) == rows or (len(a) + 1) * a[0] > tokens for a in sizes[:-1])  # none could hold one more
 
 
 def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
