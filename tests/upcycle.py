@@ -15,6 +15,7 @@ own predictions until the mixture is close to it.
 """
 
 import dataclasses
+import math
 import shutil
 import statistics
 import sys
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +37,17 @@ sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
-from model import Experts, FeedForward, Transformer, load_config, load_model, load_routers  # noqa: E402
+from model import Experts, FeedForward, Transformer, load_config, load_model, load_routers, routing_of  # noqa: E402
 from recipe.calibrate import settle  # noqa: E402
-from recipe.experts import loads, reading_gates  # noqa: E402
-from recipe.passes import Workload, collate, head_gradient, head_losses, states  # noqa: E402
+from recipe.controls import Controls  # noqa: E402
+from recipe.experts import gate_start, loads, reading_gates  # noqa: E402
+from recipe.fit import token_prior  # noqa: E402
+from recipe.measure import measure_costs, typical_costs  # noqa: E402
+from recipe.passes import Workload, collate, evaluate, head_gradient, head_losses, states  # noqa: E402
 from recipe.report import table  # noqa: E402
-from router import cuts_for, deep_layers, parse_layers, set_cuts  # noqa: E402
+from recipe.start import loss_at_budget  # noqa: E402
+from recipe.trunk import TrunkCache  # noqa: E402
+from router import deep_layers, parse_layers, set_cuts  # noqa: E402
 from runtime import print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -70,7 +77,8 @@ class UpcycleConfig:
     steps: int | None = setting(None, "optimizer steps of the routers; none: as train.py's")
     max_length: int = setting(512, "tokens of an example, at most")
     heldout_samples: int = setting(64, "most examples in the table")
-    tune: bool = setting(True, "tune routers and make the table; false: make the mixture alone")
+    tune: Literal["full", "start", "no"] = setting(
+        "full", "how routers come: by train.py; by its first routers alone; no: make the mixture alone")
     speed: bool = setting(True, "time the tuned routers too")
     seed: int = setting(1337, "seed of everything")
 
@@ -295,20 +303,53 @@ def unevenness(rows: list[list[float]]) -> list[float]:
     return [max(row) / statistics.median(row) for row in rows]
 
 
-def report(cfg: UpcycleConfig, folder: Path, summary: dict, held: list) -> dict:
-    """The table: losses by budget, what the mixture is like, loads before and after tuning, speed."""
+def started(cfg: UpcycleConfig, folder: Path, data: train.Data) -> dict:
+    """The table of routers that are only fitted: to what pairs cost, or to what the gate says, without a step."""
     model = load_model(folder, dtype=torch.float32)
-    meta = load_routers(model, summary["routers"])
-    work, result = Workload(model, held, CPU), {}
-    for budget in (1.0, cfg.budget):
-        set_cuts(model, cuts_for(budget, meta.calibration))
+    model.add_routers(routing_of(model.config, "expert_token", range(model.config.n_layers)))
+    measured = measure_costs(Workload(model, data.train[: cfg.samples], CPU), cfg.seed)
+    orders = {"fisher": typical_costs(measured.costs).argsort().tolist(), "load": model.place_shares().argsort().tolist()}
+    trunk = TrunkCache(Path(cfg.out) / "trunk" / "start.bin", model, [*data.select, *data.held], 1e9)
+    select, held = (Workload(model, examples, CPU, trunk) for examples in (data.select, data.held))
+    fisher, gate = token_prior(measured.costs, measured.inputs), gate_start(model, measured.inputs)
+    starts, tried = {"fisher": fisher, "gate": gate, "gate + fisher": gate + fisher}, {}
+    for name, weights in starts.items():
+        put(model, weights)
+        tried[name] = loss_at_budget(select, cfg.budget)
+    best = min(tried, key=tried.get)
+    print0("selection loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
+    put(model, starts[best])
+    settle(select, cfg.budget)
+    rows = Controls(held).rows({cfg.budget: evaluate(held)}, orders)
+    return {"base": runtime.read_json(Path(cfg.out) / "base.json"), "best": best, "tried": tried, "report": rows,
+            **measured_loads(cfg, model, held), "likeness": likeness(model)}
+
+
+def put(model: Transformer, weights: Tensor) -> None:
+    for router, row in zip(model.routers(), weights):
+        router.weight.data.copy_(row[None])
+
+
+def measured_loads(cfg: UpcycleConfig, model: Transformer, work: Workload) -> dict:
+    """Loads by layer: assigned with nothing skipped, with the routers as they stand, with the smallest gates skipped."""
+    cuts, result = [router.cut.item() for router in model.routers()], {}
+    for budget, now in ((1.0, -math.inf), (cfg.budget, cuts)):
+        set_cuts(model, now)
         assigned, ran = loads(work)
         result[f"loads_at_{budget}"] = {"assigned": by_layer(model, assigned), "executed": by_layer(model, ran)}
     with reading_gates(model):
         settle(work, cfg.budget, rounds=3)
         result["loads_smallest_gate"] = {"executed": by_layer(model, loads(work)[1])}
     uneven = unevenness(result["loads_at_1.0"]["assigned"])
-    result |= {"likeness": likeness(model), "busiest_by_median": uneven, "mean_busiest_by_median": mean(uneven)}
+    return result | {"busiest_by_median": uneven, "mean_busiest_by_median": mean(uneven)}
+
+
+def report(cfg: UpcycleConfig, folder: Path, summary: dict, held: list) -> dict:
+    """The table: losses by budget, what the mixture is like, loads before and after tuning, speed."""
+    model = load_model(folder, dtype=torch.float32)
+    load_routers(model, summary["routers"], cfg.budget)
+    result = measured_loads(cfg, model, Workload(model, held, CPU))
+    result["likeness"] = likeness(model)
     longest = (min(512, model.config.max_seq_len // 2),)
     timed = bench.BenchConfig(model=str(folder), granularity="expert_token", budget=(cfg.budget, *cfg.report),
                               prefill=longest, decode=longest, batch=(1, 8), dtype="float32", threads=1)
@@ -352,7 +393,13 @@ def main() -> None:
                                  calibrate_samples=2 * cfg.samples, heldout_samples=cfg.heldout_samples)
     data = train.load_data(settings, load_tokenizer(cfg.model), context)
     folder = base(cfg, data)
-    if not cfg.tune:
+    if cfg.tune == "no":
+        return
+    if cfg.tune == "start":
+        result = started(cfg, folder, data)
+        runtime.write_json(Path(cfg.out) / "table.json", result)
+        figure(result, cfg.budget, Path(cfg.out) / "load.png")
+        print(table(result["report"]))
         return
     tuning = dataclasses.replace(settings, model=str(folder), out=str(Path(cfg.out) / "tuned"), budget=cfg.budget,
                                  granularity="expert_token", kv=None, lr=None, layers="all", report=cfg.report)
