@@ -45,7 +45,6 @@ from recipe.fit import token_prior  # noqa: E402
 from recipe.measure import measure_costs, typical_costs  # noqa: E402
 from recipe.passes import Workload, collate, evaluate, head_gradient, head_losses, states  # noqa: E402
 from recipe.report import table  # noqa: E402
-from recipe.start import loss_at_budget  # noqa: E402
 from recipe.trunk import TrunkCache  # noqa: E402
 from router import deep_layers, parse_layers, set_cuts  # noqa: E402
 from runtime import print0, setting  # noqa: E402
@@ -308,14 +307,16 @@ def started(cfg: UpcycleConfig, folder: Path, data: train.Data) -> dict:
     model = load_model(folder, dtype=torch.float32)
     model.add_routers(routing_of(model.config, "expert_token", range(model.config.n_layers)))
     measured = measure_costs(Workload(model, data.train[: cfg.samples], CPU), cfg.seed)
-    orders = {"fisher": typical_costs(measured.costs).argsort().tolist(), "load": model.place_shares().argsort().tolist()}
+    orders = {"fisher": typical_costs(measured.costs).argsort(), "load": model.place_shares().argsort()}
+    orders = {name: order.tolist() for name, order in orders.items()}
     trunk = TrunkCache(Path(cfg.out) / "trunk" / "start.bin", model, [*data.select, *data.held], 1e9)
     select, held = (Workload(model, examples, CPU, trunk) for examples in (data.select, data.held))
     fisher, gate = token_prior(measured.costs, measured.inputs), gate_start(model, measured.inputs)
     starts, tried = {"fisher": fisher, "gate": gate, "gate + fisher": gate + fisher}, {}
     for name, weights in starts.items():
         put(model, weights)
-        tried[name] = loss_at_budget(select, cfg.budget)
+        settle(select, cfg.budget)
+        tried[name] = evaluate(select)["loss"]
     best = min(tried, key=tried.get)
     print0("selection loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
     put(model, starts[best])
@@ -331,7 +332,7 @@ def put(model: Transformer, weights: Tensor) -> None:
 
 
 def measured_loads(cfg: UpcycleConfig, model: Transformer, work: Workload) -> dict:
-    """Loads by layer: assigned with nothing skipped, with the routers as they stand, with the smallest gates skipped."""
+    """Loads by layer: with nothing skipped, with the routers as they stand, with the smallest gates skipped."""
     cuts, result = [router.cut.item() for router in model.routers()], {}
     for budget, now in ((1.0, -math.inf), (cfg.budget, cuts)):
         set_cuts(model, now)
