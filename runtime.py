@@ -114,9 +114,20 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337, timeout: 
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
         with together():
-            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None,
-                                    timeout=timedelta(minutes=timeout))
+            wait = timedelta(minutes=timeout)
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None, timeout=wait,
+                                    **_meeting(wait))
     return Runtime(rank, world_size, local_rank, chosen, kind, rank == 0)
+
+
+def _meeting(wait: timedelta) -> dict:
+    """Where the ranks meet: after a restart by torchrun under a name of its own, since the store of one machine's
+    launcher still holds the addresses of those that died."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    return {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": world_size}
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
@@ -244,10 +255,10 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            happened = f"has waited {time.monotonic() - started:,.0f} s for another rank"
-        elif "connection" in str(error).lower():
+        if "connection" in str(error).lower():
             happened = "lost the connection to another rank"
+        elif "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            happened = f"has waited {time.monotonic() - started:,.0f} s for another rank"
         else:
             raise
         raise RankError(f"rank {os.environ['RANK']} {happened}: read what the other ranks printed, then run the same "

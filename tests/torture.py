@@ -7,6 +7,7 @@ command again until it ends. Prints the count by kind and outcome, and every fai
 """
 
 import contextlib
+import fcntl
 import io
 import os
 import random
@@ -36,6 +37,8 @@ import train  # noqa: E402
 from runtime import setting  # noqa: E402
 
 NOBODY = 65534
+PIPE_BYTES = 2**20
+OUTPUT: dict[int, tuple[int, Path]] = {}  # of each running rank: a pipe, and the file for what comes out of it
 HELD_BACK = {signal.SIGINT, signal.SIGTERM}
 TIMEOUT = 240.0  # seconds after which a run hangs
 SETTINGS = {"layers": "1-3", "dtype": "float32", "batch_size": 8, "micro_batch": 2, "steps": 4, "save_every": 2,
@@ -77,12 +80,11 @@ class Bench:
         return self.draw.uniform(0.0, 1.1 * self.seconds[ranks])
 
 
-def child(words: list[str], log: Path, env: dict[str, str], limit: int | None, user: int | None) -> None:
+def child(words: list[str], sink: int, env: dict[str, str], limit: int | None, user: int | None) -> None:
     """What a forked rank does, with signals held back until now; never returns."""
     code = 1
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
-        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         os.environ.update(env)
@@ -98,8 +100,9 @@ def child(words: list[str], log: Path, env: dict[str, str], limit: int | None, u
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def free_port() -> str:
@@ -109,19 +112,20 @@ def free_port() -> str:
 
 
 def start(words: list[str], log: Path, ranks: int = 1, limit: int | None = None, user: int | None = None) -> list[int]:
-    """Fork the ranks of a run; returns their process ids. The output of each goes to LOG.RANK."""
+    """Fork the ranks of a run; returns their process ids. `wait` puts the output of each into LOG.RANK."""
     sys.stdout.flush()
     port, pids = free_port(), []
     for rank in range(ranks):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env = {name: str(value) for name, value in env.items()} if ranks > 1 else {}
-        path = log.with_name(f"{log.name}.{rank}")
-        path.write_text("")
-        path.chmod(0o666)
+        said, sink = os.pipe()  # no file, whose size would be limited too
+        fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)  # one must not find the child within this function
         pids.append(os.fork())
         if pids[-1] == 0:
-            child(words, path, env, limit, user)
+            child(words, sink, env, limit, user)
+        os.close(sink)
+        OUTPUT[pids[-1]] = said, log.with_name(f"{log.name}.{rank}")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
     return pids
 
@@ -134,6 +138,7 @@ def wait(pids: list[int], seconds: float = TIMEOUT) -> list[int]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
+                keep_output(pid)
         if time.monotonic() > until:
             for pid in set(pids) - codes.keys():
                 os.kill(pid, signal.SIGKILL)
@@ -141,6 +146,12 @@ def wait(pids: list[int], seconds: float = TIMEOUT) -> list[int]:
             raise Failed(f"hung for {seconds:.0f} s")
         time.sleep(0.02)
     return [codes[pid] for pid in pids]
+
+
+def keep_output(pid: int) -> None:
+    said, path = OUTPUT.pop(pid)
+    path.write_bytes(os.read(said, PIPE_BYTES))
+    os.close(said)
 
 
 def shown(log: Path, ranks: int) -> str:
@@ -319,7 +330,8 @@ def workers(launcher: int) -> list[int]:
 
 def launch(bench: Bench, out: Path, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
-               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / "train.py"), *bench.words(out)]
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / "train.py")]
+    command += bench.words(out, rank_timeout=0.5)  # minutes: a worker's imports take some seconds
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "wb") as sink:
         return subprocess.Popen(command, stdout=sink, stderr=sink, env=env, start_new_session=True)
