@@ -65,6 +65,8 @@ INT8_BLOCK = 2**18  # weights turned back from int8 at once on the CPU, 1 MiB in
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
+PACKED_FOR_ROWS = 512  # rows that oneDNN orders a weight for; its order for 1 is slower at every number of rows
+PACKED_LEAST, PACKED_LEAST_ALONE = 2**18, 2**19  # entries of the smallest weight that is packed; alone: one thread
 
 
 # -----------------------------------------------------------------------------
@@ -673,9 +675,106 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """Every product of the model: x (...,I) -> (...,O), with a weight (O,I) in int8 where there is a scale (O,)."""
+@cache
+def rows_to_pack(dtype: torch.dtype) -> int | None:
+    """Fewest rows from which a weight reordered for oneDNN pays on this CPU; None: never, or torch cannot do it."""
+    has = torch.cpu.get_capabilities()
+    operators = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if not (torch.backends.mkldnn.is_available() and operators and has.get("avx2")):
+        return None
+    if dtype == torch.bfloat16:  # torch's own product calls oneDNN as well, and reorders the weight in every call
+        return 1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    if dtype == torch.float32 and "AMD" in has.get("cpu_name", ""):  # torch's own is MKL, which is made for Intel
+        return 1 if has.get("avx512_f") else 2
+    return None
+
+
+class Packed:
+    """Copies of one frozen weight (O,I) in oneDNN's order, made at first use and anew when the weight has changed.
+
+    `only`: a weight that lies in memory of its own (one mapped from disk does not) is then given up, and made again
+    from its copy for whoever asks for it. A weight changed through `.data` behind its module's back does not tell.
+    """
+
+    def __init__(self, only: bool = True):
+        self.only, self.gone = only, False
+        self.seen, self.copies = None, {}
+
+    def __reduce__(self):  # copies are neither copied nor pickled
+        return Packed, (self.only,)
+
+    def of(self, weight: Tensor, transposed: bool = False) -> Tensor:
+        """The copy of the weight, or of its transpose (I,O), which gives the gradient of the input."""
+        if self.seen != identity(weight):
+            self.seen, self.copies, self.gone = identity(weight), {}, False
+        if transposed:
+            self.of(weight)  # a weight that is given up lives on in its own copy, not in its transpose's
+        if transposed not in self.copies:
+            with torch.inference_mode(False), torch.no_grad():
+                plain = self.copies[False].to_dense() if self.gone else weight.detach()
+                plain = plain.t().contiguous() if transposed else plain
+                self.copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_FOR_ROWS)
+                if self.only and weight.untyped_storage().resizable():  # torch's own memory
+                    weight.data = weight.new_full((1,), math.nan).expand(weight.shape)
+                    self.seen, self.gone = identity(weight), True
+        return self.copies[transposed]
+
+    def give_back(self, weight: Tensor) -> None:
+        """Put the values into a weight that was given up."""
+        if self.gone and self.seen == identity(weight):
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = self.copies[False].to_dense()
+        self.seen, self.copies, self.gone = None, {}, False
+
+    def pays(self, weight: Tensor, rows: int) -> bool:
+        """Whether a product of so many rows is to take a copy: on a CPU where that is faster, of a frozen weight."""
+        small = PACKED_LEAST if torch.get_num_threads() > 1 else PACKED_LEAST_ALONE
+        if weight.requires_grad or weight.device.type != "cpu" or weight.numel() < small:
+            return False
+        least = rows_to_pack(weight.dtype)
+        return least is not None and rows >= (1 if self.gone else least)
+
+
+def identity(weight: Tensor) -> tuple:
+    """What tells that a weight was changed, moved or replaced."""
+    return weight.data_ptr(), weight.dtype, weight._version
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x (...,I) times a packed weight (O,I): the gradient of x takes the copy of the transpose."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+        ctx.weight, ctx.packed = weight, packed
+        return packed_product(x, packed.of(weight), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if not ctx.packed.only:  # the weight is there anyway
+            return grad @ ctx.weight, None, None, None
+        return packed_product(grad, ctx.packed.of(ctx.weight, transposed=True)), None, None, None
+
+
+def packed_product(x: Tensor, copy: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None,
+            packed: Packed | None = None) -> Tensor:
+    """Every product of the model: x (...,I) -> (...,O), with a weight (O,I) in int8 where there is a scale (O,).
+
+    packed: where copies of a frozen weight may be kept.
+    """
     compiling = torch.compiler.is_compiling()
+    if scale is None and packed is not None:
+        assert not compiling, "compiled code knows no packed weights: call unpack_weights(model) first"
+        trains = bias is not None and bias.requires_grad
+        if not trains and packed.pays(weight, x.numel() // x.shape[-1]):
+            if torch.is_grad_enabled() and x.requires_grad:
+                return FrozenProduct.apply(x, weight, bias, packed)
+            return packed_product(x, packed.of(weight), bias)
+        if packed.gone:
+            packed.give_back(weight)
     if scale is None:
         return (fused_linear if compiling else F.linear)(x, weight, bias)
     if compiling:  # turned back where it is used, by the compiler
@@ -685,12 +784,63 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor
 
 
 class Linear(nn.Linear):
+    """nn.Linear, whose frozen weight may be kept as a reordered copy alone (Packed); whoever asks finds it plain."""
+
+    packed: Packed | None = None  # pack_weights gives it one
+
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__(inputs, outputs, bias)
         self.register_buffer("scale", None)  # (O,), with a weight in int8
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias, self.scale)
+        return product(x, self._parameters["weight"], self.bias, self.scale, self.packed)
+
+    def plain(self) -> None:
+        """Forget copies, and hold the weight itself again."""
+        if self.packed is not None:
+            self.packed.give_back(self._parameters["weight"])
+
+    def __getattr__(self, name: str):
+        if name == "weight":  # to read, or to change it
+            self.plain()
+        return super().__getattr__(name)
+
+    def __getstate__(self):
+        self.plain()
+        return super().__getstate__()
+
+    def _apply(self, *args, **kwargs):
+        self.plain()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.plain()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.plain()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def pack_weights(model: "Transformer") -> None:
+    """Allow copies of frozen weights where the CPU multiplies faster by them; they are made at first use.
+
+    Private memory is then at most that of the weights and a tied head in inference, twice the weights in tuning, beside
+    pages mapped from disk. What trains, and other devices, go on as they were.
+    """
+    model.packed_head = Packed(only=False)  # tied, it is the table of embeddings as well
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.packed = Packed()
+
+
+def unpack_weights(model: "Transformer") -> None:
+    """Take the copies away for good: what compiled code needs."""
+    model.packed_head = None
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.plain()
+            module.packed = None
 
 
 class Embedding(nn.Embedding):
@@ -1096,6 +1246,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
+        self.packed_head: Packed | None = None
         self.rope = Rope(config)
         if routing is not None:
             self.add_routers(routing)
@@ -1137,6 +1288,12 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """In which it computes, whatever its weights are stored in."""
         return self.norm.weight.dtype
+
+    def named_parameters(self, *args, **kwargs):
+        for module in self.modules():
+            if isinstance(module, Linear) and module.packed is not None and module.packed.gone:
+                module.plain()
+        return super().named_parameters(*args, **kwargs)
 
     def routers(self) -> list[Router]:
         """Routers in the order of `routing.places`."""
@@ -1182,8 +1339,9 @@ class Transformer(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
-        table = self.tok_embeddings if self.output is None else self.output
-        return product(h, table.weight, scale=table.scale).float()
+        if self.output is not None:
+            return self.output(h).float()
+        return product(h, self.tok_embeddings.weight, None, self.tok_embeddings.scale, self.packed_head).float()
 
     def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
         """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); all else as in `hidden`."""
@@ -1278,6 +1436,7 @@ def compile_model(model: Transformer, **options) -> Transformer:
     Of a layer with experts the parts alone, since how many tokens an expert has is known to the host only when it runs.
     Names and weights stay as they are. The first calls take minutes. Returns the model.
     """
+    unpack_weights(model)
     options = dict(fullgraph=True, dynamic=True, **options)
     model.head = torch.compile(model.head, **options)
     for block in model.layers:
@@ -1613,6 +1772,7 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = read_weights(folder, expected, device, dtype, int8_names(model) if base_dtype else ())
     model = fill(model, weights, base_dtype).to(device or "cpu")
+    pack_weights(model)
     model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
     model.parent = read_config(folder).get("parent")
     if routers is not None:

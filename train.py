@@ -43,7 +43,9 @@ from data.draw import Draw
 from data.load import ALONE, Data, Request, load
 from data.portions import source_of
 from data.records import Example, Form
-from model import Experts, ModelConfig, Transformer, fingerprint, load_config, load_model, routing_of
+from model import (
+    Experts, ModelConfig, Transformer, fingerprint, load_config, load_model, routing_of, unpack_weights,
+)
 from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
 from recipe.calibrate import PASSES, calibrate
@@ -545,6 +547,7 @@ def tune(run: Run, out: Path) -> None:
             save_checkpoint(run, checkpoint)
             discard(out / "progress")
     if run.compiled:  # only steps run compiled: what is measured before them looks into the blocks
+        unpack_weights(run.model)
         for block in run.model.layers:
             block.compile(fullgraph=not isinstance(block.feed_forward, Experts))
     begun, asked = time.perf_counter() - state.seconds, False

@@ -1,0 +1,211 @@
+"""Time what model.py's section "Kernels" puts in the place of a plain operator, old and new in turn, on this machine.
+
+Run: python tests/compare_kernels.py --shape=576,9,3,64,1536,49152 --threads=2 [--what=products,attention]
+     python tests/compare_kernels.py --model=checkpoints/NAME --what=model --prefill=512,2048 --decode=1x512,8x512
+
+`products` multiplies rows by the weights of `copies` layers, each in turn, so that they come from memory as in a model;
+`backward` is the gradient of the input. `attention` is one layer's, causal. `model` is the whole model, prefill up to
+the last token's logits, and a decode step. `ratio` is the median over rounds of plain seconds / seconds of the model's
+own choice, whose `low` and `high` hold 95 % of such medians (by order statistics); where the choice is the plain
+operator itself it is about 1. The last line is JSON.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import model as core  # noqa: E402
+import runtime  # noqa: E402
+from bench import run_decode, run_prefill, timed  # noqa: E402
+from recipe.cost import prefill_flops  # noqa: E402
+from runtime import setting  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class KernelConfig:
+    what: tuple[str, ...] = setting(("products", "attention"), "products, backward, attention, model")
+    shape: tuple[int, ...] = setting(
+        (576, 9, 3, 64, 1536, 49152), "width, heads, kv heads, head width, hidden width, vocabulary: SmolLM2-135M's")
+    rows: tuple[int, ...] = setting((1, 2, 4, 8, 16, 64, 512, 2048), "rows of a product")
+    copies: int = setting(30, "weights that a product goes through")
+    tokens: tuple[int, ...] = setting((512, 2048, 8192), "tokens that attention is timed at")
+    model: str | None = setting(None, "checkpoint folder, for --what=model")
+    prefill: tuple[int, ...] = setting((512, 2048), "prompt lengths of the model")
+    decode: tuple[str, ...] = setting(("1x512", "8x512"), "batch x context of the model's decode steps")
+    steps: int = setting(8, "decode steps in one measurement")
+    rounds: int = setting(9, "times each pair is measured in turn")
+    threads: int | None = setting(None, "CPU threads; none: torch's choice")
+    dtype: str = setting("float32", "float32 or bfloat16")
+    out: str | None = setting(None, "write the JSON here too")
+
+
+def in_turn(plain: Callable, chosen: Callable, rounds: int) -> dict:
+    """Median seconds of both, their ratio's median and interval, after one warm-up of each; the first alternates."""
+    plain(), chosen()
+    old, new = [], []
+    for turn in range(rounds):
+        order = ((plain, old), (chosen, new))
+        for fn, seconds in order if turn % 2 else order[::-1]:
+            seconds.append(timed(CPU, fn)[0])
+    ratios = sorted(a / b for a, b in zip(old, new))
+    tail = max(0, int(rounds / 2 - 0.98 * rounds**0.5))
+    medians = dict(plain=statistics.median(old), chosen=statistics.median(new), ratio=statistics.median(ratios))
+    return {**medians, "low": ratios[tail], "high": ratios[-1 - tail]}
+
+
+class Report:
+    """Rows so far; each is printed as it comes."""
+
+    def __init__(self, cfg: KernelConfig):
+        self.cfg, self.rows = cfg, []
+
+    def add(self, what: str, work: float, plain: Callable, chosen: Callable) -> None:
+        """Time a pair. work: FLOPs of one call."""
+        row = {"what": what, **in_turn(plain, chosen, self.cfg.rounds)}
+        row["gflops"] = work / row["chosen"] / 1e9
+        self.rows.append(row)
+        print(f"{what:<44} plain {row['plain'] * 1e3:10.3f} ms | chosen {row['chosen'] * 1e3:10.3f} ms "
+              f"({row['gflops']:6.1f} GFLOP/s) | ratio {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+              flush=True)
+
+
+def weights_of(cfg: KernelConfig) -> dict[str, tuple[int, int]]:
+    """Shapes (O,I) of the products of a layer, and of the head."""
+    width, heads, kv_heads, head, hidden, vocabulary = cfg.shape
+    return {
+        "wq": (heads * head, width),
+        "wk": (kv_heads * head, width),
+        "w1": (hidden, width),
+        "w2": (width, hidden),
+        "head": (vocabulary, width),
+    }
+
+
+@torch.inference_mode()
+def products(report: Report, dtype: torch.dtype) -> None:
+    """Rows times frozen weights."""
+    for name, (out, width) in weights_of(report.cfg).items():
+        n = 1 if name == "head" else report.cfg.copies
+        weights = [torch.randn(out, width).mul_(width**-0.5).to(dtype) for _ in range(n)]
+        packs = [core.Packed() for _ in weights]
+        for rows in report.cfg.rows:
+            if name == "head" and rows > 512:
+                continue
+            x = torch.randn(rows, width).to(dtype)
+
+            def all_of(copies: list) -> None:
+                for weight, copy in zip(weights, copies):
+                    core.linear(x, weight, None, copy)
+
+            work = 2 * rows * out * width * n
+            what = f"{name} {width} -> {out}, {rows} rows"
+            report.add(what, work, partial(all_of, [None] * n), partial(all_of, packs))
+
+
+def backward(report: Report, dtype: torch.dtype) -> None:
+    """Gradients of the rows that were multiplied by frozen weights, the product itself included."""
+    for name, (out, width) in weights_of(report.cfg).items():
+        n = 1 if name == "head" else report.cfg.copies
+        weights = [torch.randn(out, width).mul_(width**-0.5).to(dtype) for _ in range(n)]
+        packs = [core.Packed() for _ in weights]
+        for rows in report.cfg.rows:
+            if rows < 64 or (name == "head" and rows > 512):
+                continue
+            x, grad = torch.randn(rows, width).to(dtype).requires_grad_(), torch.randn(rows, out).to(dtype)
+
+            def all_of(copies: list) -> None:
+                for weight, copy in zip(weights, copies):
+                    torch.autograd.grad(core.linear(x, weight, None, copy), x, grad)
+
+            what = f"{name} {width} -> {out}, {rows} rows, and gradient"
+            report.add(what, 4 * rows * out * width * n, partial(all_of, [None] * n), partial(all_of, packs))
+
+
+@torch.inference_mode()
+def attention(report: Report, dtype: torch.dtype) -> None:
+    """Causal attention of one layer: scaled_dot_product_attention beside what the model chooses."""
+    _, heads, kv_heads, head, *_ = report.cfg.shape
+    for tokens in report.cfg.tokens:
+        q = torch.randn(1, tokens, heads, head).to(dtype).transpose(1, 2)
+        k, v = (torch.randn(1, tokens, kv_heads, head).to(dtype).transpose(1, 2) for _ in range(2))
+        plain = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+        chosen = partial(core.sdpa, q, k, v, causal=True)
+        report.add(f"attention of {tokens:,} tokens", 2 * heads * head * tokens**2, plain, chosen)
+
+
+def whole_model(report: Report, dtype: torch.dtype) -> None:
+    """The model without its choices and with them, on the same tensors."""
+    cfg = report.cfg
+    if cfg.model is None:
+        raise ValueError("--what=model needs a checkpoint folder: give --model")
+    chosen = core.load_model(cfg.model, dtype=dtype)
+    with torch.device("meta"):
+        plain = core.Transformer(chosen.config)
+    plain.load_state_dict(chosen.state_dict(), assign=True)
+    plain = plain.to("cpu").eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    for length in cfg.prefill:
+        tokens = torch.randint(0, chosen.config.vocab_size, (1, length), generator=draw)
+        runs = [partial(run_prefill, each, tokens, "off", None) for each in (plain, chosen)]
+        report.add(f"prefill 1 x {length:,}", prefill_flops(chosen.config, length), *runs)
+    for point in cfg.decode:
+        batch, context = map(int, point.split("x"))
+        tokens = torch.randint(0, chosen.config.vocab_size, (batch, context), generator=draw)
+        runs = []
+        for each in (plain, chosen):
+            cache = core.KVCache(each, batch, max_len=context + cfg.steps)
+            with torch.inference_mode():
+                each.hidden(tokens, cache=cache)
+            runs.append(partial(run_decode, each, cache, tokens[:, -1:], "off", [None] * cfg.steps))
+        work = 2 * batch * cfg.steps * sum(p.numel() for p in plain.parameters())
+        report.add(f"{cfg.steps} decode steps {batch} x {context:,}", work, *runs)
+
+
+PARTS = {"products": products, "backward": backward, "attention": attention, "model": whole_model}
+
+
+def processor() -> str:
+    """The processor's name and what it multiplies with."""
+    has = torch.cpu.get_capabilities()
+    sets = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16") if has.get(name)]
+    return f"{has.get('cpu_name', has.get('architecture', 'unknown'))} ({', '.join(sets)})"
+
+
+def compare(cfg: KernelConfig) -> dict:
+    """Time everything asked for; returns what --out holds."""
+    if unknown := sorted(set(cfg.what) - set(PARTS)):
+        raise ValueError(f"what is {unknown}; expected some of {', '.join(PARTS)}: change --what")
+    if len(cfg.shape) != 6:
+        raise ValueError(f"shape has {len(cfg.shape)} numbers; expected 6: width, heads, kv heads, head width, hidden "
+                         "width, vocabulary")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    dtype, report = runtime.DTYPES[cfg.dtype], Report(cfg)
+    machine = dict(processor=processor(), threads=torch.get_num_threads(), torch=torch.__version__, dtype=cfg.dtype)
+    print(" | ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    for what in cfg.what:
+        PARTS[what](report, dtype)
+    return {**machine, "rows": report.rows}
+
+
+def main() -> None:
+    cfg = runtime.cli(KernelConfig)
+    found = compare(cfg)
+    if cfg.out is not None:
+        runtime.write_json(cfg.out, found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
