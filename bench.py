@@ -23,7 +23,7 @@ import torch
 
 import runtime
 from model import (
-    KVCache, ModelConfig, Transformer, compile_model, decode, fill, load_model, load_routers, routing_of,
+    KVCache, ModelConfig, Transformer, compile_model, decode, fill, kernels, load_model, load_routers, routing_of,
 )
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, random_route, set_cuts
@@ -401,8 +401,10 @@ def bench(config: BenchConfig) -> dict:
     points = [Point("prefill", batch, n) for n in config.prefill for batch in config.batch]
     points += [Point("decode", batch, n) for n in config.decode for batch in config.batch]
     rows = [row | {"compiled": config.compile} for point in points for row in bench_point(subject, point, budgets)]
+    ran = kernels(subject.model)
+    runtime.print0("kernels: " + ", ".join(f"{what} {name}" for what, name in ran.items()))
     return dict(settings=asdict(config), device=device, threads=torch.get_num_threads(), torch=torch.__version__,
-                rows=rows)
+                kernels=ran, rows=rows)
 
 
 # -----------------------------------------------------------------------------

@@ -589,6 +589,10 @@ class Selection:
 # medians of 21 alternated pairs:
 #   RMSNorm               6.9 at 512 tokens, 6.4 at 2,048; but 0.7 at 8, hence torch's own for few
 #   SwiGLU, in place      1.08 at 512 tokens
+#   Packed                head 2.0 to 2.7 at 2 to 16 rows, 1.7 at 64, 1.3 at 512; w1, w3 1.1 to 1.4; w2, wq, wo 0.8 to
+#                         1.1; wk, wv 0.7 to 1.0: hence larger weights alone on one thread. On two 1.3 to 2.5 at 2 to 16
+#                         rows, 0.9 to 1.2 from 64 on, about 1 at 1 row. With AVX-512 (another EPYC, two threads) 2.4
+#                         at 512 rows, 3.7 for one row of the head
 #   fused_linear          1.27 for a compiled decode step of 30 layers, batch 1; torch.mv in eager code 0.97: left out
 #   sdpa, lone query      1.04 at batch 8 over 256 slots, 1.08 over 1,024
 #   apply_rope            1.8 at 512 tokens
@@ -766,14 +770,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor
     packed: where copies of a frozen weight may be kept.
     """
     compiling = torch.compiler.is_compiling()
-    if scale is None and packed is not None:
-        assert not compiling, "compiled code knows no packed weights: call unpack_weights(model) first"
+    if packed is not None and compiling and packed.gone:
+        raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; expected plain "
+                         "weights: call unpack_weights(model) before compiling")
+    if packed is not None and scale is None and not compiling:
         trains = bias is not None and bias.requires_grad
         if not trains and packed.pays(weight, x.numel() // x.shape[-1]):
             if torch.is_grad_enabled() and x.requires_grad:
                 return FrozenProduct.apply(x, weight, bias, packed)
             return packed_product(x, packed.of(weight), bias)
-        if packed.gone:
+        if packed.gone or weight.requires_grad:
             packed.give_back(weight)
     if scale is None:
         return (fused_linear if compiling else F.linear)(x, weight, bias)
@@ -832,6 +838,14 @@ def pack_weights(model: "Transformer") -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.packed = Packed()
+
+
+def kernels(model: "Transformer") -> dict[str, str]:
+    """What this model's calls ran on so far, by what is computed: for reports."""
+    packs = [module.packed for module in model.modules() if isinstance(module, Linear)] + [model.packed_head]
+    packed = sum(bool(each and each.copies) for each in packs)
+    products = f"oneDNN with reordered weights ({packed} of {len(packs)})" if packed else "torch's own"
+    return {"products": products, "attention": "scaled_dot_product_attention"}
 
 
 def unpack_weights(model: "Transformer") -> None:
@@ -1750,6 +1764,7 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], base_dtype: 
             given[name], owner.scale = quantise(tensor, name)
             given[f"{name.removesuffix('.weight')}.scale"] = owner.scale
     model.load_state_dict(given, assign=True)
+    pack_weights(model)
     return model.eval()
 
 
@@ -1772,7 +1787,6 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights = read_weights(folder, expected, device, dtype, int8_names(model) if base_dtype else ())
     model = fill(model, weights, base_dtype).to(device or "cpu")
-    pack_weights(model)
     model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
     model.parent = read_config(folder).get("parent")
     if routers is not None:

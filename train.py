@@ -44,7 +44,7 @@ from data.load import ALONE, Data, Request, load
 from data.portions import source_of
 from data.records import Example, Form
 from model import (
-    Experts, ModelConfig, Transformer, fingerprint, load_config, load_model, routing_of, unpack_weights,
+    Experts, ModelConfig, Transformer, fingerprint, kernels, load_config, load_model, routing_of, unpack_weights,
 )
 from recipe.adapter import load_adapter, save_adapter
 from recipe.base import save_base
@@ -874,6 +874,7 @@ def finish_lora(job: Job, work: Workload, state: State) -> dict:
         **costs_of(state),
         "peak_memory_bytes": runtime.peak_memory_bytes(job.rt.device),
         "device": runtime.device_name(job.rt.device),
+        "kernels": kernels(model),
         "seconds": state.seconds + time.perf_counter() - started,
         "adapter": cfg.out,
         "identity": identity(job),
@@ -940,6 +941,7 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
         **{name: value for name, value in own.items() if name.startswith("prefill")},
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "device": runtime.device_name(device),
+        "kernels": kernels(held.model),
         "report": sorted(rows, key=lambda row: row["budget"]),
     }
 

@@ -194,6 +194,7 @@ def test_a_packed_model_computes_what_the_plain_one_does(packing, folder, granul
         gradient = torch.cat([router.weight.grad for router in model.routers()])
         results.append((first, later, off, logits.detach(), gradient))
     assert copies(packed) and not copies(unpacked)
+    assert "reordered" in core.kernels(packed)["products"] and "own" in core.kernels(unpacked)["products"]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -224,8 +225,15 @@ def test_a_packed_model_can_be_compiled(packing, folder):
     model = load_model(folder)
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     wanted = model(tokens)[0]
-    core.compile_model(model, backend="eager")
+    for block in model.layers:
+        block.compile(fullgraph=True, backend="eager")  # mapped weights are there beside their copies
     torch.testing.assert_close(model(tokens)[0], wanted)
+    torch._dynamo.reset()
+    converted = load_model(folder, dtype=torch.float64).float()
+    converted(tokens)
+    core.compile_model(converted, backend="eager")  # takes the copies away
+    torch.testing.assert_close(converted(tokens)[0], wanted)
+    assert not copies(converted)
     torch._dynamo.reset()
 
 
