@@ -1112,7 +1112,7 @@ class Block(nn.Module):
         """x (B,T,D) -> y, and (gate, logit) of the routers here that decided now.
 
         forced: a list of gates in place of these routers' own. Routes off and mask: no host sync, no data-dependent
-        shape. Route gather: one host sync per decision; without gradient x may be overwritten.
+        shape, but for experts. Route gather: one host sync per decision; without gradient x may be overwritten.
         """
         begin, blend = x, None
         who, h, made = self.ask("router", x, call, cache, forced[:1])
@@ -1378,8 +1378,11 @@ class Transformer(nn.Module):
         recompute       the backward pass runs each block again instead of keeping what is in it (no cache)
 
         Gates are 0.0/1.0, (R,B) for sequences or (R,B,T) for tokens, pads 0; None for route off. Scores are the logits.
+        Of experts per token gates are 1.0 at the pairs of token and expert that ran, scores -inf at pairs that a
+        layer's own gate did not assign.
         R counts routers from first_layer on, in the order of `routing.places`. Host syncs: none for off and mask;
-        for gather one per router and prompt (unit token: and call). Raises ValueError for what does not fit together.
+        for gather one per router and prompt (unit token: and call); one more per layer with experts, in every route.
+        Raises ValueError for what does not fit together.
         """
         x, call = self.begin(tokens, x, lengths, prompt_lengths, cache, route)
         routers = sum(block.n_routers for block in islice(self.layers, first_layer, None))
