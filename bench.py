@@ -43,7 +43,25 @@ PUBLISHED = {
         family="qwen2", dim=3584, n_layers=28, n_heads=28, n_kv_heads=4, head_dim=128, hidden_dim=18944,
         vocab_size=152064, max_seq_len=131072, norm_eps=1e-6, rope_theta=1000000.0, qkv_bias=True),
 }
-SHAPES = {"llama3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "qwen2.5-7b": "Qwen2.5-7B"}
+COMMON = dict(max_seq_len=4096, norm_eps=1e-5, rope_theta=10000.0, head_dim=128)
+# Mixtures of experts: the same of {allenai/OLMoE-1B-7B-0924, mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen1.5-MoE-A2.7B,
+# Qwen/Qwen3-30B-A3B}
+MIXTURES = {
+    "OLMoE-1B-7B": ModelConfig(
+        family="olmoe", dim=2048, n_layers=16, n_heads=16, n_kv_heads=16, hidden_dim=1024, vocab_size=50304,
+        n_experts=64, experts_per_token=8, expert_dim=1024, qk_norm_whole=True, **COMMON),
+    "Mixtral-8x7B": ModelConfig(
+        family="mixtral", dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=32000,
+        n_experts=8, experts_per_token=2, expert_dim=14336, norm_topk=True, **COMMON),
+    "Qwen1.5-MoE-A2.7B": ModelConfig(
+        family="qwen2_moe", dim=2048, n_layers=24, n_heads=16, n_kv_heads=16, hidden_dim=5632, vocab_size=151936,
+        n_experts=60, experts_per_token=4, expert_dim=1408, shared_dim=5632, qkv_bias=True, **COMMON),
+    "Qwen3-30B-A3B": ModelConfig(
+        family="qwen3_moe", dim=2048, n_layers=48, n_heads=32, n_kv_heads=4, hidden_dim=6144, vocab_size=151936,
+        n_experts=128, experts_per_token=8, expert_dim=768, qk_norm=True, norm_topk=True, **COMMON),
+}
+SHAPES = {"llama3-8b": "Llama-3-8B", "mistral-7b": "Mistral-7B", "qwen2.5-7b": "Qwen2.5-7B",
+          "olmoe-1b-7b": "OLMoE-1B-7B"}
 ANALYTIC_PREFILL = (512, 2048, 8192, 32768)
 ANALYTIC_DECODE = ((1, 512), (1, 8192), (16, 2048), (16, 8192), (64, 2048), (64, 8192))  # (batch, context)
 
@@ -51,7 +69,7 @@ ANALYTIC_DECODE = ((1, 512), (1, 8192), (16, 2048), (16, 8192), (64, 2048), (64,
 @dataclass
 class BenchConfig:
     model: str | None = setting(None, "checkpoint folder")
-    shape: Literal["llama3-8b", "mistral-7b", "qwen2.5-7b"] | None = setting(
+    shape: Literal["llama3-8b", "mistral-7b", "qwen2.5-7b", "olmoe-1b-7b"] | None = setting(
         None, "in place of --model: random weights of this model's widths")
     shape_layers: int = setting(2, "layers of a --shape")
     routers: str | None = setting(None, "router file; none: forced routes")
@@ -322,7 +340,7 @@ def random_model(name: str, layers: int, seed: int, rt: runtime.Runtime, base_dt
 
     Its head is tied, which saves memory and changes no time. Raises ValueError for more layers than the model has.
     """
-    config = PUBLISHED[SHAPES[name]]
+    config = (PUBLISHED | MIXTURES)[SHAPES[name]]
     if not 1 <= layers <= config.n_layers:
         raise ValueError(f"shape_layers is {layers}, expected 1 to the {config.n_layers} layers of {name}")
     with torch.device("meta"):

@@ -12,27 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import MIXTURES  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from recipe.cost import Executed, ItemSize, decode_bytes, mlp_elements, prefill_flops  # noqa: E402
 
 CONTEXT, BATCHES, SHARES = 2048, (1, 16, 64), (0.75, 0.5)
-COMMON = dict(max_seq_len=4096, norm_eps=1e-5, rope_theta=1e6, head_dim=128)
-# Sizes from huggingface.co/{allenai/OLMoE-1B-7B-0924, mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen1.5-MoE-A2.7B,
-# Qwen/Qwen3-30B-A3B}/config.json
-PUBLISHED = {
-    "OLMoE-1B-7B": ModelConfig(
-        family="olmoe", dim=2048, n_layers=16, n_heads=16, n_kv_heads=16, hidden_dim=1024, vocab_size=50304,
-        n_experts=64, experts_per_token=8, expert_dim=1024, qk_norm_whole=True, **COMMON),
-    "Mixtral-8x7B": ModelConfig(
-        family="mixtral", dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, hidden_dim=14336, vocab_size=32000,
-        n_experts=8, experts_per_token=2, expert_dim=14336, norm_topk=True, **COMMON),
-    "Qwen1.5-MoE-A2.7B": ModelConfig(
-        family="qwen2_moe", dim=2048, n_layers=24, n_heads=16, n_kv_heads=16, hidden_dim=5632, vocab_size=151936,
-        n_experts=60, experts_per_token=4, expert_dim=1408, shared_dim=5632, qkv_bias=True, **COMMON),
-    "Qwen3-30B-A3B": ModelConfig(
-        family="qwen3_moe", dim=2048, n_layers=48, n_heads=32, n_kv_heads=4, hidden_dim=6144, vocab_size=151936,
-        n_experts=128, experts_per_token=8, expert_dim=768, qk_norm=True, norm_topk=True, **COMMON),
-}
 
 
 def weights(c: ModelConfig) -> float:
@@ -55,7 +39,7 @@ def main() -> None:
     steps = " | ".join(f"decode, batch {batch}" for batch in BATCHES)
     print(f"| model | parameters | pairs that run | prefill | {steps} |")
     print("| --- " * (4 + len(BATCHES)) + "|")
-    for name, config in PUBLISHED.items():
+    for name, config in MIXTURES.items():
         for share in SHARES:
             numbers = " | ".join(f"{x:.2f}" for x in ceilings(config, share))
             print(f"| {name} | {weights(config) / 1e9:.1f} B | {share:.0%} | {numbers} |")

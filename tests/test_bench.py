@@ -14,7 +14,7 @@ import torch
 
 import bench
 import runtime
-from bench import PUBLISHED, SHAPES, Point, forced_gates, random_model, roofline, run_decode, run_prefill
+from bench import MIXTURES, PUBLISHED, SHAPES, Point, forced_gates, random_model, roofline, run_decode, run_prefill
 from model import KVCache, fingerprint, load_model
 from recipe.cost import kv_bytes
 from router import GRANULARITIES, RouterMeta, save_routers
@@ -98,16 +98,18 @@ def test_ceilings_of_llama_3_8b_agree_with_an_independent_roofline(point, attn8,
 @pytest.fixture
 def small_shapes(monkeypatch):
     """The published models, narrow enough for a test."""
-    for name, config in PUBLISHED.items():
-        narrow = dict(dim=config.dim // 64, hidden_dim=96, vocab_size=64, head_dim=8)
-        monkeypatch.setitem(PUBLISHED, name, replace(config, **narrow))
+    for shapes in (PUBLISHED, MIXTURES):
+        for name, config in shapes.items():
+            narrow = dict(dim=config.dim // 64, hidden_dim=96, vocab_size=64, head_dim=8)
+            narrow |= dict(expert_dim=config.expert_dim // 64, shared_dim=config.shared_dim // 64)
+            monkeypatch.setitem(shapes, name, replace(config, **narrow))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_is_the_published_model_with_fewer_layers(small_shapes, shape):
     rt = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.bfloat16, True)
     model, again, other = (random_model(shape, 2, seed, rt) for seed in (1, 1, 2))
-    published = PUBLISHED[SHAPES[shape]]
+    published = (PUBLISHED | MIXTURES)[SHAPES[shape]]
     assert replace(model.config, n_layers=published.n_layers, tie_embeddings=False) == published
     assert all(weight.dtype == torch.bfloat16 and not weight.requires_grad for weight in model.parameters())
     tokens = torch.arange(20)[None]
@@ -116,7 +118,8 @@ def test_a_shape_is_the_published_model_with_fewer_layers(small_shapes, shape):
     assert logits[0].isfinite().all() and logits[0].float().std() > 0.1
 
 
-@pytest.mark.parametrize("shape, granularity", [("mistral-7b", "attn_token"), ("qwen2.5-7b", "block_sequence")])
+@pytest.mark.parametrize("shape, granularity", [
+    ("mistral-7b", "attn_token"), ("qwen2.5-7b", "block_sequence"), ("olmoe-1b-7b", "expert_token")])
 def test_shape_report(small_shapes, monkeypatch, capsys, shape, granularity):
     report = script(monkeypatch, capsys, f"--shape={shape}", "--shape_layers=4", f"--granularity={granularity}",
                     "--budget=0.5", "--prefill=12", "--decode=9", "--rounds=1", "--steps=2", "--dtype=float32")
@@ -210,7 +213,7 @@ def test_analytic_report(monkeypatch, capsys):
     ("--model=MODEL --prefil=4", "--prefill"),
     ("--model=MODEL --shape=llama3-8b --prefill=4", "one of them"),
     ("--model=MODEL --prefill=4 --batch=", "nothing to measure"),
-    ("--shape=llama3-8c --prefill=4", "llama3-8b|mistral-7b|qwen2.5-7b"),
+    ("--shape=llama3-8c --prefill=4", "llama3-8b|mistral-7b|qwen2.5-7b|olmoe-1b-7b"),
     ("--shape=llama3-8b --shape_layers=33 --prefill=4", "1 to the 32 layers"),
     ("--shape=llama3-8b --routers=x --prefill=4", "--model=DIR"),
     ("--model=MODEL --routers=x --layers=all --prefill=4", "leave out --layers"),
