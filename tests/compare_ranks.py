@@ -1,4 +1,4 @@
-"""Steps on one process and on two (gloo), from the same start on the same data: how far apart the routers end.
+"""Steps of the paper's recipe (AdamW from zero routers) on one process and on two (gloo): how far apart they end.
 
     python tests/compare_ranks.py --model=DIR --data=FILE [--dtype=float32,bfloat16] [--steps=6] [--batch_size=16]
 
@@ -23,8 +23,7 @@ from model import load_model  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
-FEW = {"max_samples": 96, "cost_samples": 4, "select_samples": 4, "calibrate_samples": 4, "heldout_samples": 2,
-       "benefit_samples": 4}
+FEW = {"max_samples": 96, "select_samples": 4, "heldout_samples": 2}
 
 
 @dataclass
@@ -32,7 +31,6 @@ class Settings:
     model: str = setting("checkpoints/smollm2-135m-instruct", "checkpoint folder written by convert_hf.py")
     data: str = setting("data/demo/instructions.jsonl", "rows to tune on")
     dtype: tuple[str, ...] = setting(("float32", "bfloat16"), "of the frozen model")
-    recipe: str = setting("paper", "default or paper")
     steps: int = setting(6, "optimizer steps")
     batch_size: int = setting(16, "examples per step, over all ranks")
     micro_batch: int = setting(4, "examples per forward pass and rank")
@@ -43,17 +41,19 @@ class Settings:
 
 
 def config_of(settings: Settings, dtype: str, folder: str) -> train.TrainConfig:
-    names = ("model", "recipe", "steps", "batch_size", "micro_batch", "lr", "layers", "max_length", "chat")
+    names = ("model", "steps", "batch_size", "micro_batch", "lr", "layers", "max_length", "chat")
     own = {name: getattr(settings, name) for name in names}
-    return train.TrainConfig(**own, **FEW, data=(settings.data,), truncate=True, dtype=dtype, device="cpu", out=folder)
+    return train.TrainConfig(**own, **FEW, recipe="paper", data=(settings.data,), truncate=True, dtype=dtype, device="cpu", out=folder)
 
 
 def take_steps(cfg: train.TrainConfig, out: Path) -> None:
-    """What a rank does: all steps; the first one keeps its routers (R,D) before and after, and losses."""
+    """What a rank does: all steps; the first rank keeps the routers (R,D) before and after each, and the losses."""
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
     model = load_model(cfg.model, dtype=rt.dtype)
     data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len, rt)
-    run = train.begin(train.Job(cfg, rt, model, data, train.plan(cfg, data)))
+    model.add_routers(train.candidates(cfg, model.config)[0])
+    job = train.Job(cfg, rt, model, data, train.plan(cfg, data))
+    run = train.build(job, job.workload(), train.State(), None)
     routers, losses = [torch.cat(list(run.weights.values())).detach().clone()], []
     for _ in range(cfg.steps):
         losses.append(train.step(run)["loss"])
