@@ -43,7 +43,8 @@ class Settings:
 def config_of(settings: Settings, dtype: str, folder: str) -> train.TrainConfig:
     names = ("model", "steps", "batch_size", "micro_batch", "lr", "layers", "max_length", "chat")
     own = {name: getattr(settings, name) for name in names}
-    return train.TrainConfig(**own, **FEW, recipe="paper", data=(settings.data,), truncate=True, dtype=dtype, device="cpu", out=folder)
+    own |= {"recipe": "paper", "data": (settings.data,), "truncate": True, "dtype": dtype, "device": "cpu", "out": folder}
+    return train.TrainConfig(**own, **FEW)
 
 
 def take_steps(cfg: train.TrainConfig, out: Path) -> None:
@@ -88,7 +89,8 @@ def main() -> None:
             cfg = config_of(settings, dtype, folder)
             (one, losses), (two, _) = (tuned(cfg, ranks, Path(folder) / f"{ranks}.pt") for ranks in (1, 2))
         apart = (one - two).abs().flatten(1).amax(1).tolist()
-        print(f"{dtype}: losses {', '.join(f'{loss:.4f}' for loss in losses)}; largest weight {one[-1].abs().max():.3g}")
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"{dtype}: losses {shown}; largest weight {one[-1].abs().max():.3g}")
         print(f"largest difference between 1 and 2 ranks after each step: "
               f"{', '.join(f'{value:.2g}' for value in apart)}", flush=True)
 
