@@ -43,7 +43,8 @@ class Settings:
 def config_of(settings: Settings, dtype: str, folder: str) -> train.TrainConfig:
     names = ("model", "steps", "batch_size", "micro_batch", "lr", "layers", "max_length", "chat")
     own = {name: getattr(settings, name) for name in names}
-    own |= {"recipe": "paper", "data": (settings.data,), "truncate": True, "dtype": dtype, "device": "cpu", "out": folder}
+    own |= {"recipe": "paper", "data": (settings.data,), "truncate": True, "dtype": dtype}
+    own |= {"device": "cpu", "out": folder}
     return train.TrainConfig(**own, **FEW)
 
 
