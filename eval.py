@@ -67,6 +67,7 @@ from recipe.cost import kv_bytes
 from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
 from recipe.forced import Control, make_control
 from recipe.passes import Workload, finite
+from recipe.shard import everything, load_shared, shares
 from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
 from router import read_router_file, set_cuts
 from runtime import Progress, collect, setting
@@ -137,6 +138,7 @@ class EvalConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:N")
     dtype: str = setting("auto", "auto, float32, bfloat16, float16")
     base_dtype: Literal["int8"] | None = setting(None, "int8: weights rounded to a byte each; none: in dtype")
+    shard: bool = setting(False, "under torchrun, share each block's weights out over the ranks: less memory")
     threads: int | None = setting(
         None, "of a process on the CPU; none: all cores, also under torchrun: their number moves last bits"
     )
@@ -912,6 +914,9 @@ def check_settings(cfg: EvalConfig) -> None:
             "no budget, or a control in its place; give --routers and --budget, and neither --control nor "
             "--route=off"
         )
+    if cfg.shard and (cfg.base_dtype or cfg.fidelity):
+        raise ValueError("--shard with --base_dtype or --fidelity; expected a base in dtype, and no rounded copy of "
+                         "it: leave these away")
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
     for name in ("rolling", "perplexity_split"):
@@ -967,7 +972,10 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     tasks = tasks_named(cfg.tasks, cfg.custom)
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
-    model = load_model(cfg.model, device=rt.device, dtype=rt.dtype, base_dtype=cfg.base_dtype)
+    if shares(cfg.shard, rt):
+        model = load_shared(cfg.model, rt)
+    else:
+        model = load_model(cfg.model, device=rt.device, dtype=rt.dtype, base_dtype=cfg.base_dtype)
     tok = load_tokenizer(cfg.model)
     if cfg.adapter is not None:
         load_adapter(model, cfg.adapter)
@@ -1061,6 +1069,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     """Everything that --out holds."""
     check_settings(cfg)
     run, ready = prepare_all(cfg, rt)
+    passes = everything(rt) if cfg.shard else rt  # ranks that hold the blocks together score all items together
     other = read_other(cfg.against, ready) if cfg.against else {}
     samples = Samples(cfg.samples, rt)
     done = samples.resume({own.name: own.stamp for own in ready})
@@ -1071,8 +1080,8 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
             if own.name == NAMES[1]:
                 how = replace(how, route="off", control=None)
             elif cfg.calibrate:
-                calibrate_task(run, own.items[: cfg.calibrate], cfg.budget, cuts, rt)
-            records[own.name] = score_task(how, own, done[own.name], samples.append, progress, rt)
+                calibrate_task(run, own.items[: cfg.calibrate], cfg.budget, cuts, passes)
+            records[own.name] = score_task(how, own, done[own.name], samples.append, progress, passes)
     samples.finish([record for part in records.values() for record in part])
 
     weights = run.model.place_weights().tolist() if run.model.routing else ()

@@ -1136,6 +1136,10 @@ class Block(nn.Module):
             x = who.add(x, self.feed_forward(h))
         return x if blend is None else begin + blend * (x - begin), made
 
+    def eager(self, *args):
+        """The same, of which at most parts are compiled: for gather and caches."""
+        return self.forward(*args)
+
     def ask(self, name: str, x: Tensor, call: Call, cache: LayerCache | None, forced: list):
         """Who runs behind the router of this name, their normalised input (n,D), and [(gate, logit)] if it decided now.
 
@@ -1392,7 +1396,7 @@ class Transformer(nn.Module):
         whole = cache is None and route != "gather"  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
             block, held = self.layers[layer], None if cache is None else cache.layers[layer]
-            run = partial(checkpoint, block, use_reentrant=False) if recompute else block if whole else block.forward
+            run = partial(checkpoint, block, use_reentrant=False) if recompute else block if whole else block.eager
             x, decided = run(x, call, held, list(islice(forced, block.n_routers)))
             made += decided
         gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)

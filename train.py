@@ -62,6 +62,7 @@ from recipe.passes import (
     EVAL_BATCH, Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits,
     states, under_budget,
 )
+from recipe.shard import average, everything, load_shared, shares
 from recipe.report import compare, show, show_step, verdict
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
@@ -90,7 +91,7 @@ EFFORTS = {
     "thorough": dict(cost_samples=96, benefit_samples=320, select_samples=96, calibrate_samples=384, evaluations=4),
 }
 # Settings that may differ between a run and its continuation; what `effort` stands for is compared instead of its name.
-FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad", "rank_timeout", "max_bad_steps")
+FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad", "shard", "rank_timeout", "max_bad_steps")
 LEAST = {  # least value of each number
     **dict.fromkeys(("batch_size", "micro_batch", "batch_tokens"), 1),
     **dict.fromkeys(("cost_samples", "select_samples", "calibrate_samples"), 1),
@@ -177,6 +178,7 @@ class TrainConfig:
     dtype: str = setting("auto", "of the frozen model: auto, float32, bfloat16, float16; routers are float32")
     base_dtype: Literal["int8"] | None = setting(None, "int8: frozen weights rounded to a byte each; none: in dtype")
     compile: bool | None = setting(None, "torch.compile each block; none: on CUDA only")
+    shard: bool = setting(False, "under torchrun, share each block's weights out over the ranks (FSDP2): less memory")
     checkpoint_activations: bool = setting(False, "compute each block again in the backward pass: less memory")
 
     def __post_init__(self):
@@ -224,6 +226,9 @@ class TrainConfig:
             raise ValueError(f"train is 'full' with dtype {self.dtype} and adapter {self.adapter}; expected float32, "
                              "since steps vanish in 16 bits, and no adapter: leave --dtype away, or merge the adapter "
                              "with convert_hf.py first")
+        if self.shard and (self.train == "full" or self.base_dtype or self.compile):
+            raise ValueError("--shard with --train=full, --base_dtype or --compile; expected a frozen base in dtype, "
+                             "in eager code: leave these away")
         if sum(map(bool, (self.init, self.import_official, self.recalibrate))) > 1:
             raise ValueError("--init, --import_official and --recalibrate each name a router file, expected one: leave "
                              "the others away")
@@ -334,20 +339,33 @@ class Job:
         """The training examples, with a store for activations below the first routed layer where those stay: made once
         routers stand, and passed on."""
         if self.cfg.train != "routers":
-            return Workload(self.model, self.data.train, self.rt, moving=True)
+            return Workload(self.model, self.data.train, self.passes, moving=True)
         path, limit = Path(self.cfg.out) / "trunk" / f"rank{self.rt.rank}.bin", self.cfg.trunk_gb * 1e9
+        limit = 0.0 if self.shared else limit  # else one rank would read what another computes, and not run the blocks
         prompts = (prompt for example in self.data.all for prompt in prompts_of([example]))
         stored = itertools.chain(self.data.all, prompts)
         trunk = TrunkCache(path, self.model, stored, limit / self.rt.world_size)
-        return Workload(self.model, self.data.train, self.rt, trunk)
+        return Workload(self.model, self.data.train, self.passes, trunk)
 
-    def journal(self, name: str) -> Journal:
+    @property
+    def shared(self) -> bool:
+        """Blocks are shared out over the ranks."""
+        return self.cfg.shard and self.rt.world_size > 1
+
+    @property
+    def passes(self) -> Runtime:
+        """Of passes that measure: shared out over the ranks, unless they hold the blocks together."""
+        return everything(self.rt) if self.shared else self.rt
+
+    def journal(self, name: str) -> contextlib.AbstractContextManager:
         """Where phases keep what they have computed, for a run that is killed within them."""
+        if self.shared:  # ranks would go on at different places
+            return contextlib.nullcontext()
         return Journal(Path(self.cfg.out) / "progress", name, identity(self), self.rt)
 
     def costed(self) -> Workload:
         """The training examples on which costs are measured: before routers stand, so there is nothing stored yet."""
-        return Workload(self.model, self.data.train[: self.cfg.cost_samples], self.rt)
+        return Workload(self.model, self.data.train[: self.cfg.cost_samples], self.passes)
 
 
 @dataclass
@@ -367,7 +385,7 @@ class Run(Job):
 
     @property
     def compiled(self) -> bool:
-        return self.rt.device.type == "cuda" if self.cfg.compile is None else self.cfg.compile
+        return self.rt.device.type == "cuda" and not self.shared if self.cfg.compile is None else self.cfg.compile
 
 
 def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
@@ -379,7 +397,7 @@ def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
     state.trainable = sum(w.numel() for w in weights.values())
     state.optimizer_bytes = sum(map(size_of, optimizers))
     student = Student(job.model, work.first_layer, job.cfg.checkpoint_activations)
-    if dist.is_initialized():  # every rank read the same files, so nothing is sent but the routers' gradients
+    if dist.is_initialized() and not job.shared:  # every rank read the same files: nothing but gradients is sent
         student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False)
     select = work.of(job.data.select)
     return Run(
@@ -630,6 +648,8 @@ def accumulate(run: Run, batches: list[tuple[int, Batch]], n_targets: int, units
         loss += part
         executed += executed_units(run, gates)
         logits.append((number, real_logits(z, batch.lengths)))
+    if run.shared:
+        average([w.grad for w in run.weights.values()], rt)
     model.eval()
     return loss, executed, logits
 
@@ -677,7 +697,7 @@ def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, B
 
 def no_sync(run: Run):
     """Gradients are summed over ranks at a step's last backward pass only."""
-    return run.student.no_sync() if run.rt.world_size > 1 else contextlib.nullcontext()
+    return run.student.no_sync() if run.rt.world_size > 1 and not run.shared else contextlib.nullcontext()
 
 
 @torch.no_grad()
@@ -1038,8 +1058,8 @@ def announce(job: Job, done: float | None) -> None:
     if done is not None:
         work = {name: passes for name, passes in work.items() if name in ("calibration", "held out")}
         work["tuning"] = job.phases.work["tuning"] * (1 - done)
-    each = seconds_per_example(Workload(job.model, examples, rt), EVAL_BATCH)
-    show_needs(memory, disk, Path(cfg.out), each, sum(work.values()) / rt.world_size)
+    each = seconds_per_example(Workload(job.model, examples, job.passes), EVAL_BATCH)
+    show_needs(memory, disk, Path(cfg.out), each, sum(work.values()) / job.passes.world_size)
 
 
 def train(cfg: TrainConfig) -> dict:
@@ -1100,8 +1120,11 @@ def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
 
 def prepared(cfg: TrainConfig, rt: Runtime) -> Transformer:
     """The model as it stands before its first step, with LoRA where that is trained or given."""
-    model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype,
-                       base_dtype=cfg.base_dtype)
+    if shares(cfg.shard, rt):
+        model = load_shared(cfg.model, rt, cfg.recalibrate)
+    else:
+        model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype,
+                           base_dtype=cfg.base_dtype)
     if cfg.adapter is not None:
         load_adapter(model, cfg.adapter)
     elif "lora" in cfg.train:
@@ -1198,9 +1221,9 @@ def main() -> None:
     cfg = runtime.cli(TrainConfig)
     summary = train(cfg)
     if "prefill_speedup" in summary:  # the master's
-        print(show(summary))
-        print(f"next               {next_command(cfg, summary)}")
-        print("\n".join(verdict(row) for row in summary["report"]))
+        print0(show(summary))
+        print0(f"next               {next_command(cfg, summary)}")
+        print0("\n".join(verdict(row) for row in summary["report"]))
     runtime.cleanup()
 
 

@@ -1,0 +1,57 @@
+"""A base larger than one device: every rank holds a share of each block, and gathers a block when it runs (FSDP2).
+
+The embedding, the head and the norms around them stay whole on every rank, as do routers and LoRA. A block that one
+rank runs must run on all of them, as often and in the same order: what is measured or scored therefore runs over all
+examples on every rank (`everything`), and only tuning steps, whose batches are alike in number, are shared out.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+import runtime
+from model import Transformer, load_model
+from runtime import Runtime
+
+
+def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transformer:
+    """As load_model, with blocks that are shared out over the ranks.
+
+    Weights are mapped from their files, then converted and cut block by block: no rank ever holds them all.
+    """
+    model = load_model(folder, routers=routers)
+    small = {parameter for router in model.routers() for parameter in router.parameters()}
+    mesh = init_device_mesh(rt.device.type, (rt.world_size,))
+    for block in model.layers:
+        for parameter in block.parameters():
+            if parameter not in small:
+                parameter.data = parameter.data.to(rt.device, rt.dtype)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=small)
+        register_fsdp_forward_method(block, "eager")
+    for part in (model.tok_embeddings, model.norm, model.output):
+        if part is not None:
+            part.to(rt.device, rt.dtype)
+    model.rope.to(rt.device)
+    for router in model.routers():
+        router.to(rt.device)
+    return model
+
+
+def shares(wanted: bool, rt: Runtime) -> bool:
+    """Whether blocks are shared out: on one process there is nobody to share with, which is said."""
+    if wanted and rt.world_size == 1:
+        runtime.print0("--shard on one process holds the whole base: run it under torchrun --nproc_per_node=N")
+    return wanted and rt.world_size > 1
+
+
+def everything(rt: Runtime) -> Runtime:
+    """The runtime of passes in which every rank runs all examples, and measures what the master would measure alone."""
+    return replace(rt, rank=0, world_size=1, is_master=True)
+
+
+def average(gradients: list[Tensor], rt: Runtime) -> None:
+    """Replace each rank's gradients by the mean over ranks, as DistributedDataParallel does."""
+    for gradient in gradients:
+        runtime.sum_over_ranks(gradient, rt).div_(rt.world_size)
