@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import runtime
-from model import Transformer, load_model
+from model import Transformer, load_model, read_weights
 from runtime import Runtime
 
 
@@ -22,6 +22,7 @@ def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transfo
     Weights are mapped from their files, then converted and cut block by block: no rank ever holds them all.
     """
     model = load_model(folder, routers=routers)
+    expected = {name: tuple(model.get_parameter(name).shape) for name in model.state_dict() if "router" not in name}
     small = {parameter for router in model.routers() for parameter in router.parameters()}
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
     for block in model.layers:
@@ -30,9 +31,9 @@ def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transfo
                 parameter.data = parameter.data.to(rt.device, rt.dtype)
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=small)
         register_fsdp_forward_method(block, "eager")
-    for part in (model.tok_embeddings, model.norm, model.output):
-        if part is not None:
-            part.to(rt.device, rt.dtype)
+    for name, tensor in read_weights(folder, expected, rt.device, rt.dtype):
+        if not name.startswith("layers."):  # mapped anew, so that nothing holds the pages that blocks were cut from
+            model.get_parameter(name).data = tensor
     model.rope.to(rt.device)
     for router in model.routers():
         router.to(rt.device)
