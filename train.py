@@ -62,7 +62,7 @@ from recipe.passes import (
     EVAL_BATCH, Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits,
     states, under_budget,
 )
-from recipe.shard import average, everything, load_shared, shares
+from recipe.shard import average, even, everything, load_shared, shares
 from recipe.report import compare, show, show_step, verdict
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
@@ -692,6 +692,7 @@ def micro_batches(run: Run, step: int) -> tuple[list[Example], list[tuple[int, B
     whole.sort(key=lambda example: -len(example.tokens))
     rows, multiple = min(cfg.micro_batch, cfg.batch_size // rt.world_size), 64 if run.compiled else 1
     groups = under_budget(whole, rows, cfg.batch_tokens)
+    groups = even(groups, rt.world_size) if run.shared else groups
     return whole, [(number, collate(group, rt.device, multiple)) for number, group in mine(groups, rt)]
 
 

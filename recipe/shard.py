@@ -52,6 +52,16 @@ def everything(rt: Runtime) -> Runtime:
     return replace(rt, rank=0, world_size=1, is_master=True)
 
 
+def even(groups: list[list], n: int) -> list[list]:
+    """Groups, cut further until their number is a multiple of n, as that of their members is: each rank has as many."""
+    groups = list(groups)
+    while len(groups) % n:
+        longest = max(range(len(groups)), key=lambda number: len(groups[number]))
+        group = groups[longest]
+        groups[longest : longest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return groups
+
+
 def average(gradients: list[Tensor], rt: Runtime) -> None:
     """Replace each rank's gradients by the mean over ranks, as DistributedDataParallel does."""
     for gradient in gradients:

@@ -17,6 +17,7 @@ from tuning import CPU, settings
 
 import train
 from eval import EvalConfig, check_settings, evaluate
+from recipe.shard import even
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_RANKS = """
@@ -56,7 +57,7 @@ def base(tmp_path_factory):
 
 
 def test_tuning_ends_in_the_routers_of_a_process_that_holds_everything(base, tmp_path):
-    changes = {"recipe": "paper", "granularity": "attn_token", "batch_size": 4, "micro_batch": 1, "steps": 3, "lr": 0.01,
+    changes = {"recipe": "paper", "granularity": "attn_token", "batch_size": 6, "micro_batch": 2, "steps": 2, "lr": 0.01,
                "select_samples": 7, "cost_samples": 5, "calibrate_samples": 7, "clip": 1.0, "overwrite": True}
     train.train(settings(base, tmp_path / "whole", **changes))
     flags = {"model": base, "data": base / "data.jsonl", "dtype": "float32", "layers": "1-3", "out": tmp_path / "shard", "shard": "true"}
@@ -80,6 +81,13 @@ def test_scores_are_those_of_a_process_that_holds_everything(base, tmp_path):
     assert "shared out" in run("eval", base / "ranks.py", *flags, f"--out={tmp_path / 'shard.json'}", "--shard")
     shared = json.loads((tmp_path / "shard.json").read_text())["results"]["perplexity"]
     assert shared["loss"] == pytest.approx(whole["loss"], abs=1e-5) and shared["n"] == whole["n"] == 41
+
+
+@pytest.mark.parametrize("sizes, n", [([2, 2, 2], 2), ([5, 1], 3), ([1, 1, 1, 1], 4), ([8], 8), ([4, 4], 1)])
+def test_every_rank_has_as_many_groups(sizes, n):
+    groups = [list(range(size)) for size in sizes]
+    cut = even(groups, n)
+    assert len(cut) % n == 0 and all(cut) and sorted(sum(cut, [])) == sorted(sum(groups, []))
 
 
 def test_one_process_runs_plainly_and_says_so(base, tmp_path, capsys):
