@@ -617,7 +617,7 @@ def step(run: Run) -> dict:
     count_bad(state, bad, cfg.max_bad_steps)
     state.step += 1
     state.tokens += sum(lengths)
-    again = cfg.checkpoint_activations + (cfg.lambda_ > 0) + (cfg.train == "full")
+    again = cfg.checkpoint_activations + (cfg.lambda_ > 0 and len(batches) > 1) + (cfg.train == "full")
     above = (lengths, n_targets, cfg.objective == "distill", again)
     flops = below + step_flops(model.config, run.work.first_layer, *above)
     row = {"step": state.step, "loss": loss / n_targets, "capacity": executed / units,
@@ -632,7 +632,8 @@ def accumulate(run: Run, batches: list[tuple[int, Batch]], n_targets: int, units
     Returns this rank's loss and executed units, as sums, and its numbered logits (R,N).
     """
     cfg, rt, model = run.cfg, run.rt, run.model
-    over = cfg.lambda_ > 0 and capacity_of(run, batches, units) > cfg.budget
+    alone = len(batches) == 1  # the one pass of this step tells the capacity itself
+    over = cfg.lambda_ > 0 and not alone and capacity_of(run, batches, units) > cfg.budget
     loss, executed, logits = torch.zeros((), device=rt.device), torch.zeros((), device=rt.device), []
     model.train(cfg.lora_dropout > 0)
     if model.training:  # what is left out is a function of seed, step and rank
@@ -641,6 +642,8 @@ def accumulate(run: Run, batches: list[tuple[int, Batch]], n_targets: int, units
         with contextlib.nullcontext() if batch is batches[-1][1] else no_sync(run):
             x = run.work.entered(batch)
             h, gates, z = run.student(batch, x)
+            if cfg.lambda_ > 0 and alone:
+                over = sum_over_ranks(executed_units(run, gates), rt).item() / units > cfg.budget
             # the wrapper averages gradients over ranks, hence the factor world_size on what is a sum
             part, dh = head_gradient(model, h, batch.labels, teacher(run, batch, x), scale=rt.world_size / n_targets)
             with runtime.together():

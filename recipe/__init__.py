@@ -7,7 +7,8 @@
 5. Calibrate cuts for every budget; where a static list wins, the table holds it (calibrate, controls).
 
 What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
-examples in passes, stored activations in trunk, timings in speed, what is printed in report. forced and results serve
-eval.py: routes by --control, and what its records say. lora, adapter, fixed and base change the base itself: LoRA, its
-files, fixed routes built in, and the folder that comes of it. Nothing here imports a script.
+examples in passes, those of static lists, which share layers, in lists, stored activations in trunk, timings in speed,
+what is printed in report. forced and results serve eval.py: routes by --control, and what its records say. lora,
+adapter, fixed and base change the base itself: LoRA, its files, fixed routes built in, and the folder that comes of it.
+Nothing here imports a script.
 """

@@ -135,14 +135,16 @@ def test_accumulation_does_not_change_the_gradient(base, changes):
         assert m.state.cut == pytest.approx(run[0].state.cut, abs=1e-6)
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "both_sequence"])
-def test_penalty_is_one_number_over_layers_and_the_global_batch(base, granularity):
+@pytest.mark.parametrize("granularity, micro", [("attn_sequence", 1), ("attn_sequence", 8), ("both_sequence", 1)])
+def test_penalty_is_one_number_over_layers_and_the_global_batch(base, monkeypatch, granularity, micro):
     """A penalty per micro-batch or per layer would push although the capacity of the whole batch is within the budget.
-    MLPs count by their compute.
+    MLPs count by their compute. A step of one pass needs no other to know its capacity.
     """
+    if micro == 8:
+        monkeypatch.setattr(train, "capacity_of", None)
 
     def first_gradient(budget, lambda_):
-        run = begun(base, recipe="paper", budget=budget, lambda_=lambda_, micro_batch=1, granularity=granularity)
+        run = begun(base, recipe="paper", budget=budget, lambda_=lambda_, micro_batch=micro, granularity=granularity)
         torch.manual_seed(6)
         for w in run.weights.values():  # routes that differ by layer and sequence
             w.data.normal_(std=2.0)
