@@ -1,20 +1,24 @@
-"""What each phase of a tuning run does: forward passes over tokens, FLOPs, seconds, peak memory.
+"""What each phase of a tuning run does: FLOPs, seconds, peak memory.
 
-Run: python tests/profile_phases.py --model=checkpoints/smollm2-135m-instruct ...      (settings as train.py takes them)
+Run: python tests/profile_phases.py [--narrow] --model=checkpoints/smollm2-135m-instruct ...  (settings as train.py's)
 
-FLOPs are counted where products happen: every linear layer of a block, forward and gradient to its input, the head, and
-attention by the pairs of query and key in a causal row (recipe/cost.py). They depend on settings and data, not on the
-machine, so that seconds elsewhere can be foretold. `passes` are block calls over tokens, in passes over the whole model
-for one training example of mean length. The last line printed is JSON.
+FLOPs are counted where products happen: the linear layers of blocks, forward and gradient to their input, the head, and
+attention by the pairs of query and key of causal rows (recipe/cost.py). They depend on settings and data, not on the
+machine, so that seconds elsewhere can be foretold. --narrow counts them in a minute or two: a random model that is as
+deep but 32 wide runs in place of the real one, on the same examples, and its products count as those of the real one
+(other places may be routed, so figures differ by a few percent). The last line printed is JSON.
 """
 
 import contextlib
 import json
 import sys
+import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,11 +26,15 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
+from data.records import Example  # noqa: E402
+from model import ModelConfig  # noqa: E402
 from recipe.cost import pairs  # noqa: E402
+
+NARROW = dict(dim=32, n_heads=2, n_kv_heads=1, head_dim=16, hidden_dim=48, vocab_size=512)
 
 
 class Counter:
-    """FLOPs and block tokens by phase of the run."""
+    """FLOPs, seconds and peak memory by phase of the run."""
 
     def __init__(self):
         self.rows: dict[str, dict] = {}
@@ -36,13 +44,12 @@ class Counter:
         row = self.rows.setdefault(self.phase, {})
         row[kind] = row.get(kind, 0) + amount
 
-    def product(self, kind: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Count y = x W^T, and the gradient to x when it is computed."""
-        flops = 2 * x.shape[-1] * y.numel()
+    def count(self, kind: str, out: torch.Tensor, flops: float, backward: float) -> torch.Tensor:
+        """Count an operation, and its backward pass when that runs."""
         self.add(kind, flops)
-        if y.requires_grad:
-            y.register_hook(lambda grad: self.add(f"{kind} backward", flops))
-        return y
+        if out.requires_grad:
+            out.register_hook(lambda grad: self.add("backward", backward))
+        return out
 
     @contextlib.contextmanager
     def timed(self, name: str):
@@ -57,58 +64,102 @@ class Counter:
             row["peak"] = runtime.peak_memory_bytes(torch.device("cpu"))
 
 
-def watch(counter: Counter) -> None:
-    """Let every product of the model tell the counter."""
-    linear, head, look, block = (
-        model.Linear.forward, model.Transformer.head, model.Attention.look, model.Block.forward,
-    )
-    phases = runtime.Phases.__call__
+def products(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer of a block."""
+    width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    into, down = (config.dim, config.hidden_dim), (config.hidden_dim, config.dim)
+    attention = {"wq": (config.dim, width), "wk": (config.dim, kv_width), "wo": (width, config.dim)}
+    return {**attention, "w1": into, "w2": down}
 
-    def watched_look(self, q, k, *rest):
-        out = look(self, q, k, *rest)
-        flops = 4 * q.shape[0] * q.shape[1] * q.shape[3] * pairs(q.shape[2], self.window)
-        counter.add("attention", flops)
-        if out.requires_grad:
-            out.register_hook(lambda grad: counter.add("attention backward", 2 * flops))
-        return out
 
-    def watched_block(self, x, *rest):
-        counter.add("tokens", x.shape[0] * x.shape[1])
-        return block(self, x, *rest)
+def watch(counter: Counter, run: ModelConfig, meant: ModelConfig) -> None:
+    """Let every product of a model of sizes `run` tell the counter what it is in one of sizes `meant`."""
+    sizes = {products(run)[name]: i * o for name, (i, o) in products(meant).items()}
+    linear, head, look = model.Linear.forward, model.Transformer.head, model.Attention.look
+    phase = runtime.Phases.__call__
+
+    def watched_linear(self, x):
+        out = linear(self, x)
+        flops = 2 * sizes[self.in_features, self.out_features] * out.numel() / self.out_features
+        return counter.count("layers", out, flops, flops)
+
+    def watched_head(self, h):
+        out = head(self, h)
+        flops = 2 * meant.dim * meant.vocab_size * out.numel() / out.shape[-1]
+        return counter.count("head", out, flops, flops)
+
+    def watched_look(self, q, *rest):
+        out = look(self, q, *rest)
+        flops = 4 * q.shape[0] * meant.n_heads * meant.head_dim * pairs(q.shape[2], self.window)
+        return counter.count("attention", out, flops, 2 * flops)
 
     @contextlib.contextmanager
     def watched_phase(self, name, *rest, **more):
-        with counter.timed(name), phases(self, name, *rest, **more):
+        with counter.timed(name), phase(self, name, *rest, **more):
             yield
 
-    model.Linear.forward = lambda self, x: counter.product("linear", x, linear(self, x))
-    model.Transformer.head = lambda self, h: counter.product("head", h, head(self, h))
-    model.Attention.look, model.Block.forward = watched_look, watched_block
-    runtime.Phases.__call__ = watched_phase
+    model.Linear.forward, model.Transformer.head = watched_linear, watched_head
+    model.Attention.look, runtime.Phases.__call__ = watched_look, watched_phase
+
+
+def narrow_base(folder: Path, source: str) -> ModelConfig:
+    """Write a narrow model beside the tokenizer of `source`; its layers differ in how much they matter."""
+    config = replace(model.load_config(source), **NARROW)
+    torch.manual_seed(0)
+    made = model.Transformer(config)
+    made.tok_embeddings.weight.data.normal_(std=0.5)
+    for layer, block in enumerate(made.layers):
+        block.attention.wo.weight.data *= 2.0 + layer % 3
+    save_file(made.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    for file in Path(source).glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return config
+
+
+def few_tokens(load):
+    """Examples as `load` gives them, of tokens that a narrow model knows."""
+
+    def narrowed(examples: list[Example]) -> list[Example]:
+        return [replace(e, tokens=[token % NARROW["vocab_size"] for token in e.tokens]) for e in examples]
+
+    def loaded(*given) -> train.Data:
+        data = load(*given)
+        return train.Data(narrowed(data.train), narrowed(data.select), narrowed(data.held))
+
+    return loaded
+
+
+def show(rows: dict[str, dict]) -> dict:
+    """Print the phases; returns FLOPs and seconds of all."""
+    print(f"{'phase':<14}{'seconds':>9}{'TFLOP':>9}{'layers':>9}{'attention':>11}{'head':>9}{'backward':>10}{'peak MiB':>10}")
+    total = {"flops": 0.0, "seconds": 0.0}
+    for name, row in rows.items():
+        parts = [row.get(kind, 0.0) / 1e12 for kind in ("layers", "attention", "head", "backward")]
+        seconds = row.get("seconds", 0.0)
+        total = {"flops": total["flops"] + 1e12 * sum(parts), "seconds": total["seconds"] + seconds}
+        layers, attention, head, backward = parts
+        print(f"{name:<14}{seconds:9.1f}{sum(parts):9.2f}{layers:9.2f}{attention:11.2f}{head:9.2f}{backward:10.2f}"
+              f"{row.get('peak', 0) / 2**20:10,.0f}")
+    print(f"{'in all':<14}{total['seconds']:9.1f}{total['flops'] / 1e12:9.2f}")
+    return total
 
 
 def main() -> None:
-    cfg, counter = runtime.cli(train.TrainConfig), Counter()
-    watch(counter)
-    begun = time.perf_counter()
-    summary = train.train(cfg)
-    seconds = time.perf_counter() - begun
-    layers = model.load_config(cfg.model).n_layers
-    print(f"{'phase':<14} {'seconds':>8} {'TFLOP':>8} {'forward':>8} {'head':>8} {'backward':>8} {'GFLOP/s':>8} "
-          f"{'ktokens':>8} {'peak MB':>8}")
-    total = 0.0
-    for name, row in counter.rows.items():
-        work = {kind: flops / 1e12 for kind, flops in row.items() if kind not in ("seconds", "tokens", "peak")}
-        row["flops"] = 1e12 * sum(work.values())
-        total += row["flops"]
-        forward = work.get("linear", 0) + work.get("attention", 0)
-        backward = sum(flops for kind, flops in work.items() if "backward" in kind)
-        took = row.get("seconds", 0.0)
-        print(f"{name:<14} {took:8.1f} {row['flops'] / 1e12:8.3f} {forward:8.3f} {work.get('head', 0):8.3f} "
-              f"{backward:8.3f} {row['flops'] / 1e9 / max(took, 1e-9):8.1f} {row.get('tokens', 0) / layers / 1e3:8.1f} "
-              f"{row.get('peak', 0) / 2**20:8.0f}")
-    print(f"{'in all':<14} {seconds:8.1f} {total / 1e12:8.3f}")
-    print(json.dumps({"seconds": seconds, "flops": total, "phases": counter.rows, "summary": summary}))
+    words = sys.argv[1:]
+    narrow = "--narrow" in words
+    cfg = runtime.cli(train.TrainConfig, [word for word in words if word != "--narrow"])
+    meant = model.load_config(cfg.model)
+    counter, config = Counter(), meant
+    with tempfile.TemporaryDirectory() as folder:
+        if narrow:
+            config = narrow_base(Path(folder), cfg.model)
+            cfg = replace(cfg, model=folder, out=f"{folder}/out", dtype="float32")
+            train.load_data = few_tokens(train.load_data)
+        watch(counter, config, meant)
+        summary = train.train(cfg)
+    total = show(counter.rows)
+    print(json.dumps({**total, "phases": counter.rows, "summary": summary}))
 
 
 if __name__ == "__main__":
