@@ -1036,8 +1036,9 @@ def plan(cfg: TrainConfig, data: Data) -> runtime.Phases:
         return runtime.Phases({"tuning": 4 * cfg.steps * cfg.batch_size, "held out": 2 * len(data.held)})
     n_places = 16  # as in the demo: the phases' shares depend little on it
     sequences = cfg.granularity.endswith("sequence")
-    read = sum(example.prompt if sequences else len(example.tokens) for example in data.all)
-    routes = read / sum(len(example.tokens) for example in data.all)  # of what a pass over the whole example takes
+    few = list(itertools.islice(data.all, 1000))  # enough to tell how much of an example is its prompt
+    read = sum(example.prompt if sequences else len(example.tokens) for example in few)
+    routes = read / sum(len(example.tokens) for example in few)  # of what a pass over the whole example takes
     trial, budgets = (1 + 2 * routes) * len(data.select), len({cfg.budget, *cfg.report})
     searched = (1 - min((cfg.budget, *cfg.report))) * n_places
     start = {"costs": 3 * cfg.cost_samples, "orders": (2 + 0.8 * searched) * min(cfg.cost_samples, SEARCH_SAMPLES)}
