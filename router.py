@@ -396,7 +396,8 @@ class RouterMeta:
     report: list[dict] = field(default_factory=list)  # by budget: held-out losses of the routers and their controls
 
     def __post_init__(self):
-        kinds = dict(base_fingerprint=str, calibration=dict, recipe=str, step=int, config=dict, orders=dict, report=list)
+        kinds = dict(base_fingerprint=str, calibration=dict, recipe=str, step=int, config=dict, orders=dict)
+        kinds["report"] = list
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected a {kind.__name__}")

@@ -47,7 +47,7 @@ def read_rows(path: str | Path, bad: list | None = None) -> Iterator[tuple[str, 
     """Objects of a JSON list or of JSON lines (empty lines skipped), each with its place in words.
 
     What is wrong with a single row goes to `bad`, a RowError each; without `bad` it is raised. Raises FileNotFoundError
-    for a missing file; ValueError for a folder, another format, a row longer than LONGEST, a list that is not JSON or not
+    for a missing file; ValueError for a folder, another format, a row longer than LONGEST, a list not in JSON or not
     UTF-8, and a file that was cut or holds no row.
     """
     path = Path(path)
