@@ -614,7 +614,7 @@ class Costs(NamedTuple):
 
 
 COSTS = {  # by what the processor can do and by dtype; `python tests/measure_costs.py` prints them
-    ("avx2", torch.float32): Costs(call=5e-6, move=2e-10, flop=1.8e-11, tile=6),
+    ("avx2", torch.float32): Costs(call=5e-6, move=3.5e-10, flop=2.2e-11, tile=2),
 }
 UNKNOWN = Costs(call=0.0, move=0.0, flop=1.0, tile=1)  # nothing was measured: everybody only where everybody runs
 PICKS = 8  # operator calls that picking takes, whatever their size

@@ -11,6 +11,7 @@ layers as wide as SmolLM2-135M's, so many that no cache holds their weights.
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ TILES = (1, 2, 4, 6, 8, 12, 16)
 FEW = tuple(range(1, 33))  # rows at which a tile shows
 SHARES = (0.25, 0.5, 0.75, 0.875, 0.9375)
 POINTS = (("mlp_token", "routed", 8), ("mlp_token", "routed", 64), ("mlp_token", "routed", 512),
-          ("attn_token", "all", 64), ("attn_token", "all", 512), ("attn_token", "all", 2048))
+          ("attn_token", "all", 64), ("attn_token", "all", 512), ("attn_token", "all", 1024))
 
 
 @dataclass
@@ -95,9 +96,8 @@ def measured(model: Transformer, repeats: int) -> Costs:
     return Costs(*(float(f"{seconds:.1e}") for seconds in (call, move, flop)), tile)
 
 
-def crossover(model: Transformer, repeats: int) -> list[dict]:
-    """Picking / computing everybody over shares, forced one and the other, and the model's choice."""
-    rows = []
+def crossover(model: Transformer, repeats: int) -> Iterator[dict]:
+    """Seconds of picking / of computing everybody, forced one and the other, over shares; and the model's choice."""
     for granularity, kv, tokens in POINTS:
         model.add_routers(RouterConfig.of(granularity, range(WIDTHS.n_layers), kv=kv))
         x = torch.randn(1, tokens, WIDTHS.dim, dtype=model.norm.weight.dtype)
@@ -106,23 +106,20 @@ def crossover(model: Transformer, repeats: int) -> list[dict]:
             for gate in gates:
                 gate[0, torch.randperm(tokens)[: round(share * tokens)]] = 1
             gates[:, :, 0] = 1
-            seconds, chosen, real = {}, [], model_module.cheaper_whole
+            seconds, chosen, real = {}, [True], model_module.cheaper_whole
 
-            def asked(*values):
-                chosen.append(real(*values))
-                return chosen[-1]
+            def picked(n_run: int, n_all: int, *more) -> bool:
+                chosen.append(real(n_run, n_all, *more))
+                return n_run == n_all
 
-            for name, choice in (("picked", lambda n, n_all, *_: n == n_all), ("whole", lambda *_: True), ("", asked)):
+            for name, choice in (("picked", picked), ("whole", lambda *_: True)):
                 model_module.cheaper_whole = choice
                 run = lambda: model.hidden(None, x=x, route="gather", gates=gates)
                 seconds[name] = least(run, repeats)
             model_module.cheaper_whole = real
             what = "MLP" if granularity == "mlp_token" else "scores, kv=all"
-            rows.append(dict(what=what, tokens=tokens, share=share, ratio=seconds["picked"] / seconds["whole"],
-                             chosen="everybody" if chosen[-1] else "picked"))
-            print(f"{what:<15} {tokens:>5} tokens | share {share:.3f} | picked / everybody {rows[-1]['ratio']:.3f} | "
-                  f"chosen: {rows[-1]['chosen']}", flush=True)
-    return rows
+            ratio, name = seconds["picked"] / seconds["whole"], "everybody" if chosen[-1] else "picked"
+            yield dict(what=what, tokens=tokens, share=share, ratio=ratio, chosen=name)
 
 
 @torch.inference_mode()
@@ -132,9 +129,13 @@ def main() -> None:
     dtype = getattr(torch, cfg.dtype)
     model = random_model(dtype)
     print(f"measured {measured(model, cfg.repeats)}\nin use   {costs_of('cpu', dtype)}", flush=True)
-    rows = crossover(model, cfg.repeats)
-    if cfg.out is not None:
-        runtime.write_json(cfg.out, rows)
+    rows = []
+    for row in crossover(model, cfg.repeats):
+        print("{what:<15} {tokens:>5} tokens | share {share:.3f} | picked / everybody {ratio:.3f} | "
+              "chosen: {chosen}".format(**row), flush=True)
+        rows.append(row)
+        if cfg.out is not None:
+            runtime.write_json(cfg.out, rows)
     print(json.dumps(rows))
 
 
