@@ -58,6 +58,11 @@ class LoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device), requires_grad=False)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as peft draws it
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's, for whoever asks what it is stored in."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (...,I) -> (...,rank)
         return self.base(x) + F.linear(low, self.scale * self.lora_B.to(x.dtype))
