@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_kernels.py
 
 import copy
 import pickle
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -238,12 +239,13 @@ def test_a_packed_model_can_be_compiled(packing, folder):
 
 
 PRIVATE = """
-import sys, torch
+import ctypes, sys, torch
 sys.path[:0] = [{root!r}]
 import model as core
 core.rows_to_pack = lambda dtype: 1
 
 def private():
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back to the system
     fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
     return int(fields["Anonymous"].split()[0]) * 1024
 
@@ -264,6 +266,7 @@ print(inference, private() - before)
 
 @can_pack
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs malloc_trim")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_private_memory(tmp_path, dtype):
     """At most the weights and a tied head in inference, twice the weights in tuning, in bytes that the system counts,
@@ -278,6 +281,6 @@ def test_private_memory(tmp_path, dtype):
     code = PRIVATE.format(root=str(ROOT), folder=str(folder))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     inference, tuning = map(int, done.stdout.split())
-    buffers = 6 * 2**20  # of the operators themselves
+    buffers = 8 * 2**20  # of the operators themselves, and gaps in the heap
     assert 0.8 * whole < inference < whole + head + buffers
     assert inference < tuning < 2 * whole + buffers
