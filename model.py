@@ -740,8 +740,8 @@ class Packed:
 
 
 def identity(weight: Tensor) -> tuple:
-    """What tells that a weight was changed, moved or replaced."""
-    return weight.data_ptr(), weight.dtype, weight._version
+    """What tells that a weight was changed, moved or replaced; one made in inference mode counts no changes."""
+    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
 
 
 class FrozenProduct(torch.autograd.Function):

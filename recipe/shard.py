@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import runtime
-from model import Transformer, load_model, read_weights
+from model import Transformer, load_model, read_weights, unpack_weights
 from runtime import Runtime
 
 
@@ -22,6 +22,7 @@ def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transfo
     Weights are mapped from their files, then converted and cut block by block: no rank ever holds them all.
     """
     model = load_model(folder, routers=routers)
+    unpack_weights(model)  # a copy would be another whole weight, and of one that is gone after its block
     expected = {name: tuple(model.get_parameter(name).shape) for name in model.state_dict() if "router" not in name}
     small = {parameter for router in model.routers() for parameter in router.parameters()}
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))

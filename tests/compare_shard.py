@@ -18,7 +18,7 @@ import torch
 from compare_int8 import memory, most_private
 
 import runtime
-from model import load_model
+from model import load_model, unpack_weights
 from recipe.shard import load_shared
 from runtime import setting
 
@@ -40,15 +40,16 @@ def measured(make) -> tuple[torch.nn.Module, int, int]:
     return model, memory()["private"] - before, max(seen) - before
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     cfg = runtime.cli(Config)
     rt = runtime.setup("cpu", cfg.dtype)
     torch.set_num_threads(1)
     found = []
-    for name, make in (("whole", lambda: copy.deepcopy(load_model(cfg.model, dtype=rt.dtype))),
-                       ("shared", lambda: load_shared(cfg.model, rt))):
+    for name, make in (("shared", lambda: load_shared(cfg.model, rt)),
+                       ("whole", lambda: copy.deepcopy(load_model(cfg.model, dtype=rt.dtype)))):
         model, private, most = measured(make)
+        unpack_weights(model)  # the same products
         found.append(model(torch.arange(64)[None])[0])
         del model
         print(f"rank {rt.rank}, {name}: {private / 1e6:,.1f} MB private, {most / 1e6:,.1f} MB while loading", flush=True)
