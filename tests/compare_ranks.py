@@ -75,8 +75,11 @@ def tuned(cfg: train.TrainConfig, ranks: int, out: Path) -> tuple[torch.Tensor, 
         if children[-1] == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            runtime.run_main(lambda: take_steps(cfg, out))
-            sys.exit(0)
+            try:
+                runtime.run_main(lambda: take_steps(cfg, out))
+            except SystemExit as stop:
+                os._exit(stop.code)
+            os._exit(0)  # not through the caller, who would remove the folder
     if any([os.waitpid(child, 0)[1] for child in children]):
         raise ValueError(f"a run on {ranks} ranks failed: read what it printed")
     return torch.load(out)
