@@ -801,6 +801,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self._parameters["weight"], self.bias, self.scale, self.packed)
 
+    @property
+    def stored(self) -> torch.dtype:
+        """What the weight is kept in. To ask the weight itself would give a reordered copy back."""
+        return self._parameters["weight"].dtype
+
     def plain(self) -> None:
         """Forget copies, and hold the weight itself again."""
         if self.packed is not None:
@@ -1180,21 +1185,21 @@ class Block(nn.Module):
         Where that is cheaper everybody is computed: an MLP, then multiplied; with kv=all the scores, then picked from.
         """
         opened = gate.detach().bool().cpu()  # the host sync
-        costs = costs_of(h.device.type, self.attention.wq.weight.dtype)
+        costs = costs_of(h.device.type, self.attention.wq.stored)
         who = Selection.tokens(call, opened, h.dtype)
         n_run, n_all = who.n, opened.numel()
         if name == "mlp_router":
             if who.index is None or isinstance(self.feed_forward, Experts):
                 return who
-            product = 6 * self.feed_forward.w1.weight.numel()
-            if cheaper_whole(n_run, n_all, product, 2 * h.shape[-1], costs):
+            flops = 6 * h.shape[-1] * self.feed_forward.w1.out_features
+            if cheaper_whole(n_run, n_all, flops, 2 * h.shape[-1], costs):
                 return Selection(call, gate.detach().to(h.dtype)[..., None])
             return who
         if self.routing.kv == "routed":
             who.pack_tokens(opened)
             return who
         who.everything = h.flatten(0, 1)
-        scores = 2 * call.position.shape[1] * len(self.attention.wq.weight)  # of a query that sees half of all keys
+        scores = 2 * call.position.shape[1] * self.attention.wq.out_features  # of a query that sees half of all keys
         if call.fresh and cheaper_whole(n_run, n_all, scores, 0, costs):
             who.keep_columns()
         else:

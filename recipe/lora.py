@@ -54,14 +54,15 @@ class LoRA(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, device):
         super().__init__()
         self.base, self.scale, self.dropout = base, scale, nn.Dropout(dropout)
+        self.out_features = base.out_features
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device), requires_grad=False)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device), requires_grad=False)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as peft draws it
 
     @property
-    def weight(self) -> Tensor:
-        """The base's, for whoever asks what it is stored in."""
-        return self.base.weight
+    def stored(self) -> torch.dtype:
+        """What the base's weight is kept in."""
+        return self.base.stored
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (...,I) -> (...,rank)

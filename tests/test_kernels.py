@@ -200,6 +200,33 @@ def test_a_packed_model_computes_what_the_plain_one_does(packing, folder, granul
 
 
 @can_pack
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token", "both_token", "block_token"])
+def test_copies_are_made_once_and_kept_by_every_route(packing, folder, granularity, monkeypatch):
+    model, made, real = load_model(folder), [], Packed.of
+    kv = "all" if granularity in ("attn_token", "both_token") else "routed"
+    model.add_routers(RouterConfig.of(granularity, (1, 2, 3), kv=kv))
+    for router in model.routers():
+        torch.nn.init.normal_(router.weight)
+    model.requires_grad_(False)
+
+    def count(self, weight, transposed=False):
+        before = len(self.copies) if self.seen == core.identity(weight) else 0
+        copy = real(self, weight, transposed)
+        made.append(len(self.copies) > before)
+        return copy
+
+    monkeypatch.setattr(Packed, "of", count)
+    tokens = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        for route in ("off", "mask", "gather", "gather"):
+            made.clear()
+            cache = None if route == "mask" else KVCache(model, 3)
+            model(tokens, route=route, cache=cache)
+            model(tokens[:, :1], route=route, cache=cache)
+    assert len(made) > 20 and not any(made)
+
+
+@can_pack
 def test_rows_run_alone_as_in_a_batch(packing, folder):
     model = load_model(folder)
     model.add_routers(RouterConfig.of("attn_sequence", (1, 2)))
