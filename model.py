@@ -593,6 +593,8 @@ class Selection:
 #                         1.1; wk, wv 0.7 to 1.0: hence larger weights alone on one thread. On two 1.3 to 2.5 at 2 to 16
 #                         rows, 0.9 to 1.2 from 64 on, about 1 at 1 row. With AVX-512 (another EPYC, two threads) 2.4
 #                         at 512 rows, 3.7 for one row of the head
+#                         float32 w2 stays torch's own: oneDNN adds its 1,536 products in one chain, and the logits of
+#                         a massive activation were off by 4.0e-4 from float64 in place of 1.0e-4
 #   fused_linear          1.27 for a compiled decode step of 30 layers, batch 1; torch.mv in eager code 0.97: left out
 #   sdpa, lone query      1.04 at batch 8 over 256 slots, 1.08 over 1,024
 #   apply_rope            1.8 at 512 tokens
@@ -733,7 +735,8 @@ class Packed:
     def pays(self, weight: Tensor, rows: int) -> bool:
         """Whether a product of so many rows is to take a copy: on a CPU where that is faster, of a frozen weight."""
         small = PACKED_LEAST if torch.get_num_threads() > 1 else PACKED_LEAST_ALONE
-        if weight.requires_grad or weight.device.type != "cpu" or weight.numel() < small:
+        long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]  # see above
+        if weight.requires_grad or weight.device.type != "cpu" or weight.numel() < small or long_sums:
             return False
         least = rows_to_pack(weight.dtype)
         return least is not None and rows >= (1 if self.gone else least)

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ import train  # noqa: E402
 from data.records import Example  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from recipe.cost import pairs  # noqa: E402
+from runtime import setting  # noqa: E402
 
 NARROW = dict(dim=32, n_heads=2, n_kv_heads=1, head_dim=16, hidden_dim=48, vocab_size=512)
 
@@ -145,10 +146,15 @@ def show(rows: dict[str, dict]) -> dict:
     return total
 
 
+@dataclass
+class ProfileConfig(train.TrainConfig):
+    narrow: bool = setting(False, "count on a random model of the same depth, 32 wide")
+
+
 def main() -> None:
-    words = sys.argv[1:]
-    narrow = "--narrow" in words
-    cfg = runtime.cli(train.TrainConfig, [word for word in words if word != "--narrow"])
+    given = runtime.cli(ProfileConfig)
+    narrow = given.narrow
+    cfg = train.TrainConfig(**{name.name: getattr(given, name.name) for name in fields(train.TrainConfig)})
     meant = model.load_config(cfg.model)
     counter, config = Counter(), meant
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,9 @@ def names_of(script: Path) -> set[str]:
     for node in ast.parse(script.read_text()).body if kind else ():
         if isinstance(node, ast.ClassDef) and node.name == kind:
             fields = [part.target.id for part in node.body if isinstance(part, ast.AnnAssign)]
-            return {"help", *(name.rstrip("_") for name in fields)}
+            bases = [base.value.id for base in node.bases if isinstance(base, ast.Attribute)]  # settings of a script
+            inherited = [names_of(ROOT / f"{base}.py") for base in bases]
+            return {"help", *(name.rstrip("_") for name in fields)}.union(*inherited)
     return set()
 
 
