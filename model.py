@@ -1783,6 +1783,7 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], base_dtype: 
     return model.eval()
 
 
+@torch.inference_mode(False)  # its weights count their changes wherever it is called
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
                dtype: torch.dtype | None = None, base_dtype: str | None = None) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.

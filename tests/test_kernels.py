@@ -88,6 +88,21 @@ def test_a_changed_weight_is_packed_anew(packing, change):
 
 
 @can_pack
+def test_a_model_that_is_loaded_in_inference_mode_sees_changes_too(packing, folder):
+    tokens = torch.arange(8)[None]
+    with torch.inference_mode():
+        model = load_model(folder)
+        before = model(tokens)[0]
+        assert copies(model)
+    with torch.no_grad():
+        model.layers[0].feed_forward.w1.weight.mul_(2)
+    after = model(tokens)[0]
+    core.unpack_weights(model)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, model(tokens)[0], rtol=1e-4, atol=1e-4)
+
+
+@can_pack
 @pytest.mark.parametrize("asked", ["weight", "state_dict", "deepcopy", "to", "requires_grad", "load"])
 def test_a_weight_that_was_given_up_is_there_for_whoever_asks(packing, asked):
     """Its own memory is free while only its copy is needed; every public way to the values finds them."""
