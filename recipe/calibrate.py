@@ -12,6 +12,7 @@ from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 PASSES = 9  # routes that calibration runs to fill it
+NEVER = -1e30  # a logit below every other
 ANCHORS = (0.25, 0.5, 0.75)  # budgets at which it compares the routers with the static lists
 
 
@@ -28,8 +29,8 @@ def settle(
     for _ in range(rounds):
         z = route_logits(work)
         above = z - torch.tensor(base)[:, None]  # (R,N)
-        above = above.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # a first token at an infinite cut
-        above = above.masked_fill(z == -math.inf, -math.inf)
+        # at an infinite cut a first token still runs, and what never runs still counts, unless nothing assigned it
+        above = above.nan_to_num(nan=math.inf, posinf=math.inf, neginf=NEVER).masked_fill(z == -math.inf, -math.inf)
         found = quantile_cut(above, budget, weights)
         move = found if move is None else memory * move + (1 - memory) * found
         set_cuts(work.model, [cut + move for cut in base])

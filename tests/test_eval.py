@@ -258,7 +258,7 @@ class Bigram:
 
     def __init__(self, table: torch.Tensor):
         self.table, self.config, self.routing = table, SimpleNamespace(n_layers=1, n_kv_heads=1, head_dim=1), None
-        self.tok_embeddings = SimpleNamespace(weight=table)
+        self.tok_embeddings, self.dtype = SimpleNamespace(weight=table), table.dtype
 
     def hidden(self, tokens, *, lengths=None, cache=None, **_):
         cache.lengths = [a + b for a, b in zip(cache.lengths, lengths)]
