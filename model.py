@@ -65,7 +65,7 @@ INT8_BLOCK = 2**18  # weights turned back from int8 at once on the CPU, 1 MiB in
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
-PACKED_FOR_ROWS = 512  # rows that oneDNN orders a weight for; its order for 1 is slower at every number of rows
+PACKED_FOR_ROWS = 512  # rows that oneDNN orders a weight for; its order for 1 is slower at most of them
 PACKED_LEAST, PACKED_LEAST_ALONE = 2**18, 2**19  # entries of the smallest weight that is packed; alone: one thread
 
 
