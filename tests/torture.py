@@ -87,6 +87,7 @@ def child(words: list[str], sink: int, env: dict[str, str], limit: int | None, u
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # a pipe, whatever it was
         os.environ.update(env)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
