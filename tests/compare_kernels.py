@@ -14,7 +14,7 @@ itself it is about 1. The last line is JSON.
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,44 +93,48 @@ def weights_of(cfg: KernelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def mapped(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in memory that is not torch's own, as if mapped from disk: it is not given up for its copy."""
+    return torch.frombuffer(bytearray(weight.view(torch.uint8).numpy().tobytes()), dtype=weight.dtype).view_as(weight)
+
+
+def frozen(cfg: KernelConfig, dtype: torch.dtype, least: int = 1) -> Iterator[tuple]:
+    """Name, rows (from `least` on), frozen weights (O,I), and for each what may hold its copies."""
+    for name, (out, width) in weights_of(cfg).items():
+        n = 1 if name == "head" else cfg.copies
+        weights = [mapped(torch.randn(out, width).mul_(width**-0.5).to(dtype)) for _ in range(n)]
+        packs = [core.Packed() for _ in weights]
+        for rows in cfg.rows:
+            if rows >= least and (name != "head" or rows <= 512):
+                yield f"{name} {width} -> {out}, {rows} rows", rows, weights, packs
+
+
 @torch.inference_mode()
 def products(report: Report, dtype: torch.dtype) -> None:
     """Rows times frozen weights."""
-    for name, (out, width) in weights_of(report.cfg).items():
-        n = 1 if name == "head" else report.cfg.copies
-        weights = [torch.randn(out, width).mul_(width**-0.5).to(dtype) for _ in range(n)]
-        packs = [core.Packed() for _ in weights]
-        for rows in report.cfg.rows:
-            if name == "head" and rows > 512:
-                continue
-            x = torch.randn(rows, width).to(dtype)
+    for what, rows, weights, packs in frozen(report.cfg, dtype):
+        x = torch.randn(rows, weights[0].shape[1]).to(dtype)
 
-            def all_of(copies: list) -> None:
-                for weight, copy in zip(weights, copies):
-                    core.linear(x, weight, None, copy)
+        def all_of(copies: list) -> None:
+            for weight, copy in zip(weights, copies):
+                core.product(x, weight, packed=copy)
 
-            work = 2 * rows * out * width * n
-            what = f"{name} {width} -> {out}, {rows} rows"
-            report.add(what, work, partial(all_of, [None] * n), partial(all_of, packs))
+        work = 2 * rows * sum(weight.numel() for weight in weights)
+        report.add(what, work, partial(all_of, [None] * len(weights)), partial(all_of, packs))
 
 
 def backward(report: Report, dtype: torch.dtype) -> None:
     """Gradients of the rows that were multiplied by frozen weights, the product itself included."""
-    for name, (out, width) in weights_of(report.cfg).items():
-        n = 1 if name == "head" else report.cfg.copies
-        weights = [torch.randn(out, width).mul_(width**-0.5).to(dtype) for _ in range(n)]
-        packs = [core.Packed() for _ in weights]
-        for rows in report.cfg.rows:
-            if rows < 64 or (name == "head" and rows > 512):
-                continue
-            x, grad = torch.randn(rows, width).to(dtype).requires_grad_(), torch.randn(rows, out).to(dtype)
+    for what, rows, weights, packs in frozen(report.cfg, dtype, least=64):
+        out, width = weights[0].shape
+        x, grad = torch.randn(rows, width).to(dtype).requires_grad_(), torch.randn(rows, out).to(dtype)
 
-            def all_of(copies: list) -> None:
-                for weight, copy in zip(weights, copies):
-                    torch.autograd.grad(core.linear(x, weight, None, copy), x, grad)
+        def all_of(copies: list) -> None:
+            for weight, copy in zip(weights, copies):
+                torch.autograd.grad(core.product(x, weight, packed=copy), x, grad)
 
-            what = f"{name} {width} -> {out}, {rows} rows, and gradient"
-            report.add(what, 4 * rows * out * width * n, partial(all_of, [None] * n), partial(all_of, packs))
+        work = 4 * rows * sum(weight.numel() for weight in weights)
+        report.add(f"{what}, and gradient", work, partial(all_of, [None] * len(weights)), partial(all_of, packs))
 
 
 def blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
