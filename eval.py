@@ -449,10 +449,8 @@ def cache_bytes(run: Scorer, length: int, executed: list[int]) -> int:
 def forced(run: Scorer, rows: Sequence[Row], starts: Sequence[int], width: int) -> Tensor | None:
     """Gates of the control, (R,B) or (R,B,T), for `width` columns of rows that begin at `starts`; None without one, and
     where a decision for whole sequences was made with the context."""
-    if run.control is None or (run.sequence and max(starts) > 0):
-        return None
-    gates = [run.control.gates((run.task, row.item), start, start + width) for row, start in zip(rows, starts)]
-    return torch.stack(gates, dim=1).to(run.device)
+    gates = None if run.control is None else run.control.batch([(run.task, row.item) for row in rows], starts, width)
+    return None if gates is None else gates.to(run.device)
 
 
 def read_contexts(run: Scorer, contexts: Sequence[Row], width: int, prefix: Contexts | None = None) -> Contexts:

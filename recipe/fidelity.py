@@ -11,7 +11,7 @@ Then each variant answers the prompts itself: how many tokens it agrees with the
 Legend: n tokens of an answer, B rows, T tokens, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,10 +45,8 @@ class Variant:
 
     def gates(self, items: Sequence[int], starts: Sequence[int], width: int) -> Tensor | None:
         """Forced gates, (R,B) or (R,B,T), of `width` tokens of these items from `starts` on; None: the routers' own."""
-        if self.control is None or (self.control.whole and max(starts) > 0):
-            return None
-        each = [self.control.gates((TASK, item), start, start + width) for item, start in zip(items, starts)]
-        return torch.stack(each, dim=1).to(self.model.tok_embeddings.weight.device)
+        gates = None if self.control is None else self.control.batch([(TASK, item) for item in items], starts, width)
+        return None if gates is None else gates.to(self.model.tok_embeddings.weight.device)
 
     def states(self, batch: Batch, items: Sequence[int]) -> Tensor:
         """Final states (n,D) that predict the answers of a batch."""
@@ -112,8 +110,8 @@ def token_measures(p: Tensor, q: Tensor) -> Tensor:
 @torch.no_grad()
 def read(dense: Variant, others: Sequence[Variant], examples: Sequence[Example], rt: Runtime) -> list[list[Tensor]]:
     """MEASURES (3,n) of each example under each of the others, beside the dense model."""
-    parts = []
-    for number, items in track(mine(batches([len(example.tokens) for example in examples]), rt), "reading answers"):
+
+    def read_batch(items: list[int]) -> list[list[Tensor]]:
         batch = collate([examples[item] for item in items], rt.device)
         base, seen = dense.states(batch, items), [other.states(batch, items) for other in others]
         found = []
@@ -121,15 +119,18 @@ def read(dense: Variant, others: Sequence[Variant], examples: Sequence[Example],
             p = dense.model.head(base[part])
             found.append(torch.stack([token_measures(p, own.model.head(h[part])) for own, h in zip(others, seen)]))
         sizes = [len(examples[item].targets) for item in items]
-        parts.append((number, list(zip(items, torch.cat(found, dim=2).cpu().split(sizes, dim=2)))))
-    read = dict(pair for pairs in collect(parts, rt) for pair in pairs)
-    return [list(read[item]) for item in range(len(examples))]
+        return list(map(list, torch.cat(found, dim=2).cpu().split(sizes, dim=2)))
+
+    return by_item([len(example.tokens) for example in examples], read_batch, rt, "reading answers")
 
 
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of items in groups of similar length, the same on every rank."""
+def by_item(lengths: Sequence[int], compute: Callable[[list[int]], list], rt: Runtime, what: str) -> list:
+    """What `compute` says of each item: it gets the numbers of items of similar length, on the ranks in turn."""
     order = sorted(range(len(lengths)), key=lambda item: -lengths[item])
-    return [order[a : a + EVAL_BATCH] for a in range(0, len(order), EVAL_BATCH)]
+    groups = [order[a : a + EVAL_BATCH] for a in range(0, len(order), EVAL_BATCH)]
+    parts = [(number, list(zip(items, compute(items)))) for number, items in track(mine(groups, rt), what)]
+    found = dict(pair for pairs in collect(parts, rt) for pair in pairs)
+    return [found[item] for item in range(len(lengths))]
 
 
 # -----------------------------------------------------------------------------
@@ -139,11 +140,11 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
 @torch.inference_mode()
 def answer(variant: Variant, prompts: Sequence[list[int]], stop: Sequence[int], rt: Runtime) -> list[list[int]]:
     """Greedy answers to the prompts, each to a stop token, which it includes, or to ANSWER_TOKENS."""
-    parts = []
-    for number, items in track(mine(batches(list(map(len, prompts))), rt), f"{variant.name} answers"):
-        parts.append((number, list(zip(items, answer_batch(variant, [prompts[item] for item in items], items, stop)))))
-    answers = dict(pair for pairs in collect(parts, rt) for pair in pairs)
-    return [answers[item] for item in range(len(prompts))]
+
+    def answer_items(items: list[int]) -> list[list[int]]:
+        return answer_batch(variant, [prompts[item] for item in items], items, stop)
+
+    return by_item(list(map(len, prompts)), answer_items, rt, f"{variant.name} answers")
 
 
 def answer_batch(variant: Variant, prompts: list[list[int]], items: list[int], stop: Sequence[int]) -> list[list[int]]:

@@ -11,7 +11,8 @@ import torch.nn as nn
 
 import runtime
 from model import ModelConfig, Transformer, load_routers
-from router import mean_order, skipped_places
+from recipe.forced import mean_list
+from router import skipped_places
 
 ENDS = {"attn": "attention.wo", "mlp": "feed_forward.w2"}  # what a sublayer ends with
 Skipped = set[tuple[int, str]]  # layer, and attn or mlp
@@ -36,7 +37,7 @@ def by_routers(text: str, model: Transformer, routers: str, budget: float | None
     routing, weights = model.routing, model.place_weights()
     if text.startswith("mean:"):
         shares = mean_shares(text.removeprefix("mean:"), len(weights))
-        order, realised = mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
+        order, realised = mean_list(shares, weights)
         budget = realised if budget is None else budget
     elif text in orders and budget is not None and 0 <= budget <= 1:
         order = [routing.names.index(name) for name in orders[text]]

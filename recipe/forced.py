@@ -40,6 +40,13 @@ class Control:
         route = random_route(self.weights, self.budget, rng, stop if self.per_token else None)
         return route[:, start:] if self.per_token else route
 
+    def batch(self, owners: Sequence[tuple[str, int]], starts: Sequence[int], width: int) -> Tensor | None:
+        """Gates (R,B) or (R,B,T) of `width` columns of items that begin at `starts`; None where a decision for whole
+        sequences was made with what stands before them."""
+        if self.whole and max(starts) > 0:
+            return None
+        return torch.stack([self.gates(own, start, start + width) for own, start in zip(owners, starts)], dim=1)
+
 
 def make_control(
     text: str, model: Transformer, budget: float | None, orders: dict[str, list[str]], tasks: Sequence[str]
@@ -93,5 +100,10 @@ def mean_lists(text: str, path: str, weights: Tensor, tasks: Sequence[str]) -> d
             )
         if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares):
             raise ValueError(f"--control={text}: {task} has the shares {shares} there; expected numbers from 0 to 1")
-        lists[task] = mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
+        lists[task] = mean_list(shares, weights)
     return lists
+
+
+def mean_list(shares: list[float], weights: Tensor) -> tuple[list[int], float]:
+    """The mean route of these shares (R) as an order, and its capacity."""
+    return mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
