@@ -917,6 +917,21 @@ def check_settings(cfg: EvalConfig) -> None:
                          "it: leave these away")
     if cfg.route == "off" and cfg.control != "none":
         raise ValueError(f"--control={cfg.control} forces routes and --route=off has none; leave --route away")
+    check_row_settings(cfg)
+    if not cfg.fewshot_as_multiturn and not cfg.apply_chat_template:
+        raise ValueError("--fewshot_as_multiturn=false says how shots stand in a chat; give --apply_chat_template too")
+    rows = cfg.perplexity is not None or cfg.fidelity is not None
+    if cfg.chat is not None and not cfg.apply_chat_template and not rows:
+        raise ValueError(f"--chat={cfg.chat} names a chat form, and prompts are plain; give --apply_chat_template too")
+    lowest = {"fewshot": 0, "limit": 1, "max_length": 2, "max_batch_tokens": 1, "threads": 1, "calibrate": 1}
+    for name, low in lowest.items():
+        if getattr(cfg, name) is not None and getattr(cfg, name) < low:
+            raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
+    check_writable(cfg)
+
+
+def check_row_settings(cfg: EvalConfig) -> None:
+    """The same of --perplexity and --fidelity."""
     for name in ("rolling", "perplexity_split"):
         if getattr(cfg, name) and cfg.perplexity is None:
             raise ValueError(f"--{name} says how --perplexity is read, and there is none; give --perplexity=FILE")
@@ -930,15 +945,10 @@ def check_settings(cfg: EvalConfig) -> None:
             f"--fidelity={cfg.fidelity} compares routed answers with dense ones, with --routers={cfg.routers} and "
             f"--route={cfg.route}; give --routers, and no --route"
         )
-    if not cfg.fewshot_as_multiturn and not cfg.apply_chat_template:
-        raise ValueError("--fewshot_as_multiturn=false says how shots stand in a chat; give --apply_chat_template too")
-    rows = cfg.perplexity is not None or cfg.fidelity is not None
-    if cfg.chat is not None and not cfg.apply_chat_template and not rows:
-        raise ValueError(f"--chat={cfg.chat} names a chat form, and prompts are plain; give --apply_chat_template too")
-    lowest = {"fewshot": 0, "limit": 1, "max_length": 2, "max_batch_tokens": 1, "threads": 1, "calibrate": 1}
-    for name, low in lowest.items():
-        if getattr(cfg, name) is not None and getattr(cfg, name) < low:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}; expected {low} or more")
+
+
+def check_writable(cfg: EvalConfig) -> None:
+    """Refuse --out and --samples where no file can be written."""
     for path in [Path(path).resolve() for path in (cfg.out, cfg.samples) if path]:
         folder = next(parent for parent in path.parents if parent.exists())
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -636,11 +636,11 @@ def cheaper_whole(n_run: int, n_all: int, flops: float, moved: float, costs: Cos
     flops: of a token; moved: numbers copied to pick a token and to put it back.
     """
 
-    def product(rows: int) -> float:
+    def seconds(rows: int) -> float:
         return math.ceil(rows / costs.tile) * costs.tile * flops * costs.flop
 
     picking = PICKS * costs.call + n_run * moved * costs.move
-    return n_run > 0 and product(n_all) <= product(n_run) + picking
+    return n_run > 0 and seconds(n_all) <= seconds(n_run) + picking
 
 
 def lone_queries(q: Tensor, k: Tensor, v: Tensor, rows: list[int], used: list[int]) -> Tensor:
@@ -735,16 +735,18 @@ class Packed:
     def pays(self, weight: Tensor, rows: int) -> bool:
         """Whether a product of so many rows is to take a copy: on a CPU where that is faster, of a frozen weight."""
         small = PACKED_LEAST if torch.get_num_threads() > 1 else PACKED_LEAST_ALONE
+        if weight.requires_grad or weight.is_inference():  # which counts no changes
+            return False
         long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]  # see above
-        if weight.requires_grad or weight.device.type != "cpu" or weight.numel() < small or long_sums:
+        if weight.device.type != "cpu" or weight.numel() < small or long_sums:
             return False
         least = rows_to_pack(weight.dtype)
         return least is not None and rows >= (1 if self.gone else least)
 
 
 def identity(weight: Tensor) -> tuple:
-    """What tells that a weight was changed, moved or replaced; one made in inference mode counts no changes."""
-    return weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
+    """What tells that a weight was changed, moved or replaced."""
+    return weight.data_ptr(), weight.dtype, weight._version
 
 
 class FrozenProduct(torch.autograd.Function):

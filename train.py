@@ -62,14 +62,14 @@ from recipe.passes import (
     EVAL_BATCH, Batch, Workload, collate, dense_states, evaluate, head_gradient, n_units, prompts_of, real_logits,
     states, under_budget,
 )
-from recipe.shard import average, even, everything, load_shared, shares
 from recipe.report import compare, show, show_step, verdict
+from recipe.shard import average, even, everything, load_shared, shares
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
     EXPERT_GRANULARITIES, GRANULARITIES, RouterConfig, RouterMeta, check_fingerprint, cuts_for, deep_layers,
-    load_router_weights,
-    official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts, threshold_of, trainable,
+    load_router_weights, official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts,
+    threshold_of, trainable,
 )
 from runtime import Runtime, collect, generator, mine, permutation, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
@@ -895,7 +895,7 @@ def finish_lora(job: Job, work: Workload, state: State) -> dict:
         "heldout_tokens": with_lora["tokens"],
         "train": cfg.train,
         "steps": state.step,
-        **costs_of(state),
+        **training_costs(state),
         "peak_memory_bytes": runtime.peak_memory_bytes(job.rt.device),
         "device": runtime.device_name(job.rt.device),
         "kernels": kernels(model),
@@ -910,7 +910,7 @@ def finish_lora(job: Job, work: Workload, state: State) -> dict:
     return summary
 
 
-def costs_of(state: State) -> dict:
+def training_costs(state: State) -> dict:
     """What training took, for a summary."""
     return {
         "trainable_parameters": state.trainable,
@@ -961,7 +961,7 @@ def summarise(cfg: TrainConfig, held: Workload, state: State, rows: list[dict]) 
         "bad_steps": state.bad_steps,
         "last_bad_step": state.last_bad or None,
         "train": cfg.train,
-        **costs_of(state),
+        **training_costs(state),
         **{name: value for name, value in own.items() if name.startswith("prefill")},
         "peak_memory_bytes": runtime.peak_memory_bytes(device),
         "device": runtime.device_name(device),

@@ -95,7 +95,9 @@ def weights_of(cfg: KernelConfig) -> dict[str, tuple[int, int]]:
 
 def mapped(weight: torch.Tensor) -> torch.Tensor:
     """The weight in memory that is not torch's own, as if mapped from disk: it is not given up for its copy."""
-    return torch.frombuffer(bytearray(weight.view(torch.uint8).numpy().tobytes()), dtype=weight.dtype).view_as(weight)
+    with torch.inference_mode(False):  # or it would have no copy
+        data = bytearray(weight.view(torch.uint8).numpy().tobytes())
+        return torch.frombuffer(data, dtype=weight.dtype).view_as(weight)
 
 
 def frozen(cfg: KernelConfig, dtype: torch.dtype, least: int = 1) -> Iterator[tuple]:
