@@ -591,8 +591,8 @@ class Selection:
 #   SwiGLU, in place      1.08 at 512 tokens
 #   Packed                head 2.0 to 2.7 at 2 to 16 rows, 1.7 at 64, 1.3 at 512; w1, w3 1.1 to 1.4; w2, wq, wo 0.8 to
 #                         1.1; wk, wv 0.7 to 1.0: hence larger weights alone on one thread. On two 1.3 to 2.5 at 2 to 16
-#                         rows, 0.9 to 1.2 from 64 on, about 1 at 1 row. With AVX-512 (another EPYC, two threads) 2.4
-#                         at 512 rows, 3.7 for one row of the head
+#                         rows, 0.9 to 1.2 from 64 on; at 1 row head 1.7, w1, w3 1.5, wq, wo 1.2. With
+#                         AVX-512 (another EPYC, two threads) 2.4 at 512 rows, 3.7 for one row of the head
 #                         float32 w2 stays torch's own: oneDNN adds its 1,536 products in one chain, and the logits of
 #                         a massive activation were off by 4.0e-4 from float64 in place of 1.0e-4
 #   fused_linear          1.27 for a compiled decode step of 30 layers, batch 1; torch.mv in eager code 0.97: left out
@@ -682,7 +682,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 @cache
-def rows_to_pack(dtype: torch.dtype) -> int | None:
+def rows_to_pack(dtype: torch.dtype, threads: int) -> int | None:
     """Fewest rows from which a weight reordered for oneDNN pays on this CPU; None: never, or torch cannot do it."""
     has = torch.cpu.get_capabilities()
     operators = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -691,7 +691,7 @@ def rows_to_pack(dtype: torch.dtype) -> int | None:
     if dtype == torch.bfloat16:  # torch's own product calls oneDNN as well, and reorders the weight in every call
         return 1 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     if dtype == torch.float32 and "AMD" in has.get("cpu_name", ""):  # torch's own is MKL, which is made for Intel
-        return 1 if has.get("avx512_f") else 2
+        return 1 if has.get("avx512_f") or threads > 1 else 2  # and gives one row to one thread
     return None
 
 
@@ -734,13 +734,14 @@ class Packed:
 
     def pays(self, weight: Tensor, rows: int) -> bool:
         """Whether a product of so many rows is to take a copy: on a CPU where that is faster, of a frozen weight."""
-        small = PACKED_LEAST if torch.get_num_threads() > 1 else PACKED_LEAST_ALONE
+        threads = torch.get_num_threads()
+        small = PACKED_LEAST if threads > 1 else PACKED_LEAST_ALONE
         if weight.requires_grad or weight.is_inference():  # which counts no changes
             return False
         long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]  # see above
         if weight.device.type != "cpu" or weight.numel() < small or long_sums:
             return False
-        least = rows_to_pack(weight.dtype)
+        least = rows_to_pack(weight.dtype, threads)
         return least is not None and rows >= (1 if self.gone else least)
 
 

@@ -33,7 +33,7 @@ def packing(monkeypatch):
     """Every frozen float32 weight is packed, for any number of rows."""
     monkeypatch.setattr(core, "PACKED_LEAST", 1)
     monkeypatch.setattr(core, "PACKED_LEAST_ALONE", 1)
-    monkeypatch.setattr(core, "rows_to_pack", lambda dtype: 1 if dtype == torch.float32 else None)
+    monkeypatch.setattr(core, "rows_to_pack", lambda dtype, threads: 1 if dtype == torch.float32 else None)
 
 
 def frozen_linear(width: int = 24, out: int = 40, bias: bool = True) -> Linear:
@@ -284,7 +284,7 @@ PRIVATE = """
 import ctypes, sys, torch
 sys.path[:0] = [{root!r}]
 import model as core
-core.rows_to_pack = lambda dtype: 1
+core.rows_to_pack = lambda dtype, threads: 1
 
 def private():
     ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back to the system
