@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as model_module  # noqa: E402
 import runtime  # noqa: E402
-from bench import Point, random_model, run_decode, run_prefill  # noqa: E402
+from bench import Point, itemsize_of, random_model, run_decode, run_prefill  # noqa: E402
 from model import KVCache, load_model  # noqa: E402
 from recipe.cost import decode_ceiling, prefill_ceiling  # noqa: E402
 from router import RouterConfig, deep_layers, random_route  # noqa: E402
@@ -166,9 +166,8 @@ class Grid:
         seconds = (clock() - begin) / steps
         if variant is None:
             return seconds, 1.0
-        itemsize = model.tok_embeddings.weight.element_size()
         return seconds, decode_ceiling(
-            model.config, model.routing, itemsize, point.context, context, sample.steps
+            model.config, model.routing, itemsize_of(model), point.context, context, sample.steps
         )
 
     def measure(self, turn: int, point: Point, variants: tuple[Variant, ...]) -> None:
