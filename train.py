@@ -398,7 +398,7 @@ def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
     state.optimizer_bytes = sum(map(size_of, optimizers))
     student = Student(job.model, work.first_layer, job.cfg.checkpoint_activations)
     if dist.is_initialized() and not job.shared:  # every rank read the same files: nothing but gradients is sent
-        student = DistributedDataParallel(student, broadcast_buffers=False, init_sync=False)
+        student = DistributedDataParallel(student, forward_sync_buffers=False, init_sync=False)
     select = work.of(job.data.select)
     return Run(
         **vars(job),
