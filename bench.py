@@ -23,9 +23,11 @@ import torch
 
 import runtime
 from model import (
-    KVCache, ModelConfig, Transformer, compile_model, decode, fill, kernels, load_model, load_routers, routing_of,
+    KVCache, ModelConfig, Transformer, compile_model, decode, fill, kernels, load_routers, routing_of,
 )
+from recipe.base import load_base
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
+from recipe.int8 import rounded
 from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, random_route, set_cuts
 from runtime import setting
 
@@ -345,16 +347,16 @@ def random_model(name: str, layers: int, seed: int, rt: runtime.Runtime, base_dt
         raise ValueError(f"shape_layers is {layers}, expected 1 to the {config.n_layers} layers of {name}")
     with torch.device("meta"):
         model = Transformer(replace(config, n_layers=layers, tie_embeddings=True))
-    rng = torch.Generator(rt.device).manual_seed(seed)
+    rng, empty = torch.Generator(rt.device).manual_seed(seed), model.state_dict()
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for key, tensor in model.state_dict().items():
+        for key, tensor in empty.items():
             values = torch.ones(tensor.shape, dtype=rt.dtype, device=rt.device)
             if tensor.dim() > 1:  # a norm's weights stay 1
                 values.normal_(std=config.dim**-0.5, generator=rng)
             yield key, values
 
-    return fill(model, weights(), base_dtype).to(rt.device)
+    return fill(model, rounded(model, weights(), rt.dtype) if base_dtype else weights()).to(rt.device)
 
 
 def check(config: BenchConfig) -> None:
@@ -383,7 +385,7 @@ def subject_of(config: BenchConfig, rt: runtime.Runtime) -> Subject:
     if config.shape is not None:
         model = random_model(config.shape, config.shape_layers, config.seed, rt, config.base_dtype)
     else:
-        model = load_model(config.model, device=rt.device, dtype=rt.dtype, base_dtype=config.base_dtype)
+        model = load_base(config.model, rt, base_dtype=config.base_dtype)
     n_layers, calibration = model.config.n_layers, None
     longest = max((*config.prefill, *(context + config.steps for context in config.decode)))
     if longest > model.config.max_seq_len:

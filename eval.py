@@ -60,14 +60,15 @@ from data.tasks import (
     read_questions,
     tasks_named,
 )
-from model import KVCache, Transformer, decode, load_model, load_routers, pad
-from recipe.adapter import lacks_adapter, load_adapter
+from model import KVCache, Transformer, decode, load_routers, pad
+from recipe.adapter import lacks_adapter
+from recipe.base import load_base
 from recipe.calibrate import settle
 from recipe.cost import kv_bytes
 from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
 from recipe.forced import Control, make_control
 from recipe.passes import Workload, finite
-from recipe.shard import everything, load_shared, shares
+from recipe.shard import everything
 from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
 from router import read_router_file, set_cuts
 from runtime import Progress, collect, setting
@@ -980,13 +981,8 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     tasks = tasks_named(cfg.tasks, cfg.custom)
     shots = {task.name: task.shots if cfg.fewshot is None else cfg.fewshot for task in tasks}
     paths = locate(tasks, Path(cfg.data), shots)
-    if shares(cfg.shard, rt):
-        model = load_shared(cfg.model, rt)
-    else:
-        model = load_model(cfg.model, device=rt.device, dtype=rt.dtype, base_dtype=cfg.base_dtype)
+    model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, shard=cfg.shard, adapter=cfg.adapter)
     tok = load_tokenizer(cfg.model)
-    if cfg.adapter is not None:
-        load_adapter(model, cfg.adapter)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
     meta = load_routers(model, cfg.routers, budget) if cfg.routers else None
     if meta is not None and lacks_adapter(model, meta):

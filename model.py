@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -55,13 +55,12 @@ ROPE_TYPES = {  # kinds of scaling, and the keys that each cannot do without
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-DTYPES = {  # by safetensors' names
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
+DTYPES = {  # of weights, by safetensors' names
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
 }
-INT8_BLOCK = 2**18  # weights turned back from int8 at once on the CPU, 1 MiB in fp32; elsewhere 64 times that
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
@@ -769,17 +768,13 @@ def packed_product(x: Tensor, copy: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None,
-            packed: Packed | None = None) -> Tensor:
-    """Every product of the model: x (...,I) -> (...,O), with a weight (O,I) in int8 where there is a scale (O,).
-
-    packed: where copies of a frozen weight may be kept.
-    """
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+    """Every product of the model: x (...,I) -> (...,O) with a weight (O,I). packed: where copies of it may be kept."""
     compiling = torch.compiler.is_compiling()
     if packed is not None and compiling and packed.gone:
         raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; expected plain "
                          "weights: call unpack_weights(model) before compiling")
-    if packed is not None and scale is None and not compiling:
+    if packed is not None and not compiling:
         trains = bias is not None and bias.requires_grad
         if not trains and packed.pays(weight, x.numel() // x.shape[-1]):
             if torch.is_grad_enabled() and x.requires_grad:
@@ -787,12 +782,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor
             return packed_product(x, packed.of(weight), bias)
         if packed.gone or weight.requires_grad:
             packed.give_back(weight)
-    if scale is None:
-        return (fused_linear if compiling else F.linear)(x, weight, bias)
-    if compiling:  # turned back where it is used, by the compiler
-        return fused_linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
-    y = Int8Product.apply(x, weight, scale)
-    return y if bias is None else y + bias
+    return (fused_linear if compiling else F.linear)(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -800,12 +790,8 @@ class Linear(nn.Linear):
 
     packed: Packed | None = None  # pack_weights gives it one
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False):
-        super().__init__(inputs, outputs, bias)
-        self.register_buffer("scale", None)  # (O,), with a weight in int8
-
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self._parameters["weight"], self.bias, self.scale, self.packed)
+        return product(x, self._parameters["weight"], self.bias, self.packed)
 
     @property
     def stored(self) -> torch.dtype:
@@ -845,15 +831,14 @@ def pack_weights(model: "Transformer") -> None:
     Private memory is then at most that of the weights and a tied head in inference, twice the weights in tuning, beside
     pages mapped from disk. What trains, and other devices, go on as they were.
     """
-    model.packed_head = Packed(only=False)  # tied, it is the table of embeddings as well
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.packed = Packed()
+        if isinstance(module, (Linear, Embedding)):
+            module.packed = Packed(only=isinstance(module, Linear))  # embeddings are looked up as well
 
 
 def kernels(model: "Transformer") -> dict[str, str]:
     """What this model's calls ran on so far, by what is computed: for reports."""
-    packs = [module.packed for module in model.modules() if isinstance(module, Linear)] + [model.packed_head]
+    packs = [module.packed for module in model.modules() if isinstance(module, (Linear, Embedding))]
     packed = sum(bool(each and each.copies) for each in packs)
     products = f"oneDNN with reordered weights ({packed} of {len(packs)})" if packed else "torch's own"
     return {"products": products, "attention": "scaled_dot_product_attention"}
@@ -861,21 +846,21 @@ def kernels(model: "Transformer") -> dict[str, str]:
 
 def unpack_weights(model: "Transformer") -> None:
     """Take the copies away for good: what compiled code needs."""
-    model.packed_head = None
     for module in model.modules():
         if isinstance(module, Linear):
             module.plain()
+        if isinstance(module, (Linear, Embedding)):
             module.packed = None
 
 
 class Embedding(nn.Embedding):
-    def __init__(self, vocab_size: int, dim: int, weight: Tensor):
-        super().__init__(vocab_size, dim, _weight=weight)
-        self.register_buffer("scale", None)  # (V,), with a weight in int8
+    """The table of embeddings, and the head where that is tied to it."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = super().forward(tokens)
-        return rows if self.scale is None else rows * self.scale[tokens][..., None]
+    packed: Packed | None = None  # pack_weights gives it one
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Products (...,V) of states (...,D) with every embedding."""
+        return product(h, self.weight, None, self.packed)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -890,62 +875,6 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * b, a), grad * F.silu(a)
-
-
-# -----------------------------------------------------------------------------
-# Weights in int8: per row symmetric, the largest absolute value at 127. Products are those of the model's own dtype
-
-
-def quantise(weight: Tensor, what: str = "the weight") -> tuple[Tensor, Tensor]:
-    """A weight (O,I) as int8 and its scale (O,) fp32: no element is off by more than scale / 2 = row's maximum / 254.
-
-    Raises ValueError for a row that holds NaN or infinity; `what` names the weight.
-    """
-    table = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(len(weight), device=weight.device)
-    rows = int8_rows(weight)
-    wide = torch.empty(min(rows, len(weight)), weight.shape[1], device=weight.device)  # one for all: heaps fragment
-    for part, rounded, own in zip(weight.split(rows), table.split(rows), scale.split(rows)):
-        whole = wide[: len(part)]
-        torch.amax(whole.copy_(part).abs_(), dim=1, out=own)
-        own.div_(127).clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has one too
-        rounded.copy_(whole.copy_(part).div_(own[:, None]).round_())
-    if not torch.isfinite(scale).all():
-        row = (~torch.isfinite(scale)).nonzero()[0].item()
-        raise ValueError(f"{what}, row {row}, holds NaN or infinity; expected finite numbers for int8: convert the "
-                         "model again, or load it without base_dtype")
-    return table, scale
-
-
-def int8_rows(weight: Tensor) -> int:
-    """How many rows (at least 1) are in floating point at once."""
-    return max(1, INT8_BLOCK * (1 if weight.device.type == "cpu" else 64) // weight.shape[1])
-
-
-class Int8Product(torch.autograd.Function):
-    """x (...,I) with a weight (O,I) in int8 and its scale (O,). What is kept for the backward pass is no copy of it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and len(rows) <= 8 and width % 64 == 0:
-            y = torch._weight_int8pack_mm(rows.contiguous(), weight, torch.ones_like(scale, dtype=x.dtype))
-            return y.mul_(scale).view(*x.shape[:-1], len(weight))
-        parts = zip(weight.split(int8_rows(weight)), scale.split(int8_rows(weight)))
-        if x.dtype == torch.float16:  # a sum of unscaled ones can be beyond it
-            y = [F.linear(x, part.to(x.dtype).mul_(own[:, None])) for part, own in parts]
-        else:
-            y = [F.linear(x, part.to(x.dtype)).mul_(own) for part, own in parts]
-        return y[0] if len(y) == 1 else torch.cat(y, dim=-1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight, scale = ctx.saved_tensors
-        rows, total = int8_rows(weight), grad.new_zeros(*grad.shape[:-1], weight.shape[1])
-        for part, own, above in zip(weight.split(rows), scale.split(rows), grad.split(rows, dim=-1)):
-            total += (above * own).to(grad.dtype) @ part.to(grad.dtype)
-        return total, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -1271,11 +1200,10 @@ class Transformer(nn.Module):
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
             nn.init.normal_(weight)
-        self.tok_embeddings = Embedding(config.vocab_size, config.dim, weight)
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
-        self.packed_head: Packed | None = None
         self.rope = Rope(config)
         if routing is not None:
             self.add_routers(routing)
@@ -1368,9 +1296,7 @@ class Transformer(nn.Module):
 
     def head(self, h: Tensor) -> Tensor:
         """Logits in fp32 of final hidden states (..., D) -> (..., V)."""
-        if self.output is not None:
-            return self.output(h).float()
-        return product(h, self.tok_embeddings.weight, None, self.tok_embeddings.scale, self.packed_head).float()
+        return (self.tok_embeddings.logits if self.output is None else self.output)(h).float()
 
     def forward(self, tokens: Tensor, lengths=None, prompt_lengths=None, cache=None, route: str = "off", **more):
         """Logits (B,T,V) fp32 and gates (and scores, if asked) of tokens (B,T); all else as in `hidden`."""
@@ -1618,35 +1544,46 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def safetensors_header(path: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the offset of its data. Raises ValueError for a truncated one."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+def open_checkpoint(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, mapped from its files: what is read of them takes memory.
+
+    Raises FileNotFoundError or ValueError for a file that is missing, cut off or damaged, or a tensor that comes twice.
+    """
+    tensors = {}
+    for path in checkpoint_files(folder):
         try:
-            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
-            header.pop("__metadata__", None)
-            if not all(map(_is_entry, header.values())):
-                raise ValueError
-            expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise ValueError(f"{path} is not a safetensors file or its header is cut off ({size:,} bytes); convert or "
-                             "copy it again") from None
-    if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, its header announces {expected:,}; the file is truncated or "
-                         "damaged: convert or copy it again")
-    try:
-        with safe_open(path, framework="pt"):  # what the library asks of a header beyond that
-            return header, 8 + length
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); convert or copy it again") from None
+            held = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file, or it is truncated or damaged ({error}; "
+                             f"{path.stat().st_size:,} bytes): convert or copy it again") from None
+        if twice := sorted(set(held) & set(tensors)):
+            raise ValueError(f"{path} holds {twice[0]} twice; config and weights disagree: convert the model again")
+        tensors |= held
+    return tensors
 
 
-def _is_entry(entry) -> bool:
-    """Whether a header's entry has a dtype, a shape and offsets, each of its kind."""
-    numbers = [*entry["shape"], *entry["data_offsets"]]
-    counted = all(type(number) is int and number >= 0 for number in numbers)
-    return isinstance(entry["dtype"], str) and len(entry["data_offsets"]) == 2 and counted
+def usual_dtype(folder: str | Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> torch.dtype:
+    """The dtype in which most values of a checkpoint are stored.
+
+    Raises ValueError unless its tensors are exactly those expected, by name and shape, and floating-point numbers.
+    """
+    counts = dict.fromkeys(DTYPES, 0)
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ValueError(f"{folder} holds {name} though the config has no place for it; config and weights "
+                             "disagree: convert the model again")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)}, the config needs "
+                             f"{tuple(expected[name].shape)}; convert the model again")
+        if tensor.dtype not in DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{folder}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected one of "
+                             f"{kinds}: convert the unquantised model")
+        counts[tensor.dtype] += tensor.numel()
+    if missing := sorted(set(expected) - set(tensors)):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
+                         "incomplete: convert the model again")
+    return max(counts, key=counts.get)
 
 
 def read_config(folder: str | Path) -> dict:
@@ -1671,13 +1608,13 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{Path(folder) / 'config.json'}: {error}") from None
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path, tensors: dict[str, Tensor] | None = None) -> str:
     """Identity of a base model, whatever dtype it is stored in and however long its context may be.
 
     SHA-256 over the config, without max_seq_len, the family's name and what is at its default, and of each tensor its
     name, shape and a sample rounded to bfloat16: of a matrix 1,024 columns of the first, middle and last row, of a
     vector everything. What float16 holds with fewer bits than bfloat16 (below 2^-14) counts as 0. Values in float16
-    that were rounded from float32 differ: such a base names its `parent` in config.json.
+    that were rounded from float32 differ: such a base names its `parent` in config.json. tensors: if they are open.
     """
     config = load_config(folder)
     sizes = {field.name: getattr(config, field.name) for field in fields(config)
@@ -1685,128 +1622,61 @@ def fingerprint(folder: str | Path) -> str:
     if config.rope_scaling and config.rope_scaling["type"] != "linear":  # its frequencies follow the original context
         original = config.rope_scaling.get("original_max_position_embeddings") or config.max_seq_len
         sizes["rope_scaling"] = {**config.rope_scaling, "original_max_position_embeddings": original}
-    samples = {}
-    for path in checkpoint_files(folder):
-        safetensors_header(path)
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                shape = part.get_shape()
-                rows = [part[:]]
-                if len(shape) > 1:
-                    rows = [part[row:row + 1, :1024] for row in (0, shape[0] // 2, shape[0] - 1)]
-                sample = torch.cat(rows).to(torch.bfloat16)
-                sample[sample.abs() < 2**-14] = 0
-                samples[name] = shape, sample.view(torch.int16).numpy().tobytes()
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
-    for name, (shape, sample) in sorted(samples.items()):
-        digest.update(json.dumps([name, shape]).encode() + sample)
+    for name, tensor in sorted((tensors or open_checkpoint(folder)).items()):
+        rows = (0, len(tensor) // 2, len(tensor) - 1)
+        sample = tensor if tensor.dim() < 2 else torch.cat([tensor[row:row + 1, :1024] for row in rows])
+        sample = sample.to(torch.bfloat16)
+        sample = sample.masked_fill(sample.abs() < 2**-14, 0).view(torch.int16)
+        digest.update(json.dumps([name, list(tensor.shape)]).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def exact_fingerprint(folder: str | Path) -> str:
-    """Identity of a checkpoint's files: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB.
+def exact_fingerprint(folder: str | Path, tensors: dict[str, Tensor] | None = None) -> str:
+    """Identity of a checkpoint's values: SHA-256 over its config and, of each tensor, name, dtype, shape and 3 x 4 KiB.
 
     Router files from before `fingerprint` survived another dtype or context name this one.
     """
     config = read_config(folder)
     config.pop("parent", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    entries = []
-    for path in checkpoint_files(folder):
-        header, start = safetensors_header(path)
-        entries += [(name, path, entry, start) for name, entry in header.items()]
-    for name, path, entry, start in sorted(entries, key=lambda item: item[0]):
-        low, high = entry["data_offsets"]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        with open(path, "rb") as file:
-            middle, end = (low + high) // 2 - 2048, high - 4096
-            for at in (low, max(low, middle), max(low, end)):
-                file.seek(start + at)
-                digest.update(file.read(min(4096, high - at)))
+    for name, tensor in sorted((tensors or open_checkpoint(folder)).items()):
+        digest.update(json.dumps([name, DTYPES[tensor.dtype], list(tensor.shape)]).encode())
+        raw = tensor.flatten().view(torch.uint8).numpy()
+        for at in (0, max(0, len(raw) // 2 - 2048), max(0, len(raw) - 4096)):
+            digest.update(raw[at:at + 4096])
     return digest.hexdigest()[:32]
 
 
-def read_weights(folder: str | Path, expected: dict[str, tuple], device, dtype, apart=frozenset()):
-    """All tensors of a checkpoint by name, which must be exactly those expected, by name and shape, as an iterator.
-
-    dtype None: the one in which most values are stored, for all of them. apart: names of tensors that come as they are
-    stored, each from a mapping of its own, so that only what the caller keeps of them stays in memory.
-    """
-    files, found, counts = checkpoint_files(folder), set(), dict.fromkeys(DTYPES, 0)
-    for path in files:
-        for name, entry in safetensors_header(path)[0].items():
-            shape, kind = tuple(entry["shape"]), entry["dtype"]
-            if name not in expected or name in found:
-                what = "twice" if name in found else "though the config has no place for it"
-                raise ValueError(f"{path} holds {name} {what}; config and weights disagree: convert the model again")
-            if shape != expected[name]:
-                raise ValueError(f"{path}: {name} has shape {shape}, the config needs {expected[name]}; convert the "
-                                 "model again")
-            if kind not in DTYPES:
-                raise ValueError(f"{path}: {name} has dtype {kind}; expected one of {', '.join(DTYPES)}: convert the "
-                                 "unquantised model")
-            found.add(name)
-            counts[kind] += math.prod(shape)
-    if missing := sorted(set(expected) - found):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; the checkpoint is "
-                         "incomplete: convert the model again")
-    dtype = dtype or DTYPES[max(counts, key=counts.get)]
-    device = device or "cpu"
-    for path in files:
-        if not apart:
-            yield from ((name, tensor.to(device, dtype)) for name, tensor in load_file(path).items())
-            continue
-        for name in safetensors_header(path)[0]:
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(name)
-            yield name, tensor.to(device) if name in apart else tensor.to(device, dtype, copy=True)
-
-
-def int8_names(model: Transformer) -> set[str]:
-    """Names of the weights that int8 holds: embedding, head, and every product of the layers."""
-    modules = model.named_modules()
-    return {f"{name}.weight" for name, module in modules if isinstance(module, (Linear, Embedding))}
-
-
-def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]], base_dtype: str | None = None) -> Transformer:
-    """Give a model its tensors, frozen and in eval mode; base_dtype int8: matrices are rounded as they come."""
-    if base_dtype not in (None, "int8"):
-        raise ValueError(f"base_dtype is {base_dtype!r}; expected 'int8', or None for weights in the model's own dtype")
+def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Transformer:
+    """Give a model its tensors by name, frozen and in eval mode."""
     model.requires_grad_(False)
-    given, rounded = {}, int8_names(model) if base_dtype else ()
-    for name, tensor in tensors:
-        given[name] = tensor
-        if name in rounded:
-            owner = model.get_submodule(name.removesuffix(".weight"))
-            given[name], owner.scale = quantise(tensor, name)
-            given[f"{name.removesuffix('.weight')}.scale"] = owner.scale
-    model.load_state_dict(given, assign=True)
+    model.load_state_dict(dict(tensors), assign=True)
     pack_weights(model)
     return model.eval()
 
 
 @torch.inference_mode(False)  # its weights count their changes wherever it is called
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
-               dtype: torch.dtype | None = None, base_dtype: str | None = None) -> Transformer:
+               dtype: torch.dtype | None = None, read: Callable | None = None) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
     Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
-    in which most values are stored, for all of them. base_dtype "int8": matrices, embedding and head are held in int8
-    with a scale per row, and dtype is what the model computes in. budget sets the routers' cuts by their calibration
-    table (0 skips every routed unit, 1 none); None keeps the thresholds of the file. Raises FileNotFoundError or
-    ValueError for a missing, truncated or mismatched file, a row that int8 cannot hold, or routers of another base.
+    in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
+    every routed unit, 1 none); None keeps the thresholds of the file. read(model, folder, device, dtype): what fills
+    the model, still on the meta device, in place of the tensors as they are. Raises FileNotFoundError or ValueError for
+    a missing, truncated or mismatched file, or routers of another base.
     """
-    checkpoint_files(folder)
+    tensors = open_checkpoint(folder)
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; expected the floating-point one to compute in: for weights in int8 give "
-                         'base_dtype="int8"')
+        raise ValueError(f"dtype is {dtype}; expected the floating-point one to compute in")
     with torch.device("meta"):
         model = Transformer(load_config(folder))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = read_weights(folder, expected, device, dtype, int8_names(model) if base_dtype else ())
-    model = fill(model, weights, base_dtype).to(device or "cpu")
-    model.fingerprint, model.exact_fingerprint = fingerprint(folder), exact_fingerprint(folder)
+    usual = usual_dtype(folder, tensors, model.state_dict())
+    dtype, device = dtype or usual, device or "cpu"
+    own = ((name, tensor.to(device, dtype)) for name, tensor in tensors.items())
+    fill(model, own if read is None else read(model, folder, device, dtype)).to(device)
+    model.fingerprint, model.exact_fingerprint = fingerprint(folder, tensors), exact_fingerprint(folder, tensors)
     model.parent = read_config(folder).get("parent")
     if routers is not None:
         load_routers(model, routers, budget)

@@ -91,6 +91,9 @@ class Runtime:
     is_master: bool
 
 
+ALONE = Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)  # a process without others
+
+
 def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337, timeout: float = RANK_TIMEOUT) -> Runtime:
     """Choose device and dtype, seed torch, and join the process group (nccl on CUDA, else gloo) under torchrun.
 

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import runtime
 from data.records import read_records, to_messages
-from model import KVCache, Transformer, generate, load_model
-from recipe.adapter import load_adapter
+from model import KVCache, Transformer, generate
+from recipe.base import load_base
 from runtime import setting
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
@@ -312,9 +312,7 @@ def main() -> None:
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
     if rt.device.type == "cpu":
         torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
-    model = load_model(cfg.model, cfg.routers, cfg.budget, rt.device, rt.dtype, cfg.base_dtype)
-    if cfg.adapter is not None:
-        load_adapter(model, cfg.adapter)
+    model = load_base(cfg.model, rt, cfg.routers, cfg.budget, cfg.base_dtype, cfg.adapter)
     speaker = Speaker(cfg, model, load_tokenizer(cfg.model), Screen(cfg.show_route))
     speaker.screen.legend()
     if cfg.prompts is not None:

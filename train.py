@@ -40,14 +40,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runtime
 from data.draw import Draw
-from data.load import ALONE, Data, Request, load
+from data.load import Data, Request, load
 from data.portions import source_of
 from data.records import Example, Form
 from model import (
-    Experts, ModelConfig, Transformer, fingerprint, kernels, load_config, load_model, routing_of, unpack_weights,
+    Experts, ModelConfig, Transformer, fingerprint, kernels, load_config, routing_of, unpack_weights,
 )
-from recipe.adapter import load_adapter, save_adapter
-from recipe.base import save_base
+from recipe.adapter import save_adapter
+from recipe.base import load_base, save_base
 from recipe.calibrate import PASSES, calibrate
 from recipe.controls import Controls
 from recipe.cost import step_flops, trunk_flops
@@ -63,7 +63,7 @@ from recipe.passes import (
     states, under_budget,
 )
 from recipe.report import compare, show, show_step, verdict
-from recipe.shard import average, even, everything, load_shared, shares
+from recipe.shard import average, even, everything, shared
 from recipe.start import benefit_start, best_static, loss_at_budget, place_routers, router_starts
 from recipe.trunk import TrunkCache
 from router import (
@@ -71,7 +71,7 @@ from router import (
     load_router_weights, official_layers, parse_layers, quantile_cut, read_router_file, save_routers, set_cuts,
     threshold_of, trainable,
 )
-from runtime import Runtime, collect, generator, mine, permutation, print0, setting, sum_over_ranks, wait_for_all
+from runtime import ALONE, Runtime, collect, generator, mine, permutation, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent
@@ -350,7 +350,7 @@ class Job:
     @property
     def shared(self) -> bool:
         """Blocks are shared out over the ranks."""
-        return self.cfg.shard and self.rt.world_size > 1
+        return shared(self.cfg.shard, self.rt)
 
     @property
     def passes(self) -> Runtime:
@@ -1125,14 +1125,9 @@ def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
 
 def prepared(cfg: TrainConfig, rt: Runtime) -> Transformer:
     """The model as it stands before its first step, with LoRA where that is trained or given."""
-    if shares(cfg.shard, rt):
-        model = load_shared(cfg.model, rt, cfg.recalibrate)
-    else:
-        model = load_model(cfg.model, routers=cfg.recalibrate, device=rt.device, dtype=rt.dtype,
-                           base_dtype=cfg.base_dtype)
-    if cfg.adapter is not None:
-        load_adapter(model, cfg.adapter)
-    elif "lora" in cfg.train:
+    model = load_base(cfg.model, rt, routers=cfg.recalibrate, base_dtype=cfg.base_dtype, shard=cfg.shard,
+                      adapter=cfg.adapter)
+    if cfg.adapter is None and "lora" in cfg.train:
         add_lora(model, LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets))
     if cfg.train == "full":  # weights are mapped from their file
         for weight in model.parameters():

@@ -25,7 +25,6 @@ from data.store import Examples, Store, Writer, discard, open_store
 from data.stream import check_file, read_rows
 from runtime import Runtime, print0, sum_over_ranks
 
-ALONE = Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)  # a process without others
 PAUSE = 20.0  # seconds of work between two saves, after which waiting ranks hear that it goes on
 FEW = 10_000  # rows that are soon encoded: their faults are listed together with those of the first pass
 NO_ANSWER = "truncation leaves no answer"

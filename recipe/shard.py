@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-import runtime
-from model import Transformer, load_model, read_weights, unpack_weights
-from runtime import Runtime
+from model import Transformer, load_model, open_checkpoint, unpack_weights
+from runtime import Runtime, sum_over_ranks
 
 
 def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transformer:
@@ -23,7 +22,6 @@ def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transfo
     """
     model = load_model(folder, routers=routers)
     unpack_weights(model)  # a copy would be another whole weight, and of one that is gone after its block
-    expected = {name: tuple(model.get_parameter(name).shape) for name in model.state_dict() if "router" not in name}
     small = {parameter for router in model.routers() for parameter in router.parameters()}
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
     for block in model.layers:
@@ -32,19 +30,17 @@ def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transfo
                 parameter.data = parameter.data.to(rt.device, rt.dtype)
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=small)
         register_fsdp_forward_method(block, "eager")
-    for name, tensor in read_weights(folder, expected, rt.device, rt.dtype):
+    for name, tensor in open_checkpoint(folder).items():
         if not name.startswith("layers."):  # mapped anew, so that nothing holds the pages that blocks were cut from
-            model.get_parameter(name).data = tensor
+            model.get_parameter(name).data = tensor.to(rt.device, rt.dtype)
     model.rope.to(rt.device)
     for router in model.routers():
         router.to(rt.device)
     return model
 
 
-def shares(wanted: bool, rt: Runtime) -> bool:
-    """Whether blocks are shared out: on one process there is nobody to share with, which is said."""
-    if wanted and rt.world_size == 1:
-        runtime.print0("--shard on one process holds the whole base: run it under torchrun --nproc_per_node=N")
+def shared(wanted: bool, rt: Runtime) -> bool:
+    """Whether blocks are shared out: on one process there is nobody to share with."""
     return wanted and rt.world_size > 1
 
 
@@ -66,4 +62,4 @@ def even(groups: list[list], n: int) -> list[list]:
 def average(gradients: list[Tensor], rt: Runtime) -> None:
     """Replace each rank's gradients by the mean over ranks, as DistributedDataParallel does."""
     for gradient in gradients:
-        runtime.sum_over_ranks(gradient, rt).div_(rt.world_size)
+        sum_over_ranks(gradient, rt).div_(rt.world_size)

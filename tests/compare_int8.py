@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,8 +22,9 @@ import torch
 
 import runtime
 from data.records import read_records
-from model import KVCache, load_model
-from runtime import setting
+from model import KVCache
+from recipe.base import load_base
+from runtime import ALONE, setting
 from tokenizer import load_tokenizer
 
 
@@ -56,8 +57,8 @@ def most_private(ended: threading.Event, found: list[int]) -> None:
 
 
 def load(cfg: Config, how: str):
-    dtype = runtime.DTYPES[cfg.dtype]
-    model = load_model(cfg.model, dtype=dtype, base_dtype="int8" if how == "int8" else None)
+    rt = replace(ALONE, dtype=runtime.DTYPES[cfg.dtype])
+    model = load_base(cfg.model, rt, base_dtype="int8" if how == "int8" else None)
     if how == "copied":
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

@@ -25,12 +25,12 @@ from model import KVCache, Transformer, generate, load_model
 from recipe.forced import Control, make_control
 from recipe.results import mean_stderr
 from router import GRANULARITIES, RouterConfig, RouterMeta, save_routers
+from runtime import ALONE as CPU
 from test_tasks import stem, write_data
 from tiny import CONFIG, byte_tokenizer, write_base, write_jsonl
 from tokenizer import encode_chat, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 MERGES = ("h e", "e s", "Ġ A", "Ġ B", "Ġ C", "Ġ D", "Ġ t", "Ġ n", "Ġ y", "Ġn o", "Ġt he", "Ġy es")
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, write_base
 
 import model as core
-from model import KVCache, Linear, Packed, Transformer, load_model, rows_to_pack
+from model import Embedding, KVCache, Linear, Packed, Transformer, load_model, rows_to_pack
 from router import RouterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def plain(linear: Linear, x: torch.Tensor) -> torch.Tensor:
 
 def copies(model: torch.nn.Module) -> list[torch.Tensor]:
     """All copies that a model holds."""
-    packs = [module.packed for module in model.modules() if isinstance(module, Linear)] + [model.packed_head]
+    packs = [module.packed for module in model.modules() if isinstance(module, (Linear, Embedding))]
     return [made for packed in packs if packed is not None for made in packed.copies.values()]
 
 
@@ -191,7 +191,6 @@ def folder(tmp_path_factory):
 def test_a_packed_model_computes_what_the_plain_one_does(packing, folder, granularity):
     """Logits of all routes, cached steps, and the routers' gradients."""
     packed, unpacked = load_model(folder), load_model(folder)
-    unpacked.packed_head = None
     for module in unpacked.modules():
         module.packed = None
     tokens, results = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(0)), []

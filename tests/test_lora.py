@@ -18,10 +18,11 @@ import train
 from model import Transformer, fingerprint, load_model
 from recipe import passes
 from recipe.adapter import lacks_adapter, load_adapter, save_adapter
-from recipe.base import save_base
+from recipe.base import load_base, save_base
 from recipe.fidelity import rounded
 from recipe.lora import PROJECTIONS, TARGETS, LoRAConfig, add_lora, changes, merge
 from router import GRANULARITIES, RouterConfig, freeze_all_but_routers, read_router_file
+from runtime import ALONE
 
 TOKENS = torch.randint(3, 250, (3, 17), generator=torch.Generator().manual_seed(5))
 
@@ -100,7 +101,7 @@ def test_experts_stay_as_they_are():
 def test_lora_around_a_base_in_int8_has_the_gradients_of_the_rounded_one(base):
     """And is not merged: what it adds is less than a step of int8."""
     grads = []
-    for model in (load_model(base, base_dtype="int8"), rounded(load_model(base), 8)):
+    for model in (load_base(base, ALONE, base_dtype="int8"), rounded(load_model(base), 8)):
         torch.manual_seed(4)
         changed(model)
         for lora in changes(model).values():
@@ -109,7 +110,7 @@ def test_lora_around_a_base_in_int8_has_the_gradients_of_the_rounded_one(base):
         grads.append(torch.cat([lora.lora_A.grad.flatten() for lora in changes(model).values()]))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="int8.*without --base_dtype"):
-        merge(changed(load_model(base, base_dtype="int8")))
+        merge(changed(load_base(base, ALONE, base_dtype="int8")))
 
 
 # -----------------------------------------------------------------------------

@@ -15,8 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import KVCache, ModelConfig, Transformer, exact_fingerprint, fill, fingerprint, generate, load_model, quantise
+from model import (
+    Embedding, KVCache, Linear, ModelConfig, Transformer, exact_fingerprint, fill, fingerprint, generate, load_model,
+)
+from recipe import int8
+from recipe.base import load_base
+from recipe.int8 import quantise, rounded
 from router import GRANULARITIES, Place, RouterConfig, RouterMeta, save_routers
+from runtime import ALONE
 
 BASE = dict(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
             rope_theta=10000.0, tie_embeddings=True)
@@ -49,7 +55,10 @@ def build(family: str = "llama", granularity: str | None = None, kv: str = "rout
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
         else:
             parameter.data.normal_(0, 0.3)
-    return fill(model, dict(model.state_dict()).items(), base_dtype).to(dtype)
+    held = model.state_dict()
+    if base_dtype is None:
+        return fill(model, held.items()).to(dtype)
+    return fill(model, rounded(model, held.items(), torch.float32)).to(dtype)
 
 
 def tokens_of(batch: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -523,7 +532,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(tmp_path
     net = build()
     stored(tmp_path, net)
     save_file({**load_file(tmp_path / "model.safetensors"), "norm.weight": torch.ones(32, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="norm.weight has dtype I8; expected one of F32, BF16, F16, F64"):
+    with pytest.raises(ValueError, match="norm.weight has dtype int8; expected one of float32, bfloat16, float16, float64"):
         load_model(tmp_path)
 
 
@@ -683,7 +692,7 @@ def test_int8_refuses_a_row_that_is_not_finite_by_name(tmp_path, value, name):
     net = build()
     net.get_parameter(name)[5, 7] = value
     with pytest.raises(ValueError, match=f"{name}, row 5, holds NaN or infinity"):
-        load_model(stored(tmp_path, net), base_dtype="int8")
+        load_base(stored(tmp_path, net), ALONE, base_dtype="int8")
     load_model(tmp_path)
 
 
@@ -691,12 +700,12 @@ def test_int8_refuses_a_row_that_is_not_finite_by_name(tmp_path, value, name):
 @pytest.mark.parametrize("width", [24, 33, 128])
 def test_int8_products_are_those_of_the_rounded_weight(monkeypatch, dtype, tolerance, width):
     """In blocks too, with gradients, for widths that torch's own int8 operator reads beyond (it crashed at 33)."""
-    monkeypatch.setattr(model_module, "INT8_BLOCK", 5 * width)
+    monkeypatch.setattr(int8, "BLOCK", 5 * width)
     table, scale = quantise(torch.randn(17, width, generator=torch.Generator().manual_seed(1)))
     plain = (table.double() * scale.double()[:, None])
     for rows in (0, 1, 8, 9):
         x = torch.randn(2, rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype).requires_grad_()
-        y = model_module.product(x, table, scale=scale)
+        y = int8.Int8Product.apply(x, table, scale)
         assert y.dtype == dtype
         torch.testing.assert_close(y.double(), x.double() @ plain.T, atol=10 * tolerance, rtol=tolerance)
         above = torch.randn(2, rows, 17, generator=torch.Generator().manual_seed(9)).to(dtype)
@@ -706,7 +715,7 @@ def test_int8_products_are_those_of_the_rounded_weight(monkeypatch, dtype, toler
 
 def test_int8_in_float16_does_not_overflow_where_the_result_does_not():
     table, scale = quantise(torch.full((3, 512), 0.01))
-    y = model_module.product(torch.full((1, 512), 20.0, dtype=torch.float16), table, scale=scale)
+    y = int8.Int8Product.apply(torch.full((1, 512), 20.0, dtype=torch.float16), table, scale)
     torch.testing.assert_close(y.float(), torch.full((1, 3), 102.4), rtol=0.01, atol=0)
 
 
@@ -714,20 +723,21 @@ def test_int8_in_float16_does_not_overflow_where_the_result_does_not():
 @pytest.mark.parametrize("parts", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_base_in_int8_holds_a_byte_a_weight_and_is_still_that_base(tmp_path, family, parts):
     folder = stored(tmp_path, build(family), parts)
-    plain, small = load_model(folder, dtype=torch.float32), load_model(folder, dtype=torch.float32, base_dtype="int8")
+    plain, small = load_base(folder, ALONE), load_base(folder, ALONE, base_dtype="int8")
     for name, module in small.named_modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+        assert not isinstance(module, (Linear, Embedding)), name
+        if isinstance(module, int8.Int8):
             assert module.weight.dtype == torch.int8 and module.scale.shape == module.weight.shape[:1], name
     assert small.dtype == small.norm.weight.dtype == torch.float32 and small.fingerprint == plain.fingerprint
     logits, other = plain(tokens_of(2, 9))[0], small(tokens_of(2, 9))[0]
     assert 0 < (logits - other).norm() < 0.1 * logits.norm()
     file = routers_for(tmp_path / "routers", small, small.fingerprint)
     for base_dtype in (None, "int8"):
-        assert load_model(folder, file, base_dtype=base_dtype).routing == small.routing
+        assert load_base(folder, ALONE, file, base_dtype=base_dtype).routing == small.routing
 
 
 def test_int8_generates_as_it_scores(tmp_path):
-    model = load_model(stored(tmp_path, build()), base_dtype="int8")
+    model = load_base(stored(tmp_path, build()), ALONE, base_dtype="int8")
     prompt = tokens_of(1, 6)[0].tolist()
     new = generate(model, [prompt], 8)[0]
     assert new == model(torch.tensor([prompt + new]))[0].argmax(-1)[0, 5:-1].tolist()
@@ -737,4 +747,4 @@ def test_int8_generates_as_it_scores(tmp_path):
 def test_other_integers_are_refused(tmp_path, wrong):
     folder = stored(tmp_path, build())
     with pytest.raises(ValueError, match="int8"):
-        load_model(folder, **wrong)
+        load_base(folder, dataclasses.replace(ALONE, dtype=wrong["dtype"])) if "dtype" in wrong else load_base(folder, ALONE, **wrong)

@@ -24,6 +24,7 @@ import runtime
 import train
 from model import load_model
 from recipe import controls, passes
+from recipe.base import load_base
 from recipe.passes import Workload
 from router import capacity
 from tokenizer import load_tokenizer
@@ -275,7 +276,7 @@ def test_a_base_in_int8_is_tuned_and_its_routers_serve_the_base_in_float32(base,
     summary = train.train(cfg)
     assert math.isfinite(summary["heldout_loss_routed"])
     for base_dtype in (None, "int8"):
-        model = load_model(base, tmp_path / "run/routers.safetensors", base_dtype=base_dtype)
+        model = load_base(base, CPU, tmp_path / "run/routers.safetensors", base_dtype=base_dtype)
         held = train.load_data(cfg, load_tokenizer(base), 128).held
         loss = passes.evaluate(Workload(model, held, CPU))["loss"]
         assert loss == pytest.approx(summary["heldout_loss_routed"], rel=0.05 if base_dtype is None else 1e-6)

@@ -2,14 +2,11 @@
 
 import math
 
-import torch
-
-import runtime
 import train
 from recipe.passes import Workload
+from runtime import ALONE as CPU
 from tokenizer import load_tokenizer
 
-CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 SETTINGS = {
     "layers": "1-3",
     "granularity": "attn_sequence",

@@ -47,7 +47,7 @@ from recipe.passes import Workload, collate, evaluate, head_gradient, head_losse
 from recipe.report import table  # noqa: E402
 from recipe.trunk import TrunkCache  # noqa: E402
 from router import deep_layers, parse_layers, set_cuts  # noqa: E402
-from runtime import print0, setting  # noqa: E402
+from runtime import ALONE as CPU, print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 GATE_SPREAD = 0.1  # standard deviation of a new gate's logits
@@ -242,7 +242,6 @@ def fit(mixture: Transformer, dense: Transformer, data: train.Data, cfg: Upcycle
         step += 1
 
 
-CPU = runtime.Runtime(0, 1, 0, torch.device("cpu"), torch.float32, True)
 
 
 def write(mixture: Transformer, cfg: UpcycleConfig, folder: Path) -> None:
