@@ -588,7 +588,7 @@ class Selection:
 # medians of 21 alternated pairs:
 #   RMSNorm               6.9 at 512 tokens, 6.4 at 2,048; but 0.7 at 8, hence torch's own for few
 #   SwiGLU, in place      1.08 at 512 tokens
-#   Packed                head 2.0 to 2.7 at 2 to 16 rows, 1.7 at 64, 1.3 at 512; w1, w3 1.1 to 1.4; w2, wq, wo 0.8 to
+#   Product.packed        head 2.0 to 2.7 at 2 to 16 rows, 1.7 at 64, 1.3 at 512; w1, w3 1.1 to 1.4; w2, wq, wo 0.8 to
 #                         1.1; wk, wv 0.7 to 1.0: hence larger weights alone on one thread. On two 1.3 to 2.5 at 2 to 16
 #                         rows, 0.9 to 1.2 from 64 on; at 1 row head 1.7, w1, w3 1.5, wq, wo 1.2. With
 #                         AVX-512 (another EPYC, two threads) 2.4 at 512 rows, 3.7 for one row of the head
@@ -614,32 +614,29 @@ class Costs(NamedTuple):
     tile: int  # rows that a product computes together: fewer take as long
 
 
-COSTS = {  # by what the processor can do and by dtype; `python tests/measure_costs.py` prints them
-    ("avx2", torch.float32): Costs(call=5e-6, move=3.5e-10, flop=2.2e-11, tile=2),
-}
-UNKNOWN = Costs(call=0.0, move=0.0, flop=1.0, tile=1)  # nothing was measured: everybody only where everybody runs
+COSTS = {torch.float32: Costs(call=5e-6, move=3.5e-10, flop=2.2e-11, tile=2)}  # of AVX2: tests/measure_costs.py
 PICKS = 8  # operator calls that picking takes, whatever their size
 
 
 @cache
-def costs_of(device: str, dtype: torch.dtype) -> Costs:
-    """Costs on this machine's device of that type."""
+def costs_of(device: str, dtype: torch.dtype) -> Costs | None:
+    """Costs on this machine's device of that type; None: nothing was measured there."""
     has = torch.cpu.get_capabilities() if device == "cpu" else {}
-    wider = has.get("avx512_f")  # not measured
-    return COSTS.get(("avx2", dtype), UNKNOWN) if has.get("avx2") and not wider else UNKNOWN
+    return COSTS.get(dtype) if has.get("avx2") and not has.get("avx512_f") else None
 
 
-def cheaper_whole(n_run: int, n_all: int, flops: float, moved: float, costs: Costs) -> bool:
+def cheaper_whole(n_run: int, n_all: int, flops: float, moved: float, costs: Costs | None) -> bool:
     """Whether computing all n_all tokens (or scores of queries) takes no longer than picking the n_run that run.
 
     flops: of a token; moved: numbers copied to pick a token and to put it back.
     """
+    if costs is None or not n_run:
+        return 0 < n_run == n_all
 
     def seconds(rows: int) -> float:
         return math.ceil(rows / costs.tile) * costs.tile * flops * costs.flop
 
-    picking = PICKS * costs.call + n_run * moved * costs.move
-    return n_run > 0 and seconds(n_all) <= seconds(n_run) + picking
+    return seconds(n_all) <= seconds(n_run) + PICKS * costs.call + n_run * moved * costs.move
 
 
 def lone_queries(q: Tensor, k: Tensor, v: Tensor, rows: list[int], used: list[int]) -> Tensor:
@@ -694,135 +691,138 @@ def rows_to_pack(dtype: torch.dtype, threads: int) -> int | None:
     return None
 
 
-class Packed:
-    """Copies of one frozen weight (O,I) in oneDNN's order, made at first use and anew when the weight has changed.
-
-    `only`: a weight that lies in memory of its own (one mapped from disk does not) is then given up, and made again
-    from its copy for whoever asks for it. A weight changed through `.data` behind its module's back does not tell.
-    """
-
-    def __init__(self, only: bool = True):
-        self.only, self.gone = only, False
-        self.seen, self.copies = None, {}
-
-    def __reduce__(self):  # copies are neither copied nor pickled
-        return Packed, (self.only,)
-
-    def of(self, weight: Tensor, transposed: bool = False) -> Tensor:
-        """The copy of the weight, or of its transpose (I,O), which gives the gradient of the input."""
-        if self.seen != identity(weight):
-            self.seen, self.copies, self.gone = identity(weight), {}, False
-        if transposed:
-            self.of(weight)  # a weight that is given up lives on in its own copy, not in its transpose's
-        if transposed not in self.copies:
-            with torch.inference_mode(False), torch.no_grad():
-                plain = self.copies[False].to_dense() if self.gone else weight.detach()
-                plain = plain.t().contiguous() if transposed else plain
-                self.copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_FOR_ROWS)
-                if self.only and weight.untyped_storage().resizable():  # torch's own memory
-                    weight.data = weight.new_full((1,), math.nan).expand(weight.shape)
-                    self.seen, self.gone = identity(weight), True
-        return self.copies[transposed]
-
-    def give_back(self, weight: Tensor) -> None:
-        """Put the values into a weight that was given up."""
-        if self.gone and self.seen == identity(weight):
-            with torch.inference_mode(False), torch.no_grad():
-                weight.data = self.copies[False].to_dense()
-        self.seen, self.copies, self.gone = None, {}, False
-
-    def pays(self, weight: Tensor, rows: int) -> bool:
-        """Whether a product of so many rows is to take a copy: on a CPU where that is faster, of a frozen weight."""
-        threads = torch.get_num_threads()
-        small = PACKED_LEAST if threads > 1 else PACKED_LEAST_ALONE
-        if weight.requires_grad or weight.is_inference():  # which counts no changes
-            return False
-        long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]  # see above
-        if weight.device.type != "cpu" or weight.numel() < small or long_sums:
-            return False
-        least = rows_to_pack(weight.dtype, threads)
-        return least is not None and rows >= (1 if self.gone else least)
-
-
 def identity(weight: Tensor) -> tuple:
     """What tells that a weight was changed, moved or replaced."""
     return weight.data_ptr(), weight.dtype, weight._version
 
 
+class Product(nn.Module):
+    """A module with a weight (O,I) to multiply by. `pack_weights` lets it keep copies of a frozen one in oneDNN's order,
+    made at first use and anew when the weight has changed. One changed through `.data` does not tell."""
+
+    copies: dict[bool, Tensor] | None = None  # of the weight and (True) its transpose; None: none are made
+    seen: tuple | None = None  # identity of the weight that they are copies of
+    gone = False  # the weight itself was given up, and lives on in its copy
+    looked_up = False  # something else than products reads the weight: it is never given up
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (...,I) -> (...,O)"""
+        weight = self._parameters["weight"]
+        if torch.compiler.is_compiling():
+            if self.gone:
+                raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; expected "
+                                 "plain weights: call unpack_weights(model) before compiling")
+            return fused_linear(x, weight, bias)
+        if self.copies is not None and not weight.requires_grad and not (bias is not None and bias.requires_grad):
+            if self.pays(weight, x.numel() // x.shape[-1]):
+                if torch.is_grad_enabled() and x.requires_grad:
+                    return FrozenProduct.apply(x, bias, self)
+                return packed_product(x, self.packed(), bias)
+        if self.copies and (self.gone or weight.requires_grad):
+            self.plain()
+        return F.linear(x, weight, bias)
+
+    def pays(self, weight: Tensor, rows: int) -> bool:
+        """Whether a product of so many rows is to take a copy of a frozen weight: on a CPU where that is faster."""
+        threads = torch.get_num_threads()
+        small = PACKED_LEAST if threads > 1 else PACKED_LEAST_ALONE
+        long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]  # see above
+        if weight.device.type != "cpu" or weight.numel() < small or long_sums or weight.is_inference():
+            return False  # an inference tensor counts no changes
+        least = rows_to_pack(weight.dtype, threads)
+        return least is not None and rows >= (1 if self.gone else least)
+
+    def packed(self, transposed: bool = False) -> Tensor:
+        """The copy of the weight, or of its transpose (I,O), which gives the gradient of the input."""
+        weight = self._parameters["weight"]
+        if self.seen != identity(weight):
+            self.seen, self.copies, self.gone = identity(weight), {}, False
+        if transposed not in self.copies:
+            if transposed:
+                self.packed()  # a weight that is given up lives on in its own copy, not in its transpose's
+            with torch.inference_mode(False), torch.no_grad():
+                plain = self.copies[False].to_dense() if self.gone else weight.detach()
+                plain = plain.t().contiguous() if transposed else plain
+                self.copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_FOR_ROWS)
+                if not self.looked_up and weight.untyped_storage().resizable():  # torch's own memory, not a mapped file's
+                    weight.data = weight.new_full((1,), math.nan).expand(weight.shape)
+                    self.seen, self.gone = identity(weight), True
+        return self.copies[transposed]
+
+    def plain(self) -> None:
+        """Forget the copies, and hold the weight itself again."""
+        if not self.copies:
+            return
+        weight = self._parameters["weight"]
+        if self.gone and self.seen == identity(weight):
+            with torch.inference_mode(False), torch.no_grad():
+                weight.data = self.copies[False].to_dense()
+        self.copies, self.seen, self.gone = {}, None, False
+
+
 class FrozenProduct(torch.autograd.Function):
-    """x (...,I) times a packed weight (O,I): the gradient of x takes the copy of the transpose."""
+    """x (...,I) times the copy of a module's weight: the gradient of x takes that of its transpose."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
-        ctx.weight, ctx.packed = weight, packed
-        return packed_product(x, packed.of(weight), bias)
+    def forward(ctx, x: Tensor, bias: Tensor | None, module: Product) -> Tensor:
+        ctx.module, ctx.weight = module, module._parameters["weight"]
+        return packed_product(x, module.packed(), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if not ctx.packed.only:  # the weight is there anyway
-            return grad @ ctx.weight, None, None, None
-        return packed_product(grad, ctx.packed.of(ctx.weight, transposed=True)), None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.module.looked_up:  # the weight is there anyway
+            return grad @ ctx.weight, None, None
+        return packed_product(grad, ctx.module.packed(transposed=True)), None, None
 
 
 def packed_product(x: Tensor, copy: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Packed | None = None) -> Tensor:
-    """Every product of the model: x (...,I) -> (...,O) with a weight (O,I). packed: where copies of it may be kept."""
-    compiling = torch.compiler.is_compiling()
-    if packed is not None and compiling and packed.gone:
-        raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; expected plain "
-                         "weights: call unpack_weights(model) before compiling")
-    if packed is not None and not compiling:
-        trains = bias is not None and bias.requires_grad
-        if not trains and packed.pays(weight, x.numel() // x.shape[-1]):
-            if torch.is_grad_enabled() and x.requires_grad:
-                return FrozenProduct.apply(x, weight, bias, packed)
-            return packed_product(x, packed.of(weight), bias)
-        if packed.gone or weight.requires_grad:
-            packed.give_back(weight)
-    return (fused_linear if compiling else F.linear)(x, weight, bias)
+def finding_plain(name: str) -> Callable:
+    """A method of nn.Module's that finds the weight in its own memory."""
+
+    def method(self, *args, **kwargs):
+        self.plain()
+        return getattr(super(Linear, self), name)(*args, **kwargs)
+
+    return method
 
 
-class Linear(nn.Linear):
-    """nn.Linear, whose frozen weight may be kept as a reordered copy alone (Packed); whoever asks finds it plain."""
-
-    packed: Packed | None = None  # pack_weights gives it one
+class Linear(Product, nn.Linear):
+    """nn.Linear whose frozen weight, once packed, is in memory as its copy alone; whoever asks for it finds it plain."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self._parameters["weight"], self.bias, self.packed)
+        return self.product(x, self._parameters["bias"])
 
     @property
     def stored(self) -> torch.dtype:
         """What the weight is kept in. To ask the weight itself would give a reordered copy back."""
         return self._parameters["weight"].dtype
 
-    def plain(self) -> None:
-        """Forget copies, and hold the weight itself again."""
-        if self.packed is not None:
-            self.packed.give_back(self._parameters["weight"])
-
     def __getattr__(self, name: str):
         if name == "weight":  # to read, or to change it
             self.plain()
         return super().__getattr__(name)
 
-    def __getstate__(self):
-        self.plain()
-        return super().__getstate__()
+    __getstate__ = finding_plain("__getstate__")
+    _apply = finding_plain("_apply")
+    _save_to_state_dict = finding_plain("_save_to_state_dict")
+    _load_from_state_dict = finding_plain("_load_from_state_dict")
 
-    def _apply(self, *args, **kwargs):
-        self.plain()
-        return super()._apply(*args, **kwargs)
 
-    def _save_to_state_dict(self, *args, **kwargs):
-        self.plain()
-        super()._save_to_state_dict(*args, **kwargs)
+class Embedding(Product, nn.Embedding):
+    """The table of embeddings, and the head where that is tied to it."""
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.plain()
-        super()._load_from_state_dict(*args, **kwargs)
+    looked_up = True
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Products (...,V) of states (...,D) with every embedding."""
+        return self.product(h)
+
+
+def products_of(model: nn.Module) -> list[Product]:
+    return [module for module in model.modules() if isinstance(module, Product)]
 
 
 def pack_weights(model: "Transformer") -> None:
@@ -831,36 +831,22 @@ def pack_weights(model: "Transformer") -> None:
     Private memory is then at most that of the weights and a tied head in inference, twice the weights in tuning, beside
     pages mapped from disk. What trains, and other devices, go on as they were.
     """
-    for module in model.modules():
-        if isinstance(module, (Linear, Embedding)):
-            module.packed = Packed(only=isinstance(module, Linear))  # embeddings are looked up as well
-
-
-def kernels(model: "Transformer") -> dict[str, str]:
-    """What this model's calls ran on so far, by what is computed: for reports."""
-    packs = [module.packed for module in model.modules() if isinstance(module, (Linear, Embedding))]
-    packed = sum(bool(each and each.copies) for each in packs)
-    products = f"oneDNN with reordered weights ({packed} of {len(packs)})" if packed else "torch's own"
-    return {"products": products, "attention": "scaled_dot_product_attention"}
+    for module in products_of(model):
+        module.copies = {}
 
 
 def unpack_weights(model: "Transformer") -> None:
     """Take the copies away for good: what compiled code needs."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.plain()
-        if isinstance(module, (Linear, Embedding)):
-            module.packed = None
+    for module in products_of(model):
+        module.plain()
+        module.copies = None
 
 
-class Embedding(nn.Embedding):
-    """The table of embeddings, and the head where that is tied to it."""
-
-    packed: Packed | None = None  # pack_weights gives it one
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Products (...,V) of states (...,D) with every embedding."""
-        return product(h, self.weight, None, self.packed)
+def kernels(model: "Transformer") -> dict[str, str]:
+    """What this model's calls ran on so far, by what is computed: for reports."""
+    packed = [bool(module.copies) for module in products_of(model)]
+    products = f"oneDNN with reordered weights ({sum(packed)} of {len(packed)})" if any(packed) else "torch's own"
+    return {"products": products, "attention": "scaled_dot_product_attention"}
 
 
 class SwiGLU(torch.autograd.Function):
@@ -1247,8 +1233,8 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def named_parameters(self, *args, **kwargs):
-        for module in self.modules():
-            if isinstance(module, Linear) and module.packed is not None and module.packed.gone:
+        for module in products_of(self):
+            if module.gone:
                 module.plain()
         return super().named_parameters(*args, **kwargs)
 

@@ -100,43 +100,50 @@ def mapped(weight: torch.Tensor) -> torch.Tensor:
         return torch.frombuffer(data, dtype=weight.dtype).view_as(weight)
 
 
+def layer_of(weight: torch.Tensor, copies: dict | None) -> core.Linear:
+    """A layer with a frozen weight (O,I) that may keep copies of it, or (None) may not."""
+    layer = core.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight, layer.copies = torch.nn.Parameter(weight, requires_grad=False), copies
+    return layer
+
+
 def frozen(cfg: KernelConfig, dtype: torch.dtype, least: int = 1) -> Iterator[tuple]:
-    """Name, rows (from `least` on), frozen weights (O,I), and for each what may hold its copies."""
+    """Name, rows (from `least` on), layers with frozen weights (O,I), and such as keep copies of the same ones."""
     for name, (out, width) in weights_of(cfg).items():
         n = 1 if name == "head" else cfg.copies
         weights = [mapped(torch.randn(out, width).mul_(width**-0.5).to(dtype)) for _ in range(n)]
-        packs = [core.Packed() for _ in weights]
+        plain, packed = ([layer_of(weight, copies) for weight in weights] for copies in (None, {}))
         for rows in cfg.rows:
             if rows >= least and (name != "head" or rows <= 512):
-                yield f"{name} {width} -> {out}, {rows} rows", rows, weights, packs
+                yield f"{name} {width} -> {out}, {rows} rows", rows, plain, packed
 
 
 @torch.inference_mode()
 def products(report: Report, dtype: torch.dtype) -> None:
     """Rows times frozen weights."""
-    for what, rows, weights, packs in frozen(report.cfg, dtype):
-        x = torch.randn(rows, weights[0].shape[1]).to(dtype)
+    for what, rows, plain, packed in frozen(report.cfg, dtype):
+        x = torch.randn(rows, plain[0].in_features).to(dtype)
 
-        def all_of(copies: list) -> None:
-            for weight, copy in zip(weights, copies):
-                core.product(x, weight, packed=copy)
+        def all_of(layers: list) -> None:
+            for layer in layers:
+                layer(x)
 
-        work = 2 * rows * sum(weight.numel() for weight in weights)
-        report.add(what, work, partial(all_of, [None] * len(weights)), partial(all_of, packs))
+        work = 2 * rows * sum(layer.weight.numel() for layer in plain)
+        report.add(what, work, partial(all_of, plain), partial(all_of, packed))
 
 
 def backward(report: Report, dtype: torch.dtype) -> None:
     """Gradients of the rows that were multiplied by frozen weights, the product itself included."""
-    for what, rows, weights, packs in frozen(report.cfg, dtype, least=64):
-        out, width = weights[0].shape
+    for what, rows, plain, packed in frozen(report.cfg, dtype, least=64):
+        out, width = plain[0].weight.shape
         x, grad = torch.randn(rows, width).to(dtype).requires_grad_(), torch.randn(rows, out).to(dtype)
 
-        def all_of(copies: list) -> None:
-            for weight, copy in zip(weights, copies):
-                torch.autograd.grad(core.product(x, weight, packed=copy), x, grad)
+        def all_of(layers: list) -> None:
+            for layer in layers:
+                torch.autograd.grad(layer(x), x, grad)
 
-        work = 4 * rows * sum(weight.numel() for weight in weights)
-        report.add(f"{what}, and gradient", work, partial(all_of, [None] * len(weights)), partial(all_of, packs))
+        work = 4 * rows * sum(layer.weight.numel() for layer in plain)
+        report.add(f"{what}, and gradient", work, partial(all_of, plain), partial(all_of, packed))
 
 
 def blocked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:

@@ -61,8 +61,7 @@ def random_model(dtype: torch.dtype) -> Transformer:
         if weight.dim() > 1:
             weight.data.normal_(std=WIDTHS.dim**-0.5)
     model = model.to(dtype).eval().requires_grad_(False)
-    if hasattr(model_module, "pack_weights"):
-        model_module.pack_weights(model)
+    model_module.pack_weights(model)
     return model
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, write_base
 
 import model as core
-from model import Embedding, KVCache, Linear, Packed, Transformer, load_model, rows_to_pack
+from model import KVCache, Linear, Product, Transformer, load_model, rows_to_pack
 from router import RouterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def packing(monkeypatch):
 def frozen_linear(width: int = 24, out: int = 40, bias: bool = True) -> Linear:
     torch.manual_seed(0)
     linear = Linear(width, out, bias=bias).requires_grad_(False)
-    linear.packed = Packed()
+    linear.copies = {}
     return linear
 
 
@@ -49,8 +49,7 @@ def plain(linear: Linear, x: torch.Tensor) -> torch.Tensor:
 
 def copies(model: torch.nn.Module) -> list[torch.Tensor]:
     """All copies that a model holds."""
-    packs = [module.packed for module in model.modules() if isinstance(module, (Linear, Embedding))]
-    return [made for packed in packs if packed is not None for made in packed.copies.values()]
+    return [made for module in core.products_of(model) for made in (module.copies or {}).values()]
 
 
 @can_pack
@@ -64,7 +63,7 @@ def test_a_packed_product_and_its_gradient_are_the_plain_ones(packing, shape, bi
     found = linear(x)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, wanted)))
-    assert len(linear.packed.copies) == min(2, 2 * x.numel())  # no rows read no weight
+    assert len(linear.copies) == min(2, 2 * x.numel())  # no rows read no weight
 
 
 @can_pack
@@ -142,10 +141,10 @@ def test_a_weight_that_trains_is_not_packed(packing):
     linear, x = frozen_linear(), torch.randn(3, 24)
     linear.weight.requires_grad_(True)
     linear(x).sum().backward()
-    assert linear.weight.grad is not None and not linear.packed.copies
+    assert linear.weight.grad is not None and not linear.copies
     linear.requires_grad_(False).bias.requires_grad_(True)
     linear(x).sum().backward()
-    assert linear.bias.grad is not None and not linear.packed.copies
+    assert linear.bias.grad is not None and not linear.copies
 
 
 @can_pack
@@ -153,9 +152,9 @@ def test_copies_are_no_part_of_what_is_saved_or_copied(packing):
     linear, x = frozen_linear(), torch.randn(3, 24)
     assert list(linear.state_dict()) == ["weight", "bias"]
     wanted = linear(x)
-    assert linear.packed.copies
+    assert linear.copies
     for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
-        assert not other.packed.copies
+        assert not other.copies
         assert torch.equal(other(x), wanted)
 
 
@@ -165,7 +164,7 @@ def test_without_the_operators_nothing_is_packed(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     rows_to_pack.cache_clear()
     linear, x = frozen_linear(), torch.randn(3, 24)
-    assert torch.equal(linear(x), plain(linear, x)) and not linear.packed.copies
+    assert torch.equal(linear(x), plain(linear, x)) and not linear.copies
     rows_to_pack.cache_clear()
 
 
@@ -191,8 +190,8 @@ def folder(tmp_path_factory):
 def test_a_packed_model_computes_what_the_plain_one_does(packing, folder, granularity):
     """Logits of all routes, cached steps, and the routers' gradients."""
     packed, unpacked = load_model(folder), load_model(folder)
-    for module in unpacked.modules():
-        module.packed = None
+    for module in core.products_of(unpacked):
+        module.copies = None
     tokens, results = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(0)), []
     for model in (packed, unpacked):
         torch.manual_seed(1)
@@ -216,20 +215,20 @@ def test_a_packed_model_computes_what_the_plain_one_does(packing, folder, granul
 @can_pack
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token", "both_token", "block_token"])
 def test_copies_are_made_once_and_kept_by_every_route(packing, folder, granularity, monkeypatch):
-    model, made, real = load_model(folder), [], Packed.of
+    model, made, real = load_model(folder), [], Product.packed
     kv = "all" if granularity in ("attn_token", "both_token") else "routed"
     model.add_routers(RouterConfig.of(granularity, (1, 2, 3), kv=kv))
     for router in model.routers():
         torch.nn.init.normal_(router.weight)
     model.requires_grad_(False)
 
-    def count(self, weight, transposed=False):
-        before = len(self.copies) if self.seen == core.identity(weight) else 0
-        copy = real(self, weight, transposed)
+    def count(self, transposed=False):
+        before = len(self.copies) if self.seen == core.identity(self._parameters["weight"]) else 0
+        copy = real(self, transposed)
         made.append(len(self.copies) > before)
         return copy
 
-    monkeypatch.setattr(Packed, "of", count)
+    monkeypatch.setattr(Product, "packed", count)
     tokens = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         for route in ("off", "mask", "gather", "gather"):
