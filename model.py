@@ -697,8 +697,10 @@ def identity(weight: Tensor) -> tuple:
 
 
 class Product(nn.Module):
-    """A module with a weight (O,I) to multiply by. `pack_weights` lets it keep copies of a frozen one in oneDNN's order,
-    made at first use and anew when the weight has changed. One changed through `.data` does not tell."""
+    """A module with a weight (O,I) to multiply by, of which `pack_weights` lets it keep copies in oneDNN's order.
+
+    Of a frozen weight they are made at first use, and anew when it has changed; a change through `.data` does not tell.
+    """
 
     copies: dict[bool, Tensor] | None = None  # of the weight and (True) its transpose; None: none are made
     seen: tuple | None = None  # identity of the weight that they are copies of
@@ -710,8 +712,8 @@ class Product(nn.Module):
         weight = self._parameters["weight"]
         if torch.compiler.is_compiling():
             if self.gone:
-                raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; expected "
-                                 "plain weights: call unpack_weights(model) before compiling")
+                raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; "
+                                 "expected plain weights: call unpack_weights(model) before compiling")
             return fused_linear(x, weight, bias)
         if self.copies is not None and not weight.requires_grad and not (bias is not None and bias.requires_grad):
             if self.pays(weight, x.numel() // x.shape[-1]):
@@ -744,7 +746,7 @@ class Product(nn.Module):
                 plain = self.copies[False].to_dense() if self.gone else weight.detach()
                 plain = plain.t().contiguous() if transposed else plain
                 self.copies[transposed] = torch.ops.mkldnn._reorder_linear_weight(plain, PACKED_FOR_ROWS)
-                if not self.looked_up and weight.untyped_storage().resizable():  # torch's own memory, not a mapped file's
+                if not self.looked_up and weight.untyped_storage().resizable():  # torch's own memory, not a file's
                     weight.data = weight.new_full((1,), math.nan).expand(weight.shape)
                     self.seen, self.gone = identity(weight), True
         return self.copies[transposed]
@@ -790,7 +792,7 @@ def finding_plain(name: str) -> Callable:
 
 
 class Linear(Product, nn.Linear):
-    """nn.Linear whose frozen weight, once packed, is in memory as its copy alone; whoever asks for it finds it plain."""
+    """nn.Linear whose weight, once packed, is in memory as its copy alone; whoever asks for it finds it plain."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self._parameters["bias"])

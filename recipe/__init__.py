@@ -9,6 +9,7 @@
 What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
 examples in passes, those of static lists, which share layers, in lists, stored activations in trunk, timings in speed,
 what is printed in report. forced and results serve eval.py: routes by --control, and what its records say. lora,
-adapter, fixed and base change the base itself: LoRA, its files, fixed routes built in, and the folder that comes of it.
+adapter, fixed, int8 and shard change the base itself: LoRA, its files, fixed routes built in, a byte a weight, blocks
+shared out over ranks; base loads and writes what comes of it.
 Nothing here imports a script.
 """
