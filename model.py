@@ -715,11 +715,11 @@ class Product(nn.Module):
                 raise ValueError("a weight is held as a reordered copy alone, which compiled code cannot read; "
                                  "expected plain weights: call unpack_weights(model) before compiling")
             return fused_linear(x, weight, bias)
-        if self.copies is not None and not weight.requires_grad and not (bias is not None and bias.requires_grad):
-            if self.pays(weight, x.numel() // x.shape[-1]):
-                if torch.is_grad_enabled() and x.requires_grad:
-                    return FrozenProduct.apply(x, bias, self)
-                return packed_product(x, self.packed(), bias)
+        frozen = not (weight.requires_grad or bias is not None and bias.requires_grad)
+        if self.copies is not None and frozen and self.pays(weight, x.numel() // x.shape[-1]):
+            if torch.is_grad_enabled() and x.requires_grad:
+                return FrozenProduct.apply(x, bias, self)
+            return packed_product(x, self.packed(), bias)
         if self.copies and (self.gone or weight.requires_grad):
             self.plain()
         return F.linear(x, weight, bias)
@@ -761,6 +761,10 @@ class Product(nn.Module):
                 weight.data = self.copies[False].to_dense()
         self.copies, self.seen, self.gone = {}, None, False
 
+    def __getstate__(self):
+        self.plain()
+        return super().__getstate__()
+
 
 class FrozenProduct(torch.autograd.Function):
     """x (...,I) times the copy of a module's weight: the gradient of x takes that of its transpose."""
@@ -781,16 +785,6 @@ def packed_product(x: Tensor, copy: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
 
 
-def finding_plain(name: str) -> Callable:
-    """A method of nn.Module's that finds the weight in its own memory."""
-
-    def method(self, *args, **kwargs):
-        self.plain()
-        return getattr(super(Linear, self), name)(*args, **kwargs)
-
-    return method
-
-
 class Linear(Product, nn.Linear):
     """nn.Linear whose weight, once packed, is in memory as its copy alone; whoever asks for it finds it plain."""
 
@@ -807,10 +801,17 @@ class Linear(Product, nn.Linear):
             self.plain()
         return super().__getattr__(name)
 
-    __getstate__ = finding_plain("__getstate__")
-    _apply = finding_plain("_apply")
-    _save_to_state_dict = finding_plain("_save_to_state_dict")
-    _load_from_state_dict = finding_plain("_load_from_state_dict")
+    def _apply(self, *args, **kwargs):
+        self.plain()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.plain()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.plain()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class Embedding(Product, nn.Embedding):

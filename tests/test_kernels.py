@@ -257,7 +257,7 @@ def test_parameters_of_a_packed_model(packing, folder):
     logits = model(tokens)[0]
     assert model.layers[0].attention.wq._parameters["weight"].isnan().all()
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in model.named_parameters())
-    assert torch.equal(model(tokens)[0], logits)
+    assert torch.equal(model(tokens)[0], logits) and torch.equal(copy.deepcopy(model)(tokens)[0], logits)
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
