@@ -1,5 +1,6 @@
 """What a run will need, told before it starts: memory and disk from sizes, time from a short measurement."""
 
+import itertools
 import shutil
 import statistics
 import time
@@ -7,10 +8,14 @@ from pathlib import Path
 
 import torch
 
+from data.load import Data
 from data.records import Example
 from model import ModelConfig, Transformer
-from recipe.passes import LOGITS_AT_ONCE, Workload, collate
-from runtime import print0, synchronize
+from recipe.calibrate import PASSES
+from recipe.passes import EVAL_BATCH, LOGITS_AT_ONCE, Workload, collate
+from recipe.run import Job
+from recipe.start import INPUT_SAMPLES, SEARCH_SAMPLES, candidates
+from runtime import Phases, print0, synchronize
 
 TRIES = 3  # forward passes that are timed, after one that warms up
 
@@ -73,3 +78,40 @@ def show_needs(memory: int, disk: int, out: Path, each: float, passes: float) ->
            "forward, measured)")
     if disk > free:
         print0(f"warning: {out} may run full: free space, lower --trunk_gb, or give another --out")
+
+
+def plan(cfg, data: Data) -> Phases:
+    """The phases of a run and roughly what each takes, in forward passes over an example."""
+    if cfg.train == "lora":
+        return Phases({"tuning": 4 * cfg.steps * cfg.batch_size, "held out": 2 * len(data.held)})
+    n_places = 16  # as in the demo: the phases' shares depend little on it
+    sequences = cfg.granularity.endswith("sequence")
+    few = list(itertools.islice(data.all, 1000))  # enough to tell how much of an example is its prompt
+    read = sum(example.prompt if sequences else len(example.tokens) for example in few)
+    routes = read / sum(len(example.tokens) for example in few)  # of what a pass over the whole example takes
+    trial, budgets = (1 + 2 * routes) * len(data.select), len({cfg.budget, *cfg.report})
+    searched = (1 - min((cfg.budget, *cfg.report))) * n_places
+    start = {"costs": 3 * cfg.cost_samples, "orders": (2 + 0.8 * searched) * min(cfg.cost_samples, SEARCH_SAMPLES)}
+    if cfg.recipe == "default":
+        toggled = 1 + 0.55 * n_places if sequences else 0  # layers below a toggled place are shared
+        start["first routers"] = 2 * trial + 2 * len(data.select) + cfg.benefit_samples * toggled
+    tuning = {"tuning": 2.2 * cfg.steps * cfg.batch_size + cfg.evaluations * trial}
+    calibration = PASSES * routes * max(cfg.calibrate_samples, len(data.select)) + 10 * len(data.select)
+    end = {"calibration": calibration, "held out": (1 + 6 * budgets) * len(data.held)}
+    return Phases(end if cfg.recalibrate or cfg.import_official else {**start, **tuning, **end})
+
+
+def announce(job: Job, done: float | None) -> None:
+    """Say what the run needs before it starts. done: share of the steps of a run that goes on; None: a new one."""
+    cfg, rt, examples, config = job.cfg, job.rt, job.data.all, job.model.config
+    lengths = sorted(examples.lengths(), reverse=True)
+    rows = min(cfg.micro_batch, max(1, cfg.batch_size // rt.world_size), max(1, cfg.batch_tokens // lengths[0]))
+    first = candidates(cfg, config)[0].places[0].layer
+    memory = memory_needed(job.model, first, sum(lengths[:rows]), cfg.checkpoint_activations)
+    disk = disk_needed(job.model, examples, cfg.trunk_gb * 1e9, INPUT_SAMPLES)
+    work = dict(job.phases.work)
+    if done is not None:
+        work = {name: passes for name, passes in work.items() if name in ("calibration", "held out")}
+        work["tuning"] = job.phases.work["tuning"] * (1 - done)
+    each = seconds_per_example(Workload(job.model, examples, job.passes), EVAL_BATCH)
+    show_needs(memory, disk, Path(cfg.out), each, sum(work.values()) / job.passes.world_size)

@@ -1,12 +1,32 @@
 """Routers beside their controls, as rows and in words."""
 
 from recipe.controls import Controls
+from recipe.lora import changes
 from recipe.passes import Workload, evaluate
+from recipe.run import Run
 from recipe.speed import measure_prefill
 from router import set_cuts
-from runtime import Phases, print0
+from runtime import Phases, device_name, print0
 
 COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "load", "smallest_gate", "mean_route", "random")
+
+
+def describe(run: Run) -> None:
+    """Print each decision that was derived from the settings, once."""
+    cfg, rt, model, routing = run.cfg, run.rt, run.model, run.model.routing
+    trainable, total = run.state.trainable, sum(p.numel() for p in model.parameters())
+    dtype, per_rank = str(rt.dtype).removeprefix("torch."), cfg.batch_size // rt.world_size
+    dtype = f"int8, computing in {dtype}" if cfg.base_dtype == "int8" else dtype
+    print0(f"device: {device_name(rt.device)} x {rt.world_size}, base in {dtype}, compile {run.compiled}")
+    print0(f"parameters: {trainable:,} trainable ({cfg.train}), {total - trainable:,} frozen, optimizer "
+           f"{run.state.optimizer_bytes / 2**20:,.1f} MiB; base fingerprint {model.fingerprint}")
+    if cfg.train == "lora":
+        print0(f"LoRA: {len(changes(model))} projections, rank {cfg.lora_rank}, lr {cfg.lora_lr}; no routers")
+        return
+    print0(f"routed places: {', '.join(routing.names)} of {model.config.n_layers} layers; {routing.granularity}, pool "
+           f"{routing.pool}, kv {routing.kv}; budget {cfg.budget}")
+    print0(f"steps: {cfg.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "
+           f"{cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}")
 
 
 def show_step(row: dict, steps: int, best: bool) -> None:

@@ -1,14 +1,127 @@
 """What tuning begins with: where routers stand, and their first weights."""
 
+import math
+import time
+from dataclasses import asdict
+
 from torch import Tensor
 
+from model import ModelConfig, routing_of
 from recipe.calibrate import settle
 from recipe.controls import Controls
 from recipe.fit import benefit_prior, order_prior, token_prior
 from recipe.measure import Measured, measure_benefits, measure_costs, typical_costs
+from recipe.experts import gate_start
+from recipe.orders import search_orders
 from recipe.passes import Workload, evaluate
-from router import RouterConfig, skipped_places
-from runtime import print0
+from recipe.run import Job, Run, State, build, copied, put
+from router import (
+    RouterConfig, RouterMeta, check_fingerprint, deep_layers, load_router_weights, parse_layers, read_router_file,
+    set_cuts, skipped_places,
+)
+from runtime import permutation, print0
+
+INPUT_SAMPLES = 512  # router inputs on which RidgeDescent measures its steps
+SEARCH_SAMPLES = 96  # examples, at most, on which orders are searched
+
+
+def begin(job: Job) -> Run:
+    """A run before its first step: routed places chosen, orders of the static lists found, first routers set."""
+    cfg, started, inputs = job.cfg, time.perf_counter(), None
+    dtype = str(job.rt.dtype).removeprefix("torch.")
+    if cfg.train == "lora":  # one router that stays open, so that the dense model takes the same steps
+        job.model.add_routers(RouterConfig.of("mlp_sequence", (0,)))
+        set_cuts(job.model, -math.inf)
+        return build(job, job.workload(), State(asdict(job.model.routing), {}, dtype, cut=-math.inf), None)
+    placed, first = candidates(cfg, job.model.config), None
+    if cfg.init:
+        first, meta = read_init(cfg, job.model.config)
+        placed = meta.routing, None
+    with job.phases("costs"):
+        measured = place_routers(job.costed(), *placed, cfg.seed)
+    work = job.workload()
+    with job.phases("orders"):
+        orders = orders_of(job, work, measured)
+    if cfg.recipe == "default":
+        inputs = measured.inputs[:, permutation(measured.inputs.shape[1], cfg.seed, "inputs")[:INPUT_SAMPLES]]
+    run = build(job, work, State(asdict(job.model.routing), orders, dtype), inputs)
+    if first is not None:
+        model = job.model
+        check_fingerprint(cfg.init, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
+        load_router_weights(cfg.init, model, first, meta.routing)
+    if cfg.recipe == "default":
+        with job.phases("first routers"):
+            if first is None:
+                first_routers(run, measured)
+            else:
+                run.state.cut = try_out(run)[1]
+                set_cuts(run.model, run.state.cut)
+    run.state.seconds = time.perf_counter() - started
+    return run
+
+
+def read_init(cfg, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:
+    """What the file of --init holds. Raises ValueError naming what these settings do not ask for."""
+    tensors, meta = read_router_file(cfg.init)
+    has, (wanted, kept) = meta.routing, candidates(cfg, config)
+    pairs = {name: (getattr(has, name), getattr(wanted, name)) for name in ("granularity", "pool", "kv")}
+    pairs["layers"] = (has.names, wanted.names) if kept is None else (len(has.places), kept)
+    if differing := [f"{name} ({ours!r} there, {asked!r} now)" for name, (ours, asked) in pairs.items()
+                     if ours != asked]:
+        raise ValueError(f"{cfg.init} cannot begin this run: {', '.join(differing)}; expected the same routers: change "
+                         "these settings, or give another --init")
+    return tensors, meta
+
+
+def candidates(cfg, config: ModelConfig) -> tuple[RouterConfig, int | None]:
+    """Places where routers may stand, and how many of them (of experts: layers) are kept: the cheapest; None: all."""
+    kind, chosen = parse_layers(cfg.layers, config.n_layers)
+    layers = {"auto": range(config.n_layers), "list": chosen}.get(kind) or deep_layers(chosen, config.n_layers)
+    more = {"pool": cfg.pool, "kv": cfg.kv, "renormalise": cfg.renormalise}
+    routing = routing_of(config, cfg.granularity, layers, **more)
+    return routing, chosen if kind == "auto" else None
+
+
+def orders_of(job: Job, work: Workload, measured: Measured) -> dict[str, list[int]]:
+    """Orders of the static lists, as deep as the budgets in question go."""
+    cfg = job.cfg
+    examples = work.examples[: min(cfg.cost_samples, SEARCH_SAMPLES)]
+    return search_orders(work.of(examples), measured, 1 - min((cfg.budget, *cfg.report)))
+
+
+def first_routers(run: Run, measured: Measured) -> None:
+    """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses
+    less, from routers fitted to what was measured."""
+    cfg, state, routing = run.cfg, run.state, run.model.routing
+    name, skipped = best_static(Controls(run.select), state.orders, cfg.budget)
+    starts = router_starts(measured, name, state.orders[name], routing.unit)
+    if routing.experts and routing.unit == "token":
+        gate = gate_start(run.model, measured.inputs)
+        starts |= {"gate": gate, "gate + fisher": gate + starts["fisher"]}
+    if routing.unit == "sequence" and cfg.benefit_samples and not routing.experts:
+        examples = run.data.train[: cfg.benefit_samples]
+        starts["benefits"] = benefit_start(run.work.of(examples), skipped, cfg.objective == "distill")
+    tried, cuts = {}, {}
+    routers = [router.weight for router in run.model.routers()]
+    for name, weights in starts.items():
+        put(routers, weights)
+        tried[name], cuts[name] = try_out(run)
+    print0("selection loss of starts: " + ", ".join(f"{name} {loss:.4f}" for name, loss in tried.items()))
+    put(run.weights.values(), run.best.values())
+    if not cfg.evaluations:
+        state.best_loss = math.inf  # nothing is tried later: the last routers are taken
+    state.cut = cuts[min(tried, key=tried.get)]
+    set_cuts(run.model, state.cut)
+
+
+def try_out(run: Run) -> tuple[float, float]:
+    """Loss on the selection set at exactly the budget, and the cut there; keeps the weights if they are the best so
+    far."""
+    loss, cut = loss_at_budget(run.select, run.cfg.budget, run.teacher)
+    set_cuts(run.model, run.state.cut)
+    if loss < run.state.best_loss:
+        run.state.best_loss, run.state.best_step, run.best = loss, run.state.step, copied(run.weights)
+    return loss, cut
 
 
 def place_routers(work: Workload, routing: RouterConfig, kept: int | None, seed: int) -> Measured:

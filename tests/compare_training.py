@@ -24,6 +24,7 @@ import train  # noqa: E402
 from model import load_config  # noqa: E402
 from recipe.calibrate import settle  # noqa: E402
 from recipe.passes import evaluate, skip_everywhere  # noqa: E402
+from recipe.run import build  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -60,7 +61,7 @@ def begun(cfg: Config, steps: int) -> train.Run:
         return train.begin(job)
     routing = train.candidates(tuning, config)[0]
     job.model.add_routers(routing)
-    return train.build(job, job.workload(), train.State(), None)  # no orders: nothing here is compared with them
+    return build(job, job.workload(), train.State(), None)  # no orders: nothing here is compared with them
 
 
 def timed(cfg: Config) -> dict:

@@ -31,6 +31,7 @@ import runtime  # noqa: E402
 import train  # noqa: E402
 from recipe import passes  # noqa: E402
 from model import load_config, load_model  # noqa: E402
+from recipe.run import build  # noqa: E402
 from router import RouterConfig, deep_layers, pool, ste_gate  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -107,7 +108,7 @@ def one_side(cfg: TuningConfig) -> dict:
         routing = RouterConfig.of(tuning.granularity, deep_layers(cfg.routed, model.config.n_layers))
         model.add_routers(routing)  # without the search of orders, which is no part of a step
         job = train.Job(tuning, rt, model, data, train.plan(tuning, data))
-        run = train.build(job, job.workload(), train.State(asdict(routing)), None)
+        run = build(job, job.workload(), train.State(asdict(routing)), None)
         do = lambda batch: train.step(run)["loss"]  # noqa: E731
     else:
         from compare_transformers import reference_of

@@ -19,7 +19,8 @@ from tuning import begun, settings
 
 import runtime
 import train
-from recipe import passes
+from recipe import checkpoint, passes
+from recipe.checkpoint import read_checkpoint
 from router import read_router_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,7 +160,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(base
     broken_from(monkeypatch, 3, 99)
     with pytest.raises(ValueError, match="2 steps in a row had no finite gradient.*last good checkpoint"):
         train.train(settings(base, tmp_path, steps=20, save_every=1, max_bad_steps=2))
-    state, _, tensors = train.read_checkpoint(tmp_path / "checkpoint.safetensors")
+    state, _, tensors = read_checkpoint(tmp_path / "checkpoint.safetensors")
     assert state.step == 3 and state.bad_steps == 0 and all(torch.isfinite(t).all() for t in tensors.values())
 
 
@@ -212,7 +213,7 @@ def test_a_signal_finishes_the_step_and_the_same_command_goes_on(base, tmp_path,
         patch.setattr(train, "step", signalled)
         train.train(cut)
     assert stop.value.number == number and signal.getsignal(number) is before
-    assert train.read_checkpoint(tmp_path / "cut/checkpoint.safetensors")[0].step == 4
+    assert read_checkpoint(tmp_path / "cut/checkpoint.safetensors")[0].step == 4
     train.train(cut)
     ends = [(tmp_path / name / "routers.safetensors").read_bytes() for name in ("whole", "cut")]
     assert ends[0] == ends[1]
@@ -237,7 +238,7 @@ def test_two_processes_do_not_share_a_folder(base, tmp_path):
 
 def test_ranks_that_see_different_folders_are_told(base, monkeypatch):
     run = begun(base, recipe="paper")
-    monkeypatch.setattr(train, "collect", lambda *a: ["step 3", "nothing"])
+    monkeypatch.setattr(checkpoint, "collect", lambda *a: ["step 3", "nothing"])
     with pytest.raises(ValueError, match="step 3, nothing; expected the same: .*machines share"):
         train.claim(run)
 
