@@ -685,6 +685,14 @@ def _file_read(frames: list[types.FrameType]) -> str:
 # Files
 
 
+def free_bytes(folder: str | Path) -> int:
+    """Of the disk on which a folder lies, or will lie."""
+    folder = Path(folder)
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def write_atomic(path: str | Path, writer: Callable[[Path], None]) -> None:
     """Let `writer` fill a temporary file beside `path`, force it to disk, rename it: a reader sees the old or the new.
 

@@ -42,7 +42,6 @@ from recipe.check import check_run, check_settings
 from recipe.checkpoint import claim, clean_up, resume, save_checkpoint, stored_dtype
 from recipe.cost import step_flops, trunk_flops
 from recipe.finish import finish, keep_changes, next_command
-from recipe.journal import discard
 from recipe.lora import TARGETS, LoRAConfig, add_lora
 from recipe.measure import measure_costs
 from recipe.needs import announce, plan
@@ -241,7 +240,7 @@ def tune(run: Run, out: Path) -> None:
         clean_up(log, state.step)
         if state.step == 0:
             save_checkpoint(run, checkpoint)
-            discard(out / "progress")
+            run.end_journals()
     if run.compiled:  # only steps run compiled: what is measured before them looks into the blocks
         unpack_weights(run.model)
         for block in run.model.layers:
@@ -503,12 +502,11 @@ def train(cfg: TrainConfig) -> dict:
 
 def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
     """The same, with everything loaded. tensors: of --import_official."""
-    cfg, rt = job.cfg, job.rt
+    cfg = job.cfg
     summary, saved = claim(job)
     if summary is not None:
         print0(f"{cfg.out} holds this run, finished: nothing to do (--overwrite begins anew)")
-        if rt.is_master:
-            discard(Path(cfg.out) / "progress")
+        job.end_journals()
         return summary
     announce(job, None if saved is None else saved[0].step / max(1, cfg.steps))
     if cfg.recalibrate or cfg.import_official:
@@ -519,9 +517,8 @@ def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
     keep_changes(job, work, state)
     with job.journal("end"):
         summary = finish(job, work, state)
-    wait_for_all(rt)
-    if rt.is_master:
-        discard(Path(cfg.out) / "progress")
+    wait_for_all(job.rt)
+    job.end_journals()
     return summary
 
 

@@ -9,7 +9,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 import runtime
-from recipe.journal import discard
 from recipe.run import Job, Run, State, build, put
 from router import RouterConfig, set_cuts
 from runtime import collect, print0, wait_for_all
@@ -98,7 +97,7 @@ def claim(job: Job) -> tuple[dict | None, tuple | None]:
     if job.cfg.overwrite and job.rt.is_master:
         for name in ("checkpoint.safetensors", "log.jsonl", *MADE):
             (out / name).unlink(missing_ok=True)
-        discard(out / "progress")
+        job.end_journals()
     wait_for_all(job.rt)
     summary = finished(out, "adapter_model" if job.cfg.train == "lora" else "routers")
     if summary is not None:

@@ -2,7 +2,6 @@
 
     with Journal(folder, "start", identity, rt):      # reads what a killed run left
         losses = [once(lambda: measure(group)) for group in groups]
-    discard(folder)                                   # when a checkpoint or the summary stands
 
 The phases ask the same questions in the same order on every run with the same settings and number of ranks. So the n-th
 answer of a rank is its n-th entry, and a run that comes back reads its entries instead of computing, bit for bit.
@@ -10,7 +9,6 @@ answer of a rank is its n-th entry, and a run that comes back reads its entries 
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,8 +87,3 @@ def once(make: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     if Journal.active is None:
         return [tensor.cpu() for tensor in make()]
     return Journal.active.answer(make)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder of journals."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,6 @@
 """What a run will need, told before it starts: memory and disk from sizes, time from a short measurement."""
 
 import itertools
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from recipe.calibrate import PASSES
 from recipe.passes import EVAL_BATCH, LOGITS_AT_ONCE, Workload, collate
 from recipe.run import Job
 from recipe.start import INPUT_SAMPLES, SEARCH_SAMPLES, candidates
-from runtime import Phases, print0, synchronize
+from runtime import Phases, free_bytes, print0, synchronize
 
 TRIES = 3  # forward passes that are timed, after one that warms up
 
@@ -61,13 +60,6 @@ def seconds_per_example(work: Workload, rows: int) -> float:
         if number:
             times.append(time.perf_counter() - started)
     return statistics.median(times) / len(middle)
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk on which a folder lies, or will lie."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def show_needs(memory: int, disk: int, out: Path, each: float, passes: float) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,11 @@ class Job:
         if self.shared:  # ranks would go on at different places
             return contextlib.nullcontext()
         return Journal(Path(self.cfg.out) / "progress", name, self.identity, self.rt)
+
+    def end_journals(self) -> None:
+        """Remove them: a checkpoint or the summary stands."""
+        if self.rt.is_master:
+            shutil.rmtree(Path(self.cfg.out) / "progress", ignore_errors=True)
 
     def costed(self) -> Workload:
         """The training examples on which costs are measured: before routers stand, so there is nothing stored yet."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,8 +39,9 @@ class TrunkCache:
             if key not in self.slots:
                 self.slots[key] = (len(self.slots), size)
                 size += elements
-        if not size or not _has_room(path, 2 * size * dtype.itemsize):
-            return
+        if not size or runtime.free_bytes(path.parent) < 2 * size * dtype.itemsize:  # a mapped file that does not fit
+            return  # kills the process
+        path.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(json.dumps(list(self.slots)).encode()).hexdigest()
         about = {"fingerprint": model.exact_fingerprint, "first_layer": first}
         about |= {"dtype": str(dtype), "stored": str(model.tok_embeddings.weight.dtype), "tokens": digest}
@@ -85,12 +85,6 @@ class TrunkCache:
 def _checksum(part: Tensor) -> int:
     """Never 0, which marks an example that is not stored."""
     return 1 + zlib.crc32(part.view(torch.uint8).numpy())
-
-
-def _has_room(path: Path, size: int) -> bool:
-    """Whether the disk holds so many bytes more: a mapped file that does not fit kills the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return shutil.disk_usage(path.parent).free >= size
 
 
 def _clear_other(header: Path, files: tuple[Path, ...], about: dict) -> None:

@@ -268,7 +268,7 @@ def test_trunk_cache_stays_away_from_a_full_disk(base, tmp_path, monkeypatch):
     run, group = begun(base, layers="2-3", recipe="paper"), slice(0, 3)
     batch = passes.collate(run.data.train[group], torch.device("cpu"))
     room = trunk.TrunkCache(tmp_path / "room.bin", run.model, run.data.train, 1e9)
-    monkeypatch.setattr(trunk.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("usage", (), {"free": 1000})())
     cache = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, 1e9)
     found = [store(run.model, run.data.train[group], batch.tokens) for store in (room, cache, cache)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])

@@ -355,7 +355,7 @@ def holds_another_model(out: Path) -> bool:
 
 def require_space(folder: Path, needed: int) -> None:
     """Raise ValueError when the disk of `folder` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+    free = runtime.free_bytes(folder)
     if free < needed:
         found, wanted = f"{free / 1e6:,.0f} MB", f"{needed / 1e6:,.0f} MB"
         raise ValueError(f"{folder} has {found} free, expected at least {wanted}: free some space or choose another "
