@@ -43,17 +43,13 @@ from recipe.checkpoint import claim, clean_up, resume, save_checkpoint, stored_d
 from recipe.cost import step_flops, trunk_flops
 from recipe.finish import finish, keep_changes, next_command
 from recipe.lora import TARGETS, LoRAConfig, add_lora
-from recipe.measure import measure_costs
 from recipe.needs import announce, plan
 from recipe.passes import Batch, Workload, collate, head_gradient, n_units, real_logits, states, under_budget
 from recipe.report import describe, show, show_step, verdict
 from recipe.run import Job, Run, State, put
 from recipe.shard import average, even
-from recipe.start import begin, candidates, orders_of, read_init, try_out
-from router import (
-    EXPERT_GRANULARITIES, GRANULARITIES, RouterConfig, load_router_weights, official_layers, quantile_cut,
-    read_router_file, set_cuts,
-)
+from recipe.start import begin, standing, try_out
+from router import EXPERT_GRANULARITIES, GRANULARITIES, quantile_cut, set_cuts
 from runtime import ALONE, Runtime, collect, generator, mine, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -434,7 +430,7 @@ def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
 
 
 # -----------------------------------------------------------------------------
-# The three ways to a router file
+# From settings to a router file
 
 
 def tuned(job: Job, saved: tuple | None) -> tuple[Workload, State]:
@@ -452,27 +448,6 @@ def tuned(job: Job, saved: tuple | None) -> tuple[Workload, State]:
     return run.work, run.state
 
 
-def recalibrated(job: Job) -> tuple[Workload, State]:
-    """Routers of our file, which the model came with, and the orders that it holds."""
-    orders, names = read_router_file(job.cfg.recalibrate)[1].orders, job.model.routing.names
-    if not orders:
-        return searched(job)
-    numbers = {name: [names.index(place) for place in order] for name, order in orders.items()}
-    return job.workload(), State(orders=numbers)
-
-
-def imported(job: Job, tensors: dict[str, Tensor]) -> tuple[Workload, State]:
-    """Routers of a file of the official code, put into the model."""
-    load_router_weights(job.cfg.import_official, job.model, tensors, job.model.routing)
-    return searched(job)
-
-
-def searched(job: Job) -> tuple[Workload, State]:
-    """Orders of the static lists beside routers that stand already."""
-    work, measured = job.workload(), measure_costs(job.costed(), job.cfg.seed)
-    return work, State(orders=orders_of(job, work, measured))
-
-
 def train(cfg: TrainConfig) -> dict:
     """Run or continue what `cfg` says; returns the summary."""
     if cfg.train == "routers+lora" and cfg.lora_first:
@@ -482,26 +457,18 @@ def train(cfg: TrainConfig) -> dict:
     rt = runtime.setup(cfg.device, stored_dtype(cfg), cfg.seed, cfg.rank_timeout)
     fetch_demo(cfg, rt)
     config = load_config(cfg.model)
-    tensors = read_router_file(cfg.import_official, official=True)[0] if cfg.import_official else None
-    if not cfg.import_official and not cfg.recalibrate:
-        candidates(cfg, config)  # a wrong setting is told before anything is loaded
-    if cfg.init:
-        read_init(cfg, config)
-    check_run(cfg, rt, config)
+    check_run(cfg, rt, config)  # a wrong setting is told before anything is loaded
     data = load_data(cfg, load_tokenizer(cfg.model), config.max_seq_len, rt)
     epochs = cfg.epochs if cfg.epochs is not None else 0.1 if cfg.train == "routers" else 1.0
     steps = math.ceil(epochs * len(data.train) / cfg.batch_size) if cfg.steps is None else cfg.steps
     cfg = replace(cfg, steps=steps)
-    model = prepared(cfg, rt)
-    if tensors is not None:
-        model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), pool=cfg.pool, kv=cfg.kv))
-    job = Job(cfg, rt, model, data, plan(cfg, data))
+    job = Job(cfg, rt, prepared(cfg, rt), data, plan(cfg, data))
     with runtime.alone_in(Path(cfg.out)) if rt.is_master else contextlib.nullcontext():
-        return run_job(job, tensors)
+        return run_job(job)
 
 
-def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
-    """The same, with everything loaded. tensors: of --import_official."""
+def run_job(job: Job) -> dict:
+    """The same, with everything loaded."""
     cfg = job.cfg
     summary, saved = claim(job)
     if summary is not None:
@@ -511,7 +478,7 @@ def run_job(job: Job, tensors: dict[str, Tensor] | None) -> dict:
     announce(job, None if saved is None else saved[0].step / max(1, cfg.steps))
     if cfg.recalibrate or cfg.import_official:
         with job.journal("start"):
-            work, state = recalibrated(job) if cfg.recalibrate else imported(job, tensors)
+            work, state = standing(job)
     else:
         work, state = tuned(job, saved)
     keep_changes(job, work, state)

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from model import ModelConfig
 from recipe.lora import LoRAConfig
-from router import RouterConfig
+from recipe.start import candidates, read_init
+from router import RouterConfig, read_router_file
 from runtime import Runtime
 
 LEAST = {  # least value of each number
@@ -27,7 +28,13 @@ def check_settings(cfg) -> None:
 
 
 def check_run(cfg, rt: Runtime, config: ModelConfig) -> None:
-    """The same for settings that do not go with the ranks or the model."""
+    """The same for settings that do not go with the ranks, the model, or a router file that they name."""
+    if cfg.import_official:
+        read_router_file(cfg.import_official, official=True)
+    elif not cfg.recalibrate:
+        candidates(cfg, config)
+    if cfg.init:
+        read_init(cfg, config)
     refuse(misfits(cfg, rt, config))
 
 

@@ -16,8 +16,8 @@ from recipe.orders import search_orders
 from recipe.passes import Workload, evaluate
 from recipe.run import Job, Run, State, build, copied, put
 from router import (
-    RouterConfig, RouterMeta, check_fingerprint, deep_layers, load_router_weights, parse_layers, read_router_file,
-    set_cuts, skipped_places,
+    RouterConfig, RouterMeta, check_fingerprint, deep_layers, load_router_weights, official_layers, parse_layers,
+    read_router_file, set_cuts, skipped_places,
 )
 from runtime import permutation, print0
 
@@ -58,6 +58,23 @@ def begin(job: Job) -> Run:
                 set_cuts(run.model, run.state.cut)
     run.state.seconds = time.perf_counter() - started
     return run
+
+
+def standing(job: Job) -> tuple[Workload, State]:
+    """Routers that stand already: of our file, which the model came with, or of the official code's, put into it now.
+
+    Returns the training examples, and the orders of static lists that the file holds, or that are searched.
+    """
+    cfg, model, orders = job.cfg, job.model, {}
+    if cfg.import_official:
+        tensors, _ = read_router_file(cfg.import_official, official=True)
+        model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), pool=cfg.pool, kv=cfg.kv))
+        load_router_weights(cfg.import_official, model, tensors, model.routing)
+    else:
+        orders, names = read_router_file(cfg.recalibrate)[1].orders, model.routing.names
+        orders = {name: [names.index(place) for place in order] for name, order in orders.items()}
+    work = job.workload()
+    return work, State(orders=orders or orders_of(job, work, measure_costs(job.costed(), cfg.seed)))
 
 
 def read_init(cfg, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:

@@ -21,6 +21,7 @@ import runtime  # noqa: E402
 import train  # noqa: E402
 from model import load_model  # noqa: E402
 from recipe.run import build  # noqa: E402
+from recipe.start import candidates  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -54,7 +55,7 @@ def take_steps(cfg: train.TrainConfig, out: Path) -> None:
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
     model = load_model(cfg.model, dtype=rt.dtype)
     data = train.load_data(cfg, load_tokenizer(cfg.model), model.config.max_seq_len, rt)
-    model.add_routers(train.candidates(cfg, model.config)[0])
+    model.add_routers(candidates(cfg, model.config)[0])
     job = train.Job(cfg, rt, model, data, train.plan(cfg, data))
     run = build(job, job.workload(), train.State(), None)
     routers, losses = [torch.cat(list(run.weights.values())).detach().clone()], []

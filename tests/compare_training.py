@@ -25,6 +25,7 @@ from model import load_config  # noqa: E402
 from recipe.calibrate import settle  # noqa: E402
 from recipe.passes import evaluate, skip_everywhere  # noqa: E402
 from recipe.run import build  # noqa: E402
+from recipe.start import candidates  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
@@ -59,7 +60,7 @@ def begun(cfg: Config, steps: int) -> train.Run:
     job = train.Job(tuning, rt, train.prepared(tuning, rt), data, train.plan(tuning, data))
     if cfg.side == "lora":
         return train.begin(job)
-    routing = train.candidates(tuning, config)[0]
+    routing = candidates(tuning, config)[0]
     job.model.add_routers(routing)
     return build(job, job.workload(), train.State(), None)  # no orders: nothing here is compared with them
 

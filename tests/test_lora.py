@@ -352,6 +352,16 @@ def test_no_weight_is_read_from_an_old_copy(base, monkeypatch):
         assert model is merged or not torch.equal(logits(model), before)
 
 
+def test_the_summary_of_lora_counts_the_rows_that_were_left_out(base, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text((base / "data.jsonl").read_text() + '{"messages": [{"role": "user", "content": "x"}]}\n')
+    summary = train.train(settings(base, tmp_path / "out", train="lora", steps=1, data=(str(data),), skip_bad=True))
+    assert summary["data"]["rows"] == 45 and summary["data"]["used"] == 44
+    ((reason, count),) = summary["data"]["left_out"].items()
+    assert count == 1 and "assistant" in reason
+    assert json.loads((tmp_path / "out/summary.json").read_text())["data"] == summary["data"]
+
+
 def test_full_tuning_leaves_the_file_of_its_base_alone(base, tmp_path):
     """Weights are mapped from disk: they are copied before anything writes to them."""
     before = (base / "model.safetensors").read_bytes()
