@@ -61,8 +61,8 @@ def out_of_range(cfg) -> Iterator[tuple[bool, str]]:
 def contradictions(cfg) -> Iterator[tuple[bool, str]]:
     full = cfg.train == "full"
     yield (cfg.train != "routers" and (cfg.objective == "distill" or cfg.import_official or cfg.recalibrate),
-           f"train is {cfg.train!r} with --objective=distill, --import_official or --recalibrate; expected a model that "
-           "stays as it is: leave that away, or use --train=routers")
+           f"train is {cfg.train!r} with --objective=distill, --import_official or --recalibrate; expected a model "
+           "that stays as it is: leave that away, or use --train=routers")
     yield (full and (cfg.adapter or cfg.dtype not in ("auto", "float32")),
            f"train is 'full' with dtype {cfg.dtype} and adapter {cfg.adapter}; expected float32, since steps vanish in "
            "16 bits, and no adapter: leave --dtype away, or merge the adapter with convert_hf.py first")
@@ -70,8 +70,8 @@ def contradictions(cfg) -> Iterator[tuple[bool, str]]:
            "train is 'full' with --base_dtype=int8; expected weights that can move by less than a step of int8: leave "
            "--base_dtype away, or use --train=lora")
     yield (cfg.shard and (full or cfg.base_dtype or cfg.compile),
-           "--shard with --train=full, --base_dtype or --compile; expected a frozen base in dtype, in eager code: leave "
-           "these away")
+           "--shard with --train=full, --base_dtype or --compile; expected a frozen base in dtype, in eager code: "
+           "leave these away")
     yield (sum(map(bool, (cfg.init, cfg.import_official, cfg.recalibrate))) > 1,
            "--init, --import_official and --recalibrate each name a router file, expected one: leave the others away")
     yield (cfg.import_official and cfg.granularity.startswith(("both", "expert")),
