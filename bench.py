@@ -28,7 +28,7 @@ from model import (
 from recipe.base import load_base
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from recipe.int8 import rounded
-from router import RouterConfig, capacity, cuts_for, deep_layers, parse_layers, random_route, set_cuts
+from router import RouterConfig, capacity, cuts_for, parse_layers, random_route, set_cuts
 from runtime import setting
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -395,11 +395,10 @@ def subject_of(config: BenchConfig, rt: runtime.Runtime) -> Subject:
         calibration = load_routers(model, config.routers).calibration
     else:
         text = config.layers or ("deep:16" if config.shape is None else "all")
-        kind, which = parse_layers(text, n_layers)
-        if kind == "auto":
+        layers, kept = parse_layers(text, n_layers)
+        if kept is not None:
             raise ValueError(f"layers is {text!r}; a forced route has no measurements to choose by: give deep:N, all, "
                              "or numbers")
-        layers = deep_layers(which, n_layers) if kind == "deep" else which
         model.add_routers(routing_of(model.config, config.granularity, layers, kv=config.kv))
     if config.compile:
         compile_model(model)

@@ -156,15 +156,18 @@ def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
     return tuple(range(n_layers - 1 - n, n_layers - 1))
 
 
-def parse_layers(text: str, n_layers: int) -> tuple[str, int | tuple[int, ...]]:
-    """Read a `--layers` setting: 'deep:16', 'auto:16' give (kind, n); '3,5,7', '3-7', 'all' give ('list', layers)."""
+def parse_layers(text: str, n_layers: int) -> tuple[tuple[int, ...], int | None]:
+    """Layers that a `--layers` setting names: 'deep:16', 'auto:16', '3,5,8-12' or 'all'.
+
+    Beside them how many are to be chosen of these, for auto:N, whose are all; None: they are chosen.
+    """
     kind, _, number = text.partition(":")
     if kind in ("deep", "auto") and number.isdigit():
         if not 1 <= int(number) <= n_layers:
             raise ValueError(f"layers is {text!r}; this model has {n_layers} layers: ask for 1 to {n_layers}")
-        return kind, int(number)
+        return (deep_layers(int(number), n_layers), None) if kind == "deep" else (tuple(range(n_layers)), int(number))
     if text == "all":
-        return "list", tuple(range(n_layers))
+        return tuple(range(n_layers)), None
     try:
         spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
         layers = sorted({layer for span in spans for layer in range(span[0], span[-1] + 1)})
@@ -172,7 +175,7 @@ def parse_layers(text: str, n_layers: int) -> tuple[str, int | tuple[int, ...]]:
         raise ValueError(f"layers is {text!r}; expected deep:N, auto:N, all, or numbers such as 3,5,8-12") from None
     if not layers or layers[-1] >= n_layers:
         raise ValueError(f"layers is {text!r}; this model has layers 0 to {n_layers - 1}")
-    return "list", tuple(layers)
+    return tuple(layers), None
 
 
 # -----------------------------------------------------------------------------

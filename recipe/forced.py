@@ -79,9 +79,9 @@ def make_control(
 def static_list(text: str, value: str, model: Transformer) -> tuple[list[int], float]:
     """The places of static:LAYERS in front, and the capacity that is left without them."""
     names, weights = model.routing.names, model.place_shares()
-    wanted = value.split(",") if "." in names[0] else parse_layers(value, model.config.n_layers)[1]
-    skipped = {value} if isinstance(wanted, int) else set(map(str, wanted))
-    if not skipped <= set(names):
+    wanted, kept = (value.split(","), None) if "." in names[0] else parse_layers(value, model.config.n_layers)
+    skipped = set(map(str, wanted))
+    if kept is not None or not skipped <= set(names):
         raise ValueError(f"--control={text}: expected numbers of routed layers, which are {', '.join(names)}")
     order = sorted(range(len(names)), key=lambda place: names[place] not in skipped)
     return order, 1 - sum(weights[place].item() for place in order[: len(skipped)])

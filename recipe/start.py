@@ -16,7 +16,7 @@ from recipe.orders import search_orders
 from recipe.passes import Workload, evaluate
 from recipe.run import Job, Run, State, build, copied, put
 from router import (
-    RouterConfig, RouterMeta, check_fingerprint, deep_layers, load_router_weights, official_layers, parse_layers,
+    RouterConfig, RouterMeta, check_fingerprint, load_router_weights, official_layers, parse_layers,
     read_router_file, set_cuts, skipped_places,
 )
 from runtime import permutation, print0
@@ -92,11 +92,10 @@ def read_init(cfg, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:
 
 def candidates(cfg, config: ModelConfig) -> tuple[RouterConfig, int | None]:
     """Places where routers may stand, and how many of them (of experts: layers) are kept: the cheapest; None: all."""
-    kind, chosen = parse_layers(cfg.layers, config.n_layers)
-    layers = {"auto": range(config.n_layers), "list": chosen}.get(kind) or deep_layers(chosen, config.n_layers)
+    layers, kept = parse_layers(cfg.layers, config.n_layers)
     more = {"pool": cfg.pool, "kv": cfg.kv, "renormalise": cfg.renormalise}
     routing = routing_of(config, cfg.granularity, layers, **more)
-    return routing, chosen if kind == "auto" else None
+    return routing, kept
 
 
 def orders_of(job: Job, work: Workload, measured: Measured) -> dict[str, list[int]]:

@@ -114,8 +114,9 @@ def test_capacity_is_one_number_over_layers_and_units():
 
 def test_layers_by_name():
     assert deep_layers(16, 32) == tuple(range(15, 31))
-    assert parse_layers("deep:16", 32) == ("deep", 16) and parse_layers("auto:4", 8) == ("auto", 4)
-    assert parse_layers("5,1,8-10", 32) == ("list", (1, 5, 8, 9, 10)) and parse_layers("all", 3) == ("list", (0, 1, 2))
+    assert parse_layers("deep:16", 32) == (deep_layers(16, 32), None)
+    assert parse_layers("auto:4", 8) == (tuple(range(8)), 4)
+    assert parse_layers("5,1,8-10", 32) == ((1, 5, 8, 9, 10), None) and parse_layers("all", 3) == ((0, 1, 2), None)
     for bad in ("deep:33", "depp:4", "1,x", "40", "", "auto:0"):
         with pytest.raises(ValueError, match="layers"):
             parse_layers(bad, 32)
