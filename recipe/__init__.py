@@ -6,10 +6,14 @@
 4. Move the logits by ridge steps, with a running quantile as the cut; keep the best router (fit, train.py).
 5. Calibrate cuts for every budget; where a static list wins, the table holds it (calibrate, controls).
 
+Around the loop of train.py stand check (settings that cannot be), run (what its steps work on), start (how they begin),
+needs (what a run will take), checkpoint (how it goes on) and finish (calibration, files, the summary).
+
 What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
-examples in passes, those of static lists, which share layers, in lists, stored activations in trunk, timings in speed,
-what is printed in report. forced and results serve eval.py: routes by --control, and what its records say. lora,
-adapter, fixed, int8 and shard change the base itself: LoRA, its files, fixed routes built in, a byte a weight, blocks
-shared out over ranks; base loads and writes what comes of it.
+examples in passes, those of static lists, which share layers, in lists, stored activations in trunk, answers of phases
+in journal, timings in speed, what is printed in report. forced, fidelity and results serve eval.py: routes by
+--control, distances from the dense model, and what its records say. lora, adapter, fixed, int8 and shard change the
+base itself: LoRA, its files, fixed routes built in, a byte a weight, blocks shared out over ranks; base loads and
+writes what comes of it.
 Nothing here imports a script.
 """
