@@ -8,8 +8,8 @@
 
 Answers are greedy without --temperature. A line of figures follows each: tokens, tokens per second, share of the routed
 units that were skipped, bytes of keys and values. --show_route colours each token of the answer by the share of routed
-units that it ran (a decision for the whole sequence: all alike); where colours do not belong (a pipe, NO_COLOR) these
-shares stand below. An answer's last token is never read again, so it has none.
+units that it ran (a decision for the whole sequence: all alike); where colours do not belong (a pipe, NO_COLOR, a dumb
+terminal) these shares stand below. An answer's last token is never read again, so it has none.
 """
 
 import os
@@ -137,7 +137,8 @@ class Screen:
 
     def __init__(self, show_route: bool):
         self.show_route = show_route
-        self.colours = show_route and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.colours = show_route and sys.stdout.isatty() and not plain
 
     def write(self, text: str, share: float | None = None) -> None:
         if self.colours and share is not None and text:

@@ -88,9 +88,12 @@ def test_route_is_shown_below_without_colours_and_in_them_on_a_terminal(folder, 
     assert "\x1b" not in plain and len(re.findall(r" [01]\.\d\d(?=  |\n)", plain)) == 9
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     coloured = say(folder, monkeypatch, capsys, *words)
     text = re.sub(r"\x1b\[[\d;]*m", "", coloured)
     assert coloured.count("\x1b[38") > 6 and wanted(folder, "Once", "token", 10) in text
+    monkeypatch.setenv("TERM", "dumb")
+    assert "\x1b" not in say(folder, monkeypatch, capsys, *words)
 
 
 def test_chat_reads_each_turn_with_all_before_it(folder, monkeypatch, capsys):
