@@ -434,27 +434,41 @@ class Run:
 
     def table(self, name: str) -> None:
         """Measure what a table lacks."""
-        path = Path(self.cfg.out) / "figures" / f"{name}.json"
         rows = list(ROWS[name](self.commands))
-        for row in [None, *rows]:
-            done = runtime.read_json(path)["rows"] if path.exists() else []
-            if row is not None and not row.lacks and not any(key_of(old) == row.key for old in done):
-                try:
-                    records = [self.command(step) for step in row.steps]
-                    values = row.read([runtime.read_json(step.result) for step in row.steps])
-                except Failed as failure:
-                    print(f"{name}, {words(row.about)}: {failure}", file=sys.stderr, flush=True)
-                    self.failed += 1
-                    continue
-                done = [old for old in done if old["about"] != row.about]
-                done.append({"about": row.about, "values": values, "steps": records})
-                if row.steps:
-                    print(f"{name}, {words(row.about)}: done", flush=True)
-            left = [row for row in rows if not any(old["about"] == row.about for old in done)]
-            left = [{"about": row.about, "lacks": row.lacks, "commands": row.key[1]} for row in left]
-            order = [row.about for row in rows]
-            done.sort(key=lambda old: order.index(old["about"]) if old["about"] in order else len(order))
-            runtime.write_json(path, {"table": name, "model": Path(self.cfg.model).name, "rows": done, "missing": left})
+        for row in [row for row in rows if not row.lacks]:
+            done = self.done(name)
+            if any(key_of(old) == row.key for old in done):
+                continue
+            try:
+                records = [self.command(step) for step in row.steps]
+                values = row.read([runtime.read_json(step.result) for step in row.steps])
+            except Failed as failure:
+                print(f"{name}, {words(row.about)}: {failure}", file=sys.stderr, flush=True)
+                self.failed += 1
+                continue
+            done = [old for old in done if old["about"] != row.about]
+            self.write(name, rows, [*done, {"about": row.about, "values": values, "steps": records}])
+            if row.steps:
+                print(f"{name}, {words(row.about)}: done", flush=True)
+
+    def plan(self, name: str) -> None:
+        """Note what a table lacks."""
+        self.write(name, list(ROWS[name](self.commands)), self.done(name))
+
+    def path(self, name: str) -> Path:
+        return Path(self.cfg.out) / "figures" / f"{name}.json"
+
+    def done(self, name: str) -> list[dict]:
+        return runtime.read_json(self.path(name))["rows"] if self.path(name).exists() else []
+
+    def write(self, name: str, rows: list[Row], done: list[dict]) -> None:
+        """Write a table: what is done of it, in its order, and what lacks."""
+        order = [row.about for row in rows]
+        done.sort(key=lambda old: order.index(old["about"]) if old["about"] in order else len(order))
+        left = [row for row in rows if not any(old["about"] == row.about for old in done)]
+        missing = [{"about": row.about, "lacks": row.lacks, "commands": row.key[1]} for row in left]
+        found = {"table": name, "model": Path(self.cfg.model).name, "rows": done, "missing": missing}
+        runtime.write_json(self.path(name), found)
 
     def command(self, step: Step) -> dict:
         """Run a command that was not run yet, and note how."""
@@ -542,8 +556,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the command that runs ends too
     run = None if cfg.report else Run(cfg)
     try:
-        for name in () if run is None else cfg.tables:
-            run.table(name)
+        for act in () if run is None else (run.plan, run.table):
+            for name in cfg.tables:
+                act(name)
     except Stopped:
         print("the time is over; the same command goes on")
     finally:

@@ -238,6 +238,7 @@ def routes_table(rows: list[dict]) -> list[str]:
 
 TABLES = {name: globals()[f"{name}_table"] for name in (*TITLES, "readme") if f"{name}_table" in globals()}
 TABLES |= {"layers": tuned_table("routed layers"), "samples": tuned_table("samples"), "sources": tuned_table("source")}
+COMPUTED = ("kv", "ceilings")
 SOURCE = {"budget": "fidelity", "readme": "fidelity"}  # tables that show another one's rows
 
 
@@ -249,7 +250,7 @@ def section(name: str, found: dict) -> str:
     """What stands between the markers of a table."""
     lines = TABLES[name](found["rows"])
     if lines:
-        lines += ["", note(found["rows"])]
+        lines += ["", "Computed, not measured: from sizes alone." if name in COMPUTED else note(found["rows"])]
     if name in FIGURES and found["rows"]:
         lines += ["", f"![{TITLES[name]}](figures/{name}.png)"]
     if name not in SOURCE and found["missing"]:
@@ -261,8 +262,6 @@ def note(rows: list[dict]) -> str:
     """By which code and where the rows were measured."""
     steps = [step for row in rows for step in row["steps"]]
     commits = list(dict.fromkeys(step["commit"] for step in steps if step["commit"]))
-    if not commits:
-        return "Computed, not measured: from sizes alone."
     machines = {f"{step['processor']}, threads: {step['threads']}, {step['dtype']}" for step in steps}
     return f"Measured at {', '.join(commits)}; {' and '.join(sorted(machines))}."
 
