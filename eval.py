@@ -6,11 +6,12 @@
     python eval.py --model=DIR --routers=FILE --fidelity=FILE.jsonl [--yardstick]   # how far from the dense model
     torchrun --nproc_per_node=8 eval.py ...         # the same batches shared out, hence the same numbers
 
-Tasks: boolq rte openbookqa piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy (data/tasks.py; the
-publishers' files, which data/fetch.py gets), and any file of questions by --custom. A run that was killed goes on from
---samples. Every question becomes rows (item, choice, context, target), and what is scored is log P(target | context):
-a context is computed once for all its choices, and a few-shot prefix once for all items that share it (where routes do
-not depend on what follows: dense, unit token); logits exist only where they count.
+Tasks: boolq rte openbookqa piqa mmlu mmlu_SUBJECT winogrande gsm8k hellaswag arc_challenge arc_easy lambada_openai
+(data/tasks.py; the publishers' files, which data/fetch.py gets), probe_arithmetic probe_brackets (made up), and any
+file of questions by --custom. A run that was killed goes on from --samples. Every question becomes rows (item, choice,
+context, target), and what is scored is log P(target | context): a context is computed once for all its choices, and a
+few-shot prefix once for all items that share it (where routes do not depend on what follows: dense, unit token); logits
+exist only where they count.
 
 Legend: B rows, T tokens, D width, V vocabulary, R routers, n scored positions.
 """
@@ -129,7 +130,7 @@ class EvalConfig:
     system_instruction: str = setting("", "stands before the task's own description")
     fewshot_as_multiturn: bool = setting(True, "with a chat template each shot is a turn; false: all in one message")
     chat: str | None = setting(None, "chat form in place of the model's own, for tasks and files of rows")
-    seed: int = setting(1234, "of the few-shot draw; 1234 is lm-eval's")
+    seed: int = setting(1234, "of the few-shot draw, 1234 is lm-eval's, and of what probes ask")
     limit: int | None = setting(None, "first N items of each task only")
     max_length: int | None = setting(None, "context length; longer items lose their beginning; none: the model's")
     max_batch_tokens: int = setting(16384, "tokens in a batch, and in its cache")
@@ -188,15 +189,17 @@ def pairs_of(task: Task, question: Question, texts: dict[str, str], tok: Tokeniz
     contexts = [texts[context] for context in question.contexts]
     if task.generates:
         return [(encode_prompt(tok, contexts[0]), [])], False
+    space = "" if task.continues else space
     return encode_pairs(tok, contexts, [space + choice for choice in question.choices])
 
 
 def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Scorer", cfg: EvalConfig, limit: int) -> ReadyTask:
     """Read a task and turn its items into rows. limit: context length."""
-    ready = ReadyTask(task, str(paths[0]), task.shots if cfg.fewshot is None else cfg.fewshot)
+    source = "made up" if task.make else str(paths[0])
+    ready = ReadyTask(task, source, task.shots if cfg.fewshot is None else cfg.fewshot)
     start, digest, space = time.perf_counter(), hashlib.sha256(), "" if cfg.apply_chat_template else " "
-    questions = read_questions(paths[0], task, cfg.skip_bad)[: cfg.limit]
-    pool = read_questions(paths[1], task, cfg.skip_bad) if ready.shots else []
+    questions = read_questions(paths[0], task, cfg.skip_bad, cfg.seed)[: cfg.limit]
+    pool = read_questions(paths[1], task, cfg.skip_bad, cfg.seed) if ready.shots else []
     drawn = draw_shots(task, questions, pool, ready.shots, cfg.fewshot_by, cfg.seed)
     for index, (question, shots) in enumerate(zip(questions, drawn)):
         texts = {context: prompt(ready, context, shots, run.tok, cfg) for context in dict.fromkeys(question.contexts)}
@@ -204,7 +207,7 @@ def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Scorer", cfg
         longest = max(len(target) for _, target in pairs)
         if longest > limit:
             raise ValueError(
-                f"{paths[0]}, item {index}: a choice has {longest} tokens; expected at most {limit}, the "
+                f"{source}, item {index}: a choice has {longest} tokens; expected at most {limit}, the "
                 "context: raise --max_length or delete the item"
             )
         gold = question.choices[0] if task.generates else question.gold
@@ -218,7 +221,7 @@ def prepare_task(task: Task, paths: tuple[Path, Path | None], run: "Scorer", cfg
         ready.items.append(Item(index, rows, gold, list(map(len, question.choices)), truncated, spanning))
     if not ready.items:
         raise ValueError(
-            f"{paths[0]}: no item can be scored, since their choices have no tokens; use another tokenizer"
+            f"{source}: no item can be scored, since their choices have no tokens; use another tokenizer"
         )
     ready.sha, ready.seconds = digest.hexdigest()[:16], time.perf_counter() - start
     return ready
@@ -427,15 +430,16 @@ def units_run(gates: Tensor | None, batch: int) -> list[list[int]]:
     return (gates.sum(-1) if gates.dim() == 3 else gates).T.int().tolist()
 
 
-def log_probs(model: Transformer, h: Tensor, wanted: Sequence[int]) -> list[float]:
-    """Log-probability (n) of one wanted token at each state h (n,D), fp32, a few positions at a time."""
-    values = []
+def token_scores(model: Transformer, h: Tensor, wanted: Sequence[int]) -> list[tuple[float, bool]]:
+    """Log-probability of one wanted token at each state h (n,D), fp32, and whether another one is likelier."""
+    scores = []
     for part, tokens in zip(h.split(HEAD_ROWS), torch.tensor(wanted, device=h.device).split(HEAD_ROWS)):
         # log_softmax as lm-eval: on a CPU its fp32 sums are off by about 1e-5 a token, which logsumexp would not share
         logits = model.head(part)  # (n,D) -> (n,V)
         finite(logits.sum(-1), model, "scoring")  # one NaN or infinity makes the sum one, and a sum is cheap
-        values += logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-    return values
+        values = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        scores += zip(values.tolist(), (logits.argmax(-1) != tokens).tolist())
+    return scores
 
 
 def cache_bytes(run: Scorer, length: int, executed: list[int]) -> int:
@@ -481,23 +485,23 @@ def read_contexts(run: Scorer, contexts: Sequence[Row], width: int, prefix: Cont
     return Contexts(cache, h[torch.arange(len(rows), device=run.device), at], usage)  # (B,T,D) -> (B,D)
 
 
-def add_log_probs(
-    run: Scorer, states: Tensor, rows: Sequence[Row], picks: list[tuple[int, int]], sums: list[float]
-) -> None:
-    """Add to sums[row] the log-probability of its target's token at `place`, for each (row, place) of states (n,D)."""
-    values = log_probs(run.model, states, [rows[row].target[place] for row, place in picks]) if picks else []
-    for (row, _), value in zip(picks, values):
-        sums[row] += value
+def add_scores(run: Scorer, states: Tensor, rows: Sequence[Row], picks: list[tuple[int, int]], sums: list) -> None:
+    """Add to sums[row] the log-probability of its target's token at `place`, and 1 where another one is likelier, for
+    each (row, place) of states (n,D)."""
+    scores = token_scores(run.model, states, [rows[row].target[place] for row, place in picks]) if picks else []
+    for (row, _), (value, missed) in zip(picks, scores):
+        sums[row] = (sums[row][0] + value, sums[row][1] + missed)
 
 
-def score_cached(run: Scorer, rows: Sequence[Row], prefix: Contexts | None = None) -> tuple[list[float], list[Usage]]:
-    """Log-probability of each row, and what each context needed: contexts once, then the targets on copies of them."""
+def score_cached(run: Scorer, rows: Sequence[Row], prefix: Contexts | None = None) -> tuple[list, list[Usage]]:
+    """Of each row the log-probability and the number of tokens that greedy decoding would not say, and what each
+    context needed: contexts once, then the targets on copies of them."""
     firsts, of = grouped(rows)
     width = max(row.width for row in rows)
-    read, sums = read_contexts(run, firsts, width, prefix), [0.0] * len(rows)
+    read, sums = read_contexts(run, firsts, width, prefix), [(0.0, 0)] * len(rows)
     # a target's first token is predicted by its context's last
     picks = [(number, 0) for number, row in enumerate(rows) if row.at[0] == 0]
-    add_log_probs(run, read.last[[of[number] for number, _ in picks]], rows, picks, sums)
+    add_scores(run, read.last[[of[number] for number, _ in picks]], rows, picks, sums)
 
     longer = [number for number, row in enumerate(rows) if len(row.target) > 1]
     longer.sort(key=lambda number: -len(rows[number].target))
@@ -511,7 +515,7 @@ def score_cached(run: Scorer, rows: Sequence[Row], prefix: Contexts | None = Non
         picks = [(number, place) for number in group for place in rows[number].at if place]
         line = {number: line for line, number in enumerate(group)}
         at = [line[number] for number, _ in picks], [place - 1 for _, place in picks]
-        add_log_probs(run, h[at], rows, picks, sums)  # (B,T,D) -> (n,D)
+        add_scores(run, h[at], rows, picks, sums)  # (B,T,D) -> (n,D)
         for number, counts in zip(group, counted):
             read.usage[of[number]].add(counts, len(rows[number].target) - 1)
     return sums, read.usage
@@ -525,12 +529,12 @@ def read_targets(run: Scorer, rows: Sequence[Row], cache: KVCache) -> tuple[Tens
     return h, units_run(None if run.whole else gates, len(rows))
 
 
-def score_plain(run: Scorer, rows: Sequence[Row]) -> tuple[list[float], list[Usage]]:
+def score_plain(run: Scorer, rows: Sequence[Row]) -> tuple[list, list[Usage]]:
     """The same without a cache, each target after a context of its own: for route mask and pool=all, and what
     score_cached must equal. A context's units count once, though they are computed for every choice (with pool=all
     each choice has a route of its own)."""
     firsts, of = grouped(rows)
-    usage, sums = [Usage(row.item) for row in firsts], [0.0] * len(rows)
+    usage, sums = [Usage(row.item) for row in firsts], [(0.0, 0)] * len(rows)
     size = max(1, run.max_batch_tokens // max(row.width for row in rows))
     for a in range(0, len(rows), size):
         group = rows[a : a + size]
@@ -542,7 +546,7 @@ def score_plain(run: Scorer, rows: Sequence[Row]) -> tuple[list[float], list[Usa
         )
         picks = [(number, place) for number, row in enumerate(group, a) for place in row.at]
         at = [number - a for number, _ in picks], [prompts[number - a] + place - 1 for number, place in picks]
-        add_log_probs(run, h[at], rows, picks, sums)  # (B,T,D) -> (n,D)
+        add_scores(run, h[at], rows, picks, sums)  # (B,T,D) -> (n,D)
         for number, row in enumerate(group, a):
             own = None if gates is None else gates[:, number - a]
             count_plain(run, usage[of[number]], row, own, row is firsts[of[number]])
@@ -593,7 +597,7 @@ def generate_answers(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) 
 
 
 def score_rows(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) -> tuple[list, list[Usage]]:
-    """Log-probability or new tokens of each row, and what each context needed."""
+    """Log-probability and misses, or new tokens, of each row, and what each context needed."""
     if not rows[0].target:
         return generate_answers(run, rows, prefix)
     return score_cached(run, rows, prefix) if run.caches else score_plain(run, rows)
@@ -628,13 +632,17 @@ def record(run: Scorer, item: Item, values: list, usage: Sequence[Usage]) -> dic
     for own in usage:
         total.add(own.executed, own.units)
     generated = not item.rows[0].target
-    line = {"task": run.task, "index": item.index, "logprobs": [] if generated else values}
+    logprobs = [] if generated else [logprob for logprob, _ in values]
+    line = {"task": run.task, "index": item.index, "logprobs": logprobs}
     if generated:
         line |= answer_fields(run.tok, values[0], item.gold)
     elif item.gold is None:
         line |= {"prediction": None, "gold": None, "tokens": sum(len(row.at) for row in item.rows), **item.counts}
+    elif len(values) == 1:
+        greedy = values[0][1] == 0
+        line |= {"prediction": greedy, "gold": True, "acc": int(greedy)}
     else:
-        line |= choice_fields(values, item)
+        line |= choice_fields(logprobs, item)
     line |= {"executed": total.executed, "units": total.units, "truncated": item.truncated}
     line |= {"kv_bytes": sum(own.kv_bytes for own in usage) // len(usage)}
     return line | ({"spanning": True} if item.spanning else {})
@@ -711,10 +719,11 @@ def calibrate_task(run: Scorer, items: Sequence[Item], budget: float, cuts: list
 
 def outcomes(ready: ReadyTask, records: Sequence[dict]) -> dict:
     """What --against compares of a task: its sha, and each item's outcome by metric."""
-    if ready.task.metrics == LOSS:
-        losses, tokens = [-sum(r["logprobs"]) for r in records], [r["tokens"] for r in records]
-        return {"sha": ready.sha, "nll": losses, "tokens": tokens}
-    return {"sha": ready.sha} | {metric: "".join(str(r[metric]) for r in records) for metric in ready.task.metrics}
+    found, metrics = {"sha": ready.sha}, ready.task.metrics
+    if metrics == LOSS or ready.task.continues:  # of a continuation the whole target is what is counted
+        tokens, metrics = [r.get("tokens", 1) for r in records], metrics[:-1]
+        found |= {"nll": [-sum(r["logprobs"]) for r in records], "tokens": tokens}
+    return found | {metric: "".join(str(r[metric]) for r in records) for metric in metrics}
 
 
 def read_other(path: str, ready: Sequence[ReadyTask]) -> dict:

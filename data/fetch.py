@@ -34,6 +34,7 @@ from data.tasks import (  # noqa: E402
     BOOLQ_SUPERGLUE,
     GSM8K,
     HELLASWAG,
+    LAMBADA,
     MMLU_FOLDER,
     OPENBOOKQA,
     PIQA,
@@ -207,6 +208,13 @@ HELLASWAG_SOURCES = (
         10042,
     ),
 )
+LAMBADA_SOURCE = whole(  # sha256 and size: tasks of lm-eval before it read the hub, and the hub's own copy
+    "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+    1_819_752,
+    "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    LAMBADA.format(split="test"),
+    5153,
+)
 NO_LICENCE = "no single licence is stated (RTE 1, 2, 3 and 5 as gathered by GLUE and SuperGLUE): research use"
 DATASETS = {
     "boolq": Dataset("CC BY-SA 3.0", TASKS["boolq"].home, BOOLQ_SOURCES),
@@ -219,6 +227,7 @@ DATASETS = {
     "hellaswag": Dataset("MIT", TASKS["hellaswag"].home, HELLASWAG_SOURCES),
     "arc_challenge": Dataset("CC BY-SA 4.0", TASKS["arc_challenge"].home, (ARC_SOURCE,)),
     "arc_easy": Dataset("CC BY-SA 4.0", TASKS["arc_easy"].home, (ARC_SOURCE,)),
+    "lambada_openai": Dataset("modified MIT (GPT-2's)", TASKS["lambada_openai"].home, (LAMBADA_SOURCE,)),
 }
 
 

@@ -2,7 +2,8 @@
 
 A task is one row of TASKS. A file of a new form needs one reader beside it: a function from a row as it was published
 to a Question. data/fetch.py takes the paths that it writes from here. Definitions are lm-evaluation-harness's (its
-task files are named where one is followed to the letter), few-shot numbers those of arXiv 2410.13184, table 2.
+task files are named where one is followed to the letter), few-shot numbers those of arXiv 2410.13184, table 2. Probes
+have no file: their questions are made up, the same ones for a seed everywhere.
 """
 
 import csv
@@ -29,6 +30,7 @@ OPENBOOKQA = "openbookqa/Main/{split}.jsonl"
 PIQA = "piqa/{split}.jsonl"
 WINOGRANDE = "winogrande/{split}.jsonl"
 GSM8K = "gsm8k/{split}.jsonl"
+LAMBADA = "lambada_openai/lambada_{split}.jsonl"
 HELLASWAG = "hellaswag/hellaswag_{split}.jsonl"
 ARC = "arc/ARC-{kind}/ARC-{kind}-{split}.jsonl"
 MMLU_FOLDER = "mmlu/data/{split}/"
@@ -78,6 +80,7 @@ def ask(context: str, choices: Sequence[str], gold: int) -> Question:
 ACC = ("acc",)
 ACC_NORM = ("acc_norm", "acc")
 EXACT_MATCH = ("exact_match_strict", "exact_match_flexible")
+CONTINUATION = ("acc", "perplexity")  # of one target: whether greedy decoding says it, and exp(-mean log P(target))
 LOSS = ("nll",)  # of texts, which have no choices
 
 
@@ -96,11 +99,17 @@ class Task:
     in_order: bool = False  # the shots are the first of the pool, whatever --fewshot_by says
     spare: bool = False  # lm-eval draws one shot more and leaves out the item itself: tasks without a test split
     load: "Callable[[Path, list[str]], list] | None" = None  # reads a file as read_published does, which None means
+    make: "Callable[[random.Random], list] | None" = None  # rows of a task that has no file
 
     @property
     def generates(self) -> bool:
         """The answer is generated, not chosen."""
         return self.metrics == EXACT_MATCH
+
+    @property
+    def continues(self) -> bool:
+        """One target is scored, which brings the space before it along."""
+        return self.metrics == CONTINUATION
 
 
 # -----------------------------------------------------------------------------
@@ -193,6 +202,17 @@ def gsm8k(row: dict) -> Question:
     return ask(f"Question: {text(row, 'question')}\nAnswer:", (text(row, "answer"),), 0)
 
 
+def lambada(row: dict) -> Question:
+    """The last word after all before it (lm-eval tasks/lambada/lambada_openai.yaml). As a shot two spaces part them."""
+    before, _, last = text(row, "text").rpartition(" ")
+    return ask(before, (f" {last}",), 0)
+
+
+def pair(row: tuple[str, str]) -> Question:
+    """A row that was made up: context, target."""
+    return ask(row[0], row[1:], 0)
+
+
 def custom(row: dict) -> Question:
     """{"question", "choices", "answer"}; answer: a 0-based number, or one of the choices."""
     gold, choices = row["answer"], row["choices"]
@@ -221,6 +241,40 @@ def table_row(row: dict) -> Question:
     if len(meant) > 1:
         raise ValueError(f"the answer {answer!r} names {len(meant)} choices, by number, text or column, expected one")
     return custom({"question": row["question"], "choices": choices, "answer": meant[0] if meant else answer})
+
+
+# -----------------------------------------------------------------------------
+# Rows that are made up. A full stop ends each target, so that 14 is no answer where 145 is right
+
+
+PROBED = 500  # rows of a probe
+
+
+def arithmetic(rng: random.Random) -> list[tuple[str, str]]:
+    """Sums and differences of numbers below 100, and products below 10; no difference is negative."""
+    rows = {}
+    while len(rows) < PROBED:
+        sign = rng.choice("++++----*")
+        below = 10 if sign == "*" else 100
+        b, a = sorted((rng.randrange(below), rng.randrange(below)))
+        rows[f"{a} {sign} {b} ="] = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return [(context, f" {value}.") for context, value in rows.items()]
+
+
+def brackets(rng: random.Random) -> list[tuple[str, str]]:
+    """What closes a row of open brackets of four kinds, innermost first."""
+    closing, rows = {"(": ")", "[": "]", "{": "}", "<": ">"}, {}
+    while len(rows) < PROBED:
+        words, still = [], []
+        for _ in range(rng.randrange(2, 11)):
+            if still and rng.random() < 0.4:
+                words.append(closing[still.pop()])
+            else:
+                words.append(rng.choice(tuple(closing)))
+                still.append(words[-1])
+        if still:
+            rows[" ".join(words)] = "".join(f" {closing[kind]}" for kind in reversed(still)) + " ."
+    return list(rows.items())
 
 
 # -----------------------------------------------------------------------------
@@ -264,6 +318,10 @@ ROWS = (
     Task("arc_easy", arc, arc_paths("Easy", "Test"), arc_paths("Easy", "Train"),
          0, ACC_NORM, "https://allenai.org/data/arc"),
     *(mmlu_task(subject) for subjects in SUBJECTS.values() for subject in subjects.split()),
+    Task("lambada_openai", lambada, paths_of((LAMBADA, "test")), paths_of((LAMBADA, "test")),
+         0, CONTINUATION, "https://huggingface.co/datasets/EleutherAI/lambada_openai", spare=True),
+    Task("probe_arithmetic", pair, (), (), 5, CONTINUATION, "made up", spare=True, make=arithmetic),
+    Task("probe_brackets", pair, (), (), 5, CONTINUATION, "made up", spare=True, make=brackets),
 )
 TASKS = {task.name: task for task in ROWS}
 GROUPS = {f"mmlu_{area}": [f"mmlu_{subject}" for subject in subjects.split()] for area, subjects in SUBJECTS.items()}
@@ -429,8 +487,13 @@ def read_table(path: Path, delimiter: str) -> list[tuple[str, dict]]:
     return [(place, dict(zip_longest(header, fields))) for place, fields in records[1:]]
 
 
-def read_questions(path: Path, task: Task, skip_bad: bool = False) -> list[Question]:
-    """Every row of a file as a Question. Raises ValueError listing bad rows by line, or leaves them out and says so."""
+def read_questions(path: Path | None, task: Task, skip_bad: bool = False, seed: int = 0) -> list[Question]:
+    """Every row of a file, or of a task without one those of a seed, as a Question.
+
+    Raises ValueError listing bad rows by line, or leaves them out and says so.
+    """
+    if task.make:
+        return list(map(task.read, task.make(random.Random(f"{task.name}/{seed}"))))
     questions, bad = [], []
     for place, row in (task.load or read_published)(path, bad):
         try:
@@ -450,7 +513,7 @@ def checked(task: Task, question: Question) -> Question:
         for words in texts:
             if not isinstance(words, str) or not words.strip():
                 raise ValueError(f"a {name} is {words!r}, expected text")
-    if len(question.choices) < 2 and not task.generates:
+    if len(question.choices) < 2 and not task.generates and not task.continues:
         raise ValueError(f"the row has {len(question.choices)} choices, expected two or more")
     return question
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from data.tasks import GROUPS, LOSS, NAMES
+from data.tasks import CONTINUATION, EXACT_MATCH, GROUPS, LOSS, NAMES
 
 # -----------------------------------------------------------------------------
 # Results of records
@@ -50,8 +50,12 @@ def result_of(records: Sequence[dict], metrics: Sequence[str], weights: Sequence
     """Results of a task, or of a group together. weights: what each place counts in the capacity; (): all the same."""
     n, places = len(records), len(records[0]["executed"])
     result = text_result(records) if metrics == LOSS else {}
-    for metric in metrics if not result else ():
+    for metric in [metric for metric in metrics if metric in records[0]]:
         result[metric], result[f"{metric}_stderr"] = mean_stderr([r[metric] for r in records])
+    if metrics == CONTINUATION:  # lm-eval resamples for this error; to first order it is the same
+        mean, error = mean_stderr([-r["logprobs"][0] for r in records])
+        result["perplexity"] = exp(mean)
+        result["perplexity_stderr"] = None if error is None else exp(mean) * error
     if "exact_match_strict" in metrics:
         result |= {"acc": result["exact_match_strict"], "acc_stderr": result["exact_match_strict_stderr"]}
     result |= {"n": n, "truncated": sum(r["truncated"] for r in records)}
@@ -132,6 +136,12 @@ def compare_losses(change: Sequence[float], tokens: Sequence[int]) -> dict:
 # Lines
 
 
+ANOTHER = {  # what stands in the columns of acc and acc_norm instead
+    EXACT_MATCH: "strict exact match under acc, flexible",
+    CONTINUATION: "share of targets that greedy decoding says under acc, their perplexity",
+}
+
+
 def number(value: float | None, form: str = ".4f") -> str:
     return "" if value is None else format(value, form)
 
@@ -143,8 +153,8 @@ def task_table(results: dict, bold: dict[str, str]) -> list[str]:
     lines, best = [header, "|---|" + "---:|" * 9], []
     for name in [name for name in results if name not in grouped_names and name not in NAMES]:
         r, first = results[name], bold.get(name, "acc")
-        generates, cells = "exact_match_strict" in r, []
-        for metric in ("exact_match_strict", "exact_match_flexible") if generates else ("acc", "acc_norm"):
+        shown, cells = next((pair for pair in ANOTHER if pair[1] in r), ("acc", "acc_norm")), []
+        for metric in shown:
             value = number(r.get(metric))
             cells += [f"**{value}**" if metric == first else value, number(r.get(f"{metric}_stderr"))]
         if name not in GROUPS or name == "mmlu":
@@ -153,8 +163,9 @@ def task_table(results: dict, bold: dict[str, str]) -> list[str]:
         lines.append(f"| {name} | {r['shots']} | {r['n']:,} | {' | '.join(cells)} |")
     if len(best) > 1:
         lines.append(f"| mean of the bold | | | {sum(best) / len(best):.4f} | | | | | | |")
-    if any("exact_match_strict" in r for r in results.values()):
-        lines.append("\ngsm8k: strict exact match under acc, flexible under acc_norm.")
+    for pair, what in ANOTHER.items():
+        names = [name for name, r in results.items() if pair[1] in r and name not in NAMES]
+        lines += [f"\n{', '.join(names)}: {what} under acc_norm."] if names else []
     return lines if best else []
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from array import array
@@ -319,7 +320,8 @@ def test_shared_contexts_score_as_rows_alone(base, tok, granularity, kv):
         shared, alone = score(run, ready.items), score(run, ready.items, alone=True)
         routes |= {tuple(line["executed"]) for line in shared}
         for item, *lines in zip(plain.items, shared, alone):
-            logprobs, usage = scoring.score_plain(replace(run, max_batch_tokens=1), item.rows)
+            sums, usage = scoring.score_plain(replace(run, max_batch_tokens=1), item.rows)
+            logprobs = [logprob for logprob, _ in sums]
             for found in lines:
                 assert found["logprobs"] == pytest.approx(logprobs, abs=2e-5)
                 if len(usage) == 1 or run.sequence:
@@ -520,6 +522,97 @@ def test_windows_predict_each_token_once_as_in_the_harness(limit):
     harness = pytest.importorskip("lm_eval.utils")
     theirs = harness.get_rolling_token_windows(ids, 7, limit, 1)
     assert pairs == [harness.make_disjoint_window(window) for window in theirs]
+
+
+@pytest.fixture(scope="session")
+def lambada(base, tok):
+    """A folder of texts; of every second one the last word is what the dense base says next."""
+    model, rng, rows = load_model(base / "base"), random.Random(3), []
+    while len(rows) < 24:
+        context = "".join(rng.choice("abc de") for _ in range(rng.randrange(5, 30))).strip()
+        ids = tok.encode(context) if " " in context else []
+        says = tok.decode([model(torch.tensor([ids]))[0][0, -1].argmax().item()]) if ids else ""
+        if len(rows) % 2 or re.fullmatch(r" \w+", says):
+            rows.append({"text": context + (" yes" if len(rows) % 2 else says)})
+    write_jsonl(base / "lambada/lambada_openai/lambada_test.jsonl", rows)
+    return base / "lambada"
+
+
+@pytest.mark.parametrize("granularity", [None, "attn_sequence", "block_token"])
+def test_lambada_asks_whether_greedy_decoding_says_the_last_word(base, tok, lambada, granularity):
+    """acc and perplexity as lm-eval 0.4 defines them, from one plain pass over each text."""
+    model = load_model(base / "base") if granularity is None else routed(base, granularity)
+    route = "off" if granularity is None else "gather"
+    cfg, task = settings(base, data=str(lambada), tasks=("lambada_openai",), fewshot=0), TASKS["lambada_openai"]
+    run = Scorer(model, tok, route, task=task.name)
+    ready = scoring.prepare_task(task, (find(lambada, task.files), None), run, cfg, 1024)
+    lines = scoring.score_task(run, ready, {}, lambda records: None, runtime.Progress("x", 0), CPU)
+    hits, sums = [], []
+    for text, line in zip((lambada / task.files[0]).read_text().splitlines(), lines):
+        before, last = json.loads(text)["text"].rsplit(" ", 1)
+        context, whole = tok.encode(before), tok.encode(f"{before} {last}")
+        target = whole[len(context) :]
+        logits = model(torch.tensor([whole[:-1]]), prompt_lengths=[len(context)], route=route)[0][0]
+        hits.append(logits[len(context) - 1 :].argmax(-1).tolist() == target)
+        sums.append(direct(model, context, target, route))
+        assert line["logprobs"] == pytest.approx(sums[-1:], abs=2e-5)
+        assert (line["prediction"], line["gold"], line["acc"]) == (hits[-1], True, int(hits[-1]))
+    result = scoring.result_of(lines, task.metrics)
+    assert result["acc"] == sum(hits) / 24 and result["perplexity"] == pytest.approx(math.exp(-sum(sums) / 24))
+    assert granularity is not None or result["acc"] == 0.5
+    error = math.exp(-sum(sums) / 24) * mean_stderr(sums)[1]
+    assert result["perplexity_stderr"] == pytest.approx(error, rel=1e-4)
+
+
+def test_continuations_are_reported_and_compared(base, tmp_path, lambada):
+    """acc and perplexity in the table, a paired difference in nats; probes need no file."""
+    write_base(tmp_path / "other", replace(CONFIG, vocab_size=272, max_seq_len=1024, norm_eps=1e-2))
+    (tmp_path / "other/tokenizer.json").write_text((base / "base/tokenizer.json").read_text())
+    tasks = ("lambada_openai", "probe_arithmetic", "probe_brackets")
+    cfg = settings(base, data=str(lambada), tasks=tasks, fewshot=2, limit=20, out=str(tmp_path / "a.json"))
+    first = scoring.evaluate(cfg, CPU)
+    runtime.write_json(cfg.out, first)
+    again = scoring.evaluate(replace(cfg, out=None), CPU)
+    assert [r["perplexity"] for r in again["results"].values()] == [r["perplexity"] for r in first["results"].values()]
+    moved = replace(cfg, model=str(tmp_path / "other"), against=cfg.out, out=None)
+    report = scoring.evaluate(moved, CPU)
+    for name in tasks:
+        change = math.log(report["results"][name]["perplexity"] / first["results"][name]["perplexity"])
+        assert report["against"]["tasks"][name]["loss"]["difference"] == pytest.approx(change, abs=1e-6) and change
+        assert (report["results"][name]["file"] == "made up") == ("probe" in name)
+    shown = "\n".join(scoring.report_lines(report, dict.fromkeys(tasks, "acc")))
+    assert "lambada_openai, probe_arithmetic, probe_brackets: share of targets that greedy decoding says" in shown
+    other = scoring.evaluate(replace(cfg, seed=7, out=None), CPU)["items"]
+    assert [other[name]["sha"] != first["items"][name]["sha"] for name in tasks[1:]] == [True, True]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_lambada_is_that_of_the_harness(base, tok, lambada, tmp_path, chat):
+    """The installed lm-eval on its own definition and our model behind its API, item by item."""
+    lm_eval, manage = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.tasks")
+    from lm_eval_adapter import RouterTuningLM
+
+    yaml = Path(manage.__file__).parent / "lambada/lambada_openai.yaml"
+    files = json.dumps({"test": str(lambada / "lambada_openai/lambada_test.jsonl")})
+    (tmp_path / "local.yaml").write_text(f"include: {yaml}\ntask: local\ndataset_path: json\ndataset_name: null\n"
+                                         f"dataset_kwargs:\n  data_files: {files}\n")
+    write_base(tmp_path / "base", replace(CONFIG, vocab_size=272, max_seq_len=1024))
+    (tmp_path / "base/tokenizer.json").write_text(json.dumps(byte_tokenizer(MERGES)))
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    said = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False, "chat_template": template}
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(said))
+    theirs = lm_eval.simple_evaluate(
+        model=RouterTuningLM(model=tmp_path / "base"), tasks=["local"], num_fewshot=0, log_samples=True,
+        bootstrap_iters=0, apply_chat_template=chat, task_manager=manage.TaskManager(include_path=str(tmp_path)))
+    ours = scoring.evaluate(settings(tmp_path, data=str(lambada), tasks=("lambada_openai",), fewshot=0,
+                                     apply_chat_template=chat, samples=str(tmp_path / "s.jsonl")), CPU)
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    for line, sample in zip(lines, theirs["samples"]["local"], strict=True):
+        (value, greedy), = sample["filtered_resps"]
+        assert line["logprobs"] == pytest.approx([float(value)], abs=1e-4) and line["prediction"] == greedy
+    for metric in ("acc", "perplexity"):
+        found = ours["results"]["lambada_openai"][metric]
+        assert found == pytest.approx(theirs["results"]["local"][f"{metric},none"], rel=1e-4)
 
 
 def test_rolling_perplexity_is_that_of_all_tokens_by_word_and_byte(base, tok, tmp_path):

@@ -243,7 +243,7 @@ def test_every_path_of_a_task_is_fetched_or_documented():
 
 def test_table():
     """Every task that can be scored is here, targets are unique, digests look like sha256."""
-    tasks = "boolq rte openbookqa piqa mmlu winogrande gsm8k hellaswag arc_challenge arc_easy".split()
+    tasks = "boolq rte openbookqa piqa mmlu winogrande gsm8k hellaswag arc_challenge arc_easy lambada_openai".split()
     assert list(fetch.DATASETS) == tasks
     sources = {source for d in fetch.DATASETS.values() for source in d.sources}
     targets = [target for source in sources for _, target, _ in source.files]

@@ -50,6 +50,8 @@ def write_data(data: Path) -> None:
     write_jsonl(data / "gsm8k/test.jsonl", [two, {"question": "A thousand less one?", "answer": "So.\n#### 999"}])
     counts = [{"question": f"What is {n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(7)]
     write_jsonl(data / "gsm8k/train.jsonl", counts)
+    said = [{"text": "Ann gave Bo the key,\nand Bo took the key."}, {"text": "It rained  and the street was wet"}]
+    write_jsonl(data / "lambada_openai/lambada_test.jsonl", [*said, *({"text": f"One and {n}"} for n in range(5))])
     wiki = {
         "activity_label": "Cooking",
         "ctx_a": "[header] How to boil [title] Take a pot.",
@@ -104,6 +106,7 @@ PROMPTS = {
     "piqa": ("Question: Open a jar.\nAnswer:", ("Turn the lid.", "Turn the moon."), 0),
     "gsm8k": ("Question: Two and two?\nAnswer:", ("It is <<2+2=4>>4.\n#### 4",), 0),
     "hellaswag": ("Cooking: How to boil. Take a pot.", ("Fill it.", "Sing to it.", "Heat it well.", "Drop it."), 2),
+    "lambada_openai": ("Ann gave Bo the key,\nand Bo took the", (" key.",), 0),
     "arc_challenge": ("Question: Which is hot?\nAnswer:", ("ice", "fire", "snow"), 1),
     "mmlu_anatomy": (
         "Take anatomy, then\nadd test 0\nA. one\nB. two, three\nC. the end\nD. 0\nAnswer:",
@@ -160,6 +163,34 @@ def test_what_is_no_text_is_refused_by_name_and_never_put_into_a_prompt(data, na
             assert key in str(error) or "label" in str(error) or "choice" in str(error)
         else:
             assert found == whole, f"{key} changed the prompt"
+
+
+@given(st.integers(0, 10**9))
+def test_probes_ask_what_they_ask_for_a_seed_and_their_targets_are_right(seed):
+    asked = {name: read_questions(None, TASKS[name], seed=seed) for name in ("probe_arithmetic", "probe_brackets")}
+    for name, found in asked.items():
+        assert found == read_questions(None, TASKS[name], seed=seed) != read_questions(None, TASKS[name], seed=seed + 1)
+        assert len({question.contexts for question in found}) == len(found) == tasks.PROBED
+        assert all(tasks.checked(TASKS[name], question) for question in found)
+    for question in asked["probe_arithmetic"]:
+        value = int(question.choices[0].removesuffix("."))
+        assert eval(question.contexts[0].removesuffix("=")) == value >= 0
+    for question in asked["probe_brackets"]:
+        (target,) = question.choices
+        whole = (question.contexts[0] + target).replace(" ", "")
+        assert target.startswith(" ") and whole.endswith(".") and target != " ."
+        for _ in whole:
+            for two in ("()", "[]", "{}", "<>"):
+                whole = whole.replace(two, "")
+        assert whole == "."
+
+
+def test_probes_are_the_same_on_every_machine():
+    """What seed 1234 asks first: a change here would part results from those that were published."""
+    first = {name: read_questions(None, TASKS[name], seed=1234)[:3] for name in ("probe_arithmetic", "probe_brackets")}
+    assert [q.contexts[0] + q.choices[0] for part in first.values() for q in part] == [
+        "32 + 21 = 53.", "7 * 0 = 0.", "5 * 2 = 10.", "{ < > } .", "{ } ( < > ) .", "{ { { } [ { [ ] ( ) } ] } } ."
+    ]
 
 
 # -----------------------------------------------------------------------------
@@ -312,7 +343,7 @@ def test_harness_draw_runs_one_generator_through_the_items():
 
 
 @pytest.mark.parametrize("system", ["", "Be brief.", "Be brief.\n"])
-@pytest.mark.parametrize("name", ["arc_easy", "mmlu_anatomy", "winogrande", "gsm8k"])
+@pytest.mark.parametrize("name", ["arc_easy", "mmlu_anatomy", "winogrande", "gsm8k", "lambada_openai"])
 @pytest.mark.parametrize("n", [0, 2])
 def test_prompts_are_those_of_the_harness(data, name, system, n):
     """Against lm-eval's own building of turns: as text, as turns, and as one message."""
