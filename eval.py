@@ -113,6 +113,7 @@ class EvalConfig:
     adapter: str | None = setting(None, "LoRA adapter folder, of train.py or peft, on which the model stands")
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
+    hold_budget: bool = setting(False, "token routers hold --budget within each sequence, on any source")
     calibrate: int | None = setting(
         None, "first move the cuts until the contexts of each task's first N items, without labels, realise --budget"
     )
@@ -922,6 +923,12 @@ def check_settings(cfg: EvalConfig) -> None:
             "no budget, or a control in its place; give --routers and --budget, and neither --control nor "
             "--route=off"
         )
+    if cfg.hold_budget and (not moves or cfg.calibrate is not None):
+        raise ValueError(
+            f"--hold_budget holds a budget by the routers themselves, with --routers={cfg.routers} "
+            f"--budget={cfg.budget} --control={cfg.control} --route={cfg.route} --calibrate={cfg.calibrate}; give "
+            "--routers and --budget, and neither --control, --calibrate nor --route=off"
+        )
     if cfg.shard and (cfg.base_dtype or cfg.fidelity):
         raise ValueError("--shard with --base_dtype or --fidelity; expected a base in dtype, and no rounded copy of "
                          "it: leave these away")
@@ -993,7 +1000,7 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, shard=cfg.shard, adapter=cfg.adapter)
     tok = load_tokenizer(cfg.model)
     budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
-    meta = load_routers(model, cfg.routers, budget) if cfg.routers else None
+    meta = load_routers(model, cfg.routers, budget, hold_budget=cfg.hold_budget) if cfg.routers else None
     if meta is not None and lacks_adapter(model, meta):
         say(f"note: {cfg.routers} was tuned on LoRA that this model lacks: give the --adapter beside it")
     orders = meta.orders if meta is not None else {}
@@ -1022,6 +1029,7 @@ def stamp_tasks(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime, ready: Sequen
         routers,
         run.route,
         cfg.budget,
+        cfg.hold_budget,
         cfg.control,
         cfg.calibrate,
         str(rt.dtype),

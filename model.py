@@ -45,7 +45,9 @@ from router import (
     pool,
     read_router_file,
     routers_of,
+    running_cuts,
     set_cuts,
+    shares_for,
     ste_gate,
 )
 
@@ -309,6 +311,7 @@ class LayerCache:
         self.used: list[int] = []  # slots in use, per row held
         self.kept: dict[str, list[int] | None] = {}  # router -> batch rows that run behind it; None: all of them
         self.experts: Tensor | None = None  # (B,E) gates of experts that hold for whole sequences
+        self.past: dict[str, Tensor] = {}  # router -> (2,B,S) what its running cuts go by; later tokens overwrite it
 
     @property
     def rows(self) -> list[int] | None:
@@ -360,6 +363,7 @@ class LayerCache:
                 self.kept[router] = [new for new, row in enumerate(batch_rows) if row in held]
         if self.experts is not None:
             self.experts = self.experts[batch_rows]
+        self.past = {router: past[:, batch_rows] for router, past in self.past.items()}
         if self.k is not None:
             self.used = [self.used[i] for i in index]
             index = torch.tensor(index, device=self.k.device, dtype=torch.long)
@@ -1083,7 +1087,7 @@ class Block(nn.Module):
 
         h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
         z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)  # (B,) sequences, (B,T) tokens
-        gate = forced[0].to(z.dtype) if forced else ste_gate(z, router.cut)
+        gate = forced[0].to(z.dtype) if forced else ste_gate(z, self.cut(name, z, call, cache))
         single, keeps = gate.dim() == 2, name == "mlp_router" or self.routing.kv == "all"
         if single:  # the first token of a sequence always runs (attention sink), pads never do
             if call.starts is None or min(call.starts) == 0:
@@ -1102,6 +1106,16 @@ class Block(nn.Module):
                 cache.kept[name] = rows
             who = Selection.rows(call, rows)
         return who, who.take(h), [(gate, z)]
+
+    def cut(self, name: str, z: Tensor, call: Call, cache: LayerCache | None) -> Tensor:
+        """The cut () of the router of this name, or running cuts (B,T) for its logits z (B,T)."""
+        router = getattr(self, name)
+        if router.share is None:
+            return router.cut
+        past = {} if cache is None else cache.past
+        starts = call.starts or [0] * len(z)
+        cuts, past[name] = running_cuts(z.detach(), starts, router.cut, router.share, past.get(name))
+        return cuts
 
     def pick(self, name: str, call: Call, gate: Tensor, h: Tensor) -> Selection:
         """The single tokens that run behind a router, by gate (B,T): one host sync. h (B,T,D): everybody's input.
@@ -1185,6 +1199,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.routing = config, None
         self.loads: list[float] | None = None  # of each place that is an expert: its share of the pairs
+        self.holds_budget = False  # routers have a share of the tokens, and running cuts that hold it
         self.fingerprint = self.exact_fingerprint = self.parent = None  # where it came from a checkpoint
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
@@ -1205,7 +1220,7 @@ class Transformer(nn.Module):
                              f"{self.config.n_layers - 1}")
         if routing is not None and routing.experts:
             self._check_experts(routing)
-        self.routing, self.loads = routing, None
+        self.routing, self.loads, self.holds_budget = routing, None, False
         for block in self.layers:
             block.routing, block.whole, block.n_routers = routing, False, 0
             block.router = block.mlp_router = block.expert_routers = None
@@ -1319,7 +1334,8 @@ class Transformer(nn.Module):
         if gates is not None and len(gates) != routers:
             raise ValueError(f"gates has {len(gates)} rows; expected {routers}, one for each router that is asked")
         made, forced = [], iter(() if gates is None else gates)
-        whole = cache is None and route != "gather"  # a block is one graph, if compiled
+        eager = route == "gather" or (route == "mask" and self.holds_budget)  # running cuts are not compiled
+        whole = cache is None and not eager  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
             block, held = self.layers[layer], None if cache is None else cache.layers[layer]
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block if whole else block.eager
@@ -1647,14 +1663,15 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Transform
 
 @torch.inference_mode(False)  # its weights count their changes wherever it is called
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
-               dtype: torch.dtype | None = None, read: Callable | None = None) -> Transformer:
+               dtype: torch.dtype | None = None, read: Callable | None = None, hold_budget: bool = False) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
     Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
     in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
     every routed unit, 1 none); None keeps the thresholds of the file. read(model, folder, device, dtype): what fills
-    the model, still on the meta device, in place of the tensors as they are. Raises FileNotFoundError or ValueError for
-    a missing, truncated or mismatched file, or routers of another base.
+    the model, still on the meta device, in place of the tensors as they are. hold_budget: token routers hold the budget
+    within each sequence, on any source (router.running_cuts). Raises FileNotFoundError or ValueError for a missing,
+    truncated or mismatched file, or routers of another base.
     """
     tensors = open_checkpoint(folder)
     if dtype is not None and not dtype.is_floating_point:
@@ -1668,15 +1685,19 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     model.fingerprint, model.exact_fingerprint = fingerprint(folder, tensors), exact_fingerprint(folder, tensors)
     model.parent = read_config(folder).get("parent")
     if routers is not None:
-        load_routers(model, routers, budget)
-    elif budget is not None:
+        load_routers(model, routers, budget, hold_budget=hold_budget)
+    elif budget is not None or hold_budget:
         raise ValueError(f"budget is {budget} but there are no routers to hold it; give routers=FILE as well")
     return model
 
 
-def load_routers(model: Transformer, path: str | Path, budget: float | None = None) -> RouterMeta:
+def load_routers(
+    model: Transformer, path: str | Path, budget: float | None = None, hold_budget: bool = False
+) -> RouterMeta:
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
+    if hold_budget:
+        check_holds(path, meta, budget)
     check_fingerprint(path, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
     cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
     try:
@@ -1688,4 +1709,27 @@ def load_routers(model: Transformer, path: str | Path, budget: float | None = No
     set_cuts(model, cuts)
     for router in model.routers():
         router.requires_grad_(False)
+    if hold_budget:
+        hold_shares(model, shares_for(budget, meta.calibration, model.place_weights()))
     return meta
+
+
+def hold_shares(model: Transformer, shares: list[float]) -> None:
+    """Let each place (R) run this share of every sequence's tokens, by running cuts that begin with the routers' own."""
+    model.holds_budget = True
+    for router, share in zip(model.routers(), shares, strict=True):
+        router.share = share
+
+
+def check_holds(path: str | Path, meta: RouterMeta, budget: float | None) -> None:
+    """Raise ValueError unless the routers of a file can hold a budget within each sequence."""
+    if budget is None:
+        raise ValueError("hold_budget holds a budget within each sequence, and none was given; give --budget=0..1")
+    if meta.routing.unit == "sequence":
+        raise ValueError(f"hold_budget is for routers that decide for tokens, and {path} holds those of "
+                         f"{meta.routing.granularity}; leave it away, or use budget_per=sequence")
+    if meta.routing.experts or "shares" not in meta.calibration:
+        what = "routers of experts" if meta.routing.experts else "no shares of places, as older files do not"
+        raise ValueError(f"{path} holds {what}; expected attn, mlp or block routers with a table of shares: leave "
+                         "hold_budget away, or make the table with train.py --recalibrate=FILE")
+

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import runtime
 from data.records import read_records, to_messages
-from model import KVCache, Transformer, generate
+from model import KVCache, Transformer, generate, load_routers
 from recipe.base import load_base
 from runtime import setting
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
@@ -42,6 +42,7 @@ class SampleConfig:
     prompts: str | None = setting(None, "file of prompts: .txt, one on each line, or rows in a form of train.py's")
     routers: str | None = setting(None, "router file; none: the dense model")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
+    hold_budget: bool = setting(False, "token routers hold --budget within each sequence, on any source")
     adapter: str | None = setting(None, "LoRA adapter folder, of train.py or peft, on which the model stands")
     compare: bool = setting(False, "let the dense model answer too")
     show_route: bool = setting(False, "show what share of the routed units each token ran")
@@ -64,8 +65,10 @@ class SampleConfig:
             raise ValueError("--prompt and --prompts were both given; expected one of them: leave one away")
         if self.raw and (self.system or self.chat):
             raise ValueError("--raw continues a text as it stands; expected neither --system nor --chat: leave it away")
-        if self.routers is None and (self.compare or self.show_route or self.budget is not None):
-            raise ValueError("--compare, --show_route and --budget are about routers; give --routers=FILE as well")
+        about = self.compare or self.show_route or self.budget is not None or self.hold_budget
+        if self.routers is None and about:
+            raise ValueError("--compare, --show_route, --budget and --hold_budget are about routers; give "
+                             "--routers=FILE as well")
         for name in ("max_new_tokens", "batch", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected 1 or more")
@@ -313,7 +316,9 @@ def main() -> None:
     rt = runtime.setup(cfg.device, cfg.dtype, cfg.seed)
     if rt.device.type == "cpu":
         torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
-    model = load_base(cfg.model, rt, cfg.routers, cfg.budget, cfg.base_dtype, cfg.adapter)
+    model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, adapter=cfg.adapter)
+    if cfg.routers is not None:
+        load_routers(model, cfg.routers, cfg.budget, hold_budget=cfg.hold_budget)
     speaker = Speaker(cfg, model, load_tokenizer(cfg.model), Screen(cfg.show_route))
     speaker.screen.legend()
     if cfg.prompts is not None:

@@ -38,28 +38,41 @@ def settle(
 
 
 def calibrate(work: Workload, own: float, controls: Controls | None = None, orders: dict | None = None) -> dict:
-    """Table of cuts for every budget in BUDGETS: {budgets, thresholds (one for each place), static}.
+    """Table for every budget in BUDGETS: {budgets, thresholds and shares of units that run (for each place), static}.
 
     work: the examples whose routes are run; own: the budget that is realised best. With controls and orders a static
     list stands wherever it loses less than the routers on the controls' examples (`static`: budget -> its name).
     """
-    dense, routes = probe_routes(work, own)
+    logits, routes = probe_routes(work, own)
+    dense = logits[max(logits)]
     rows = {budget: [cut] * len(dense) for budget, cut in cuts_by_budget(routes).items()}
     static = prefer_static(rows, controls, orders) if orders else {}
+    shares = {budget: place_shares(logits, routes, budget) for budget in rows}
     for budget, name in static.items():
         rows[budget] = static_cuts(dense, orders[name], budget, work.model.place_shares())
+        skipped = skipped_shares(orders[name], work.model.place_shares(), 1 - budget)
+        shares[budget] = [1 - share for share in skipped]
     budgets = sorted(rows)
     thresholds = [[threshold_of(cut) for cut in rows[budget]] for budget in budgets]
-    return {"budgets": budgets, "thresholds": thresholds, "static": static}
+    table = {"budgets": budgets, "thresholds": thresholds, "static": static}
+    holds = work.model.routing.unit == "token" and not work.model.routing.experts
+    return table | ({"shares": [shares[budget] for budget in budgets]} if holds else {})
 
 
-def probe_routes(work: Workload, own: float) -> tuple[Tensor, dict[float, dict[float, float]]]:
-    """Logits (R,N) where nothing is skipped, and {capacity realised: {budget: cut by the logits of that route}}.
+def place_shares(logits: dict[float, Tensor], routes: dict[float, dict[float, float]], budget: float) -> list[float]:
+    """Share of its units that each place (R) runs at a budget, by the logits of the routes nearest to it."""
+    low, high, part = around(routes, budget)
+    low, high = ((logits[at] >= routes[at][budget]).double().mean(1) for at in (low, high))
+    return (low + part * (high - low)).tolist()
+
+
+def probe_routes(work: Workload, own: float) -> tuple[dict[float, Tensor], dict[float, dict[float, float]]]:
+    """By the capacity that a route realised: its logits (R,N), and {budget: the cut by these logits}.
 
     Deeper logits depend on the route, so the routers run at PASSES cuts: none and all skipped, twice the budget `own`,
     else the middle of the widest gap between the capacities realised so far.
     """
-    weights, routes, logits = work.model.place_weights(), {}, []
+    weights, routes, logits = work.model.place_weights(), {}, {}
     for number in track(range(PASSES), "calibration"):
         if number < 2:
             cut = (-math.inf, math.inf)[number]
@@ -72,16 +85,21 @@ def probe_routes(work: Workload, own: float) -> tuple[Tensor, dict[float, dict[f
         z = route_logits(work)
         realised = capacity(((z >= cut) & (z > -math.inf)).double(), weights=weights).item()
         routes[realised] = dict(zip(BUDGETS, quantile_cuts(z, BUDGETS, weights)))
-        logits.append(z)
-    return logits[0], routes
+        logits[realised] = z
+    return logits, routes
 
 
 def blended(routes: dict[float, dict[float, float]], budget: float) -> float:
     """Cut for a budget, between those of the two routes that realised the nearest capacities below and above it."""
+    low, high, part = around(routes, budget)
+    return between(routes[low][budget], routes[high][budget], part)
+
+
+def around(routes: dict[float, dict[float, float]], budget: float) -> tuple[float, float, float]:
+    """The nearest capacities realised below and above a budget, and how far between them it lies."""
     low = max((realised for realised in routes if realised <= budget), default=min(routes))
     high = min((realised for realised in routes if realised >= budget), default=max(routes))
-    share = 0.0 if low == high else (budget - low) / (high - low)
-    return between(routes[low][budget], routes[high][budget], share)
+    return low, high, 0.0 if low == high else (budget - low) / (high - low)
 
 
 def cuts_by_budget(routes: dict[float, dict[float, float]]) -> dict[float, float]:
