@@ -64,11 +64,10 @@ from data.tasks import (
 from model import KVCache, Transformer, decode, load_routers, pad
 from recipe.adapter import lacks_adapter
 from recipe.base import load_base
-from recipe.calibrate import settle
 from recipe.cost import kv_bytes
 from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
-from recipe.forced import Control, make_control
-from recipe.passes import Workload, finite
+from recipe.forced import SMALLEST_GATE, Control, make_control
+from recipe.passes import Workload, finite, settle
 from recipe.shard import everything
 from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
 from router import read_router_file, set_cuts
@@ -119,9 +118,9 @@ class EvalConfig:
     )
     control: str = setting(
         "none",
-        "forced routes: greedy, fisher or similarity (lists of the router file) at "
-        "--budget, static:LAYERS to skip (both_sequence: 5.attn,7.mlp), random:SEED at "
-        "--budget, mean:FILE.json of a routed run",
+        "forced routes: greedy, fisher or similarity (lists of the router file) or gate_norm (of weights alone) at "
+        "--budget, static:LAYERS to skip (both_sequence: 5.attn,7.mlp), random:SEED at --budget, mean:FILE.json of a "
+        "routed run; of experts smallest_gate: the pairs of least weight are skipped, down to --budget",
     )
     fewshot: int | None = setting(None, "examples before each item; none: the paper's number per task")
     fewshot_by: Literal["index", "first", "harness"] = setting(
@@ -999,7 +998,8 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     paths = locate(tasks, Path(cfg.data), shots)
     model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, shard=cfg.shard, adapter=cfg.adapter)
     tok = load_tokenizer(cfg.model)
-    budget = None if cfg.control.startswith("random:") else cfg.budget  # random routes need no threshold
+    needless = cfg.control.startswith("random:") or cfg.control == SMALLEST_GATE  # of a table of cuts
+    budget = None if needless else cfg.budget
     meta = load_routers(model, cfg.routers, budget, hold_budget=cfg.hold_budget) if cfg.routers else None
     if meta is not None and lacks_adapter(model, meta):
         say(f"note: {cfg.routers} was tuned on LoRA that this model lacks: give the --adapter beside it")
@@ -1076,7 +1076,9 @@ def results_by_task(cfg: EvalConfig, ready: Sequence[ReadyTask], records: dict, 
 def measure_fidelity(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime) -> dict:
     """What --fidelity asks for: the routed model and its controls, beside the dense model."""
     examples, model = fidelity_examples(cfg, run.tok, context_limit(cfg, run, ())), run.model
-    name = "routed" if run.control is None else cfg.control
+    name = "routed" if cfg.control == "none" else cfg.control
+    if cfg.control == SMALLEST_GATE:
+        settle(Workload(model, examples, rt), cfg.budget, CALIBRATION_ROUNDS)
     orders = read_router_file(cfg.routers)[1].orders
     variants = with_controls(Variant(name, model, run.route, run.control), orders, Workload(model, examples, rt))
     variants.insert(0, Variant("dense", model))
@@ -1100,7 +1102,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
             how = replace(run, task=own.name)
             if own.name == NAMES[1]:
                 how = replace(how, route="off", control=None)
-            elif cfg.calibrate:
+            elif cfg.calibrate or cfg.control == SMALLEST_GATE:
                 calibrate_task(run, own.items[: cfg.calibrate], cfg.budget, cuts, passes)
             records[own.name] = score_task(how, own, done[own.name], samples.append, progress, passes)
     samples.finish([record for part in records.values() for record in part])

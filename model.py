@@ -1715,7 +1715,7 @@ def load_routers(
 
 
 def hold_shares(model: Transformer, shares: list[float]) -> None:
-    """Let each place (R) run this share of every sequence's tokens, by running cuts that begin with the routers' own."""
+    """Let each place (R) run this share of every sequence's tokens, by running cuts that begin at the routers' own."""
     model.holds_budget = True
     for router, share in zip(model.routers(), shares, strict=True):
         router.share = share

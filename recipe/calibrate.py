@@ -2,39 +2,16 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from recipe.controls import Controls
-from recipe.passes import Workload, evaluate, route_logits
+from recipe.passes import Workload, evaluate, route_logits, settle
 from router import between, capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
 from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
 PASSES = 9  # routes that calibration runs to fill it
-NEVER = -1e30  # a logit below every other
 ANCHORS = (0.25, 0.5, 0.75)  # budgets at which it compares the routers with the static lists
-
-
-def settle(
-    work: Workload, budget: float, rounds: int = 2, base: list[float] | None = None, memory: float = 0.0
-) -> float:
-    """Move all cuts by one amount, in logits, until the routers realise `budget` on the examples; returns that amount.
-
-    Routes change what deeper routers see, hence more than one round. base (R): the cuts that are moved, 0 by default.
-    memory: share of the last amount that a round keeps, so that two routes do not take turns.
-    """
-    weights = work.model.place_weights()
-    base, move = base or [0.0] * len(weights), None
-    for _ in range(rounds):
-        z = route_logits(work)
-        above = z - torch.tensor(base)[:, None]  # (R,N)
-        # at an infinite cut a first token still runs, and what never runs still counts, unless nothing assigned it
-        above = above.nan_to_num(nan=math.inf, posinf=math.inf, neginf=NEVER).masked_fill(z == -math.inf, -math.inf)
-        found = quantile_cut(above, budget, weights)
-        move = found if move is None else memory * move + (1 - memory) * found
-        set_cuts(work.model, [cut + move for cut in base])
-    return move
 
 
 def calibrate(work: Workload, own: float, controls: Controls | None = None, orders: dict | None = None) -> dict:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from recipe.cost import Executed, prefill_flops
-from recipe.experts import reads_gates, run_shares, smallest_gate
+from recipe.experts import mean_route, reads_gates, smallest_gate
 from recipe.journal import once
 from recipe.lists import Prefixes, list_states, room_for_prefixes
 from recipe.passes import Batch, Workload, collate, evaluate, finite, head_losses, random_routes
-from router import RouterConfig, mean_order, skipped_shares
+from router import RouterConfig, skipped_shares
 from runtime import sum_over_ranks, track
 
 
@@ -69,10 +69,6 @@ class Controls:
         self.measure([whole, touched])
         return self.loss(whole) + part * (self.loss(touched) - self.loss(whole))
 
-    def mean_order(self, shares: list[float]) -> list[int]:
-        """The mean route as an order, from the share of units of each place (R)."""
-        return mean_order(run_shares(self.work.model, shares))
-
     def prefill_flops(self, routing: RouterConfig, shares: list[float]) -> float:
         """FLOPs of all examples when the places (R) execute these shares of their units."""
         config = self.work.model.config
@@ -95,7 +91,7 @@ class Controls:
         for found in routed.values():
             skips = (1 - found["capacity"], self.share_saved(found["capacity_per_layer"])[0])
             lists = [(order, skip) for order in orders.values() for skip in skips]
-            lists.append((self.mean_order(found["capacity_per_layer"]), skips[0]))
+            lists.append((mean_route(self.work.model, found["capacity_per_layer"])[0], skips[0]))
             sets += [part for order, skip in lists for part in self.ends(order, skip)[:2]]
         self.measure(sets)  # of all budgets together
         return [self.row(budget, found, orders) for budget, found in routed.items()]
@@ -121,7 +117,7 @@ class Controls:
             "routed": loss,
             **static,
             **gates,
-            "mean_route": self.static(self.mean_order(shares), 1 - realised),
+            "mean_route": self.static(mean_route(self.work.model, shares)[0], 1 - realised),
             "random": evaluate(self.work, random_routes(realised))["loss"],
             "gap_closed": gap_closed(min(static.values())),
             "ceiling": ceiling,

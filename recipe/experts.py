@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from model import Transformer
-from recipe.passes import Workload, collate, evaluate, real_logits, route_logits, states
-from router import quantile_cut, set_cuts
+from recipe.passes import Workload, collate, evaluate, real_logits, settle, states
+from router import RouterConfig, mean_order, set_cuts
 
 
 ROUNDS = 3  # in which the smallest gates' cut is found
@@ -19,38 +19,48 @@ def reads_gates(model: Transformer) -> bool:
     return model.routing.experts and model.routing.unit == "token"
 
 
+def read(model: Transformer, routing: RouterConfig) -> None:
+    """Let the routers of a model, which stay where they are, decide as `routing` says."""
+    model.routing = routing
+    for block in model.layers:
+        block.routing = routing
+
+
+def read_gates(model: Transformer) -> None:
+    """From now on a pair's logit is the log of the weight that its layer's own gate gave it; cuts (R) begin at 0."""
+    read(model, replace(model.routing, reads="gate"))
+    set_cuts(model, 0.0)
+
+
 @contextlib.contextmanager
 def reading_gates(model: Transformer):
-    """For a while a pair's logit is the log of the weight that its layer's own gate gave it. Cuts are put back."""
+    """The same for a while. Cuts are put back."""
     routing, cuts = model.routing, [router.cut.item() for router in model.routers()]
-
-    def route_by(chosen) -> None:
-        model.routing = chosen
-        for block in model.layers:
-            block.routing = chosen
-
-    route_by(replace(routing, reads="gate"))
+    read_gates(model)
     try:
         yield
     finally:
-        route_by(routing)
+        read(model, routing)
         set_cuts(model, cuts)
 
 
 def smallest_gate(work: Workload, budget: float) -> float:
     """Loss where the pairs with the smallest weights are skipped, so many that `budget` of all pairs run."""
     with reading_gates(work.model):
-        for _ in range(ROUNDS):  # what is skipped changes what deeper gates see
-            set_cuts(work.model, quantile_cut(route_logits(work), budget))
+        settle(work, budget, ROUNDS)
         return evaluate(work)["loss"]
 
 
-def run_shares(model: Transformer, shares: list[float]) -> list[float]:
-    """What share of its units each place (R) ran: of experts, of the tokens that were given them."""
-    if not reads_gates(model):
-        return shares
-    given = (model.place_shares() / model.place_weights()).tolist()  # tokens that an expert is given
-    return [share / max(load, 1e-12) for share, load in zip(shares, given)]
+def mean_route(model: Transformer, shares: list[float]) -> tuple[list[int], float]:
+    """The mean route of routes that ran these shares (R) of all units, as an order, and its capacity.
+
+    An expert is rare where it ran for few of the tokens that were given it, not where few were.
+    """
+    weights, given = model.place_weights(), torch.ones(len(shares))
+    if reads_gates(model):
+        given = (model.place_shares() / weights).clamp(min=1e-12)  # share of the tokens that an expert is given
+    ran = [share / load for share, load in zip(shares, given.tolist())]
+    return mean_order(ran), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
 
 
 def gate_start(model: Transformer, inputs: Tensor) -> Tensor:

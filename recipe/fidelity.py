@@ -20,10 +20,10 @@ from torch import Tensor
 from data.records import Example
 from data.rows import common_prefix
 from model import Transformer, decode, prefill
+from recipe.experts import mean_route
 from recipe.forced import Control
 from recipe.passes import EVAL_BATCH, Batch, Workload, collate, evaluate, head_blocks, states
 from recipe.results import mean_per_token, mean_stderr
-from router import mean_order
 from runtime import Runtime, collect, mine, track
 
 MEASURES = ("kl", "same_top", "acceptance")
@@ -61,7 +61,7 @@ def with_controls(routed: Variant, orders: dict[str, list[str]], work: Workload)
     found = evaluate(work, None if routed.control is None else forced_by(routed))
     budget, weights = found["capacity"], model.place_shares()
     lists = {name: [names.index(place) for place in order] for name, order in list(orders.items())[:1]}
-    lists["mean_route"] = mean_order(found["capacity_per_layer"])
+    lists["mean_route"] = mean_route(model, found["capacity_per_layer"])[0]
     controls = {name: Control(weights, lists={TASK: (order, budget)}) for name, order in lists.items()}
     controls["random"] = Control(weights, budget, "0", per_token=model.routing.unit == "token")
     others = [Variant(name, model, "gather", control, budget) for name, control in controls.items()]

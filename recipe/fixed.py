@@ -11,7 +11,7 @@ import torch.nn as nn
 
 import runtime
 from model import ModelConfig, Transformer, load_routers
-from recipe.forced import mean_list
+from recipe.experts import mean_route
 from router import skipped_places
 
 ENDS = {"attn": "attention.wo", "mlp": "feed_forward.w2"}  # what a sublayer ends with
@@ -37,7 +37,7 @@ def by_routers(text: str, model: Transformer, routers: str, budget: float | None
     routing, weights = model.routing, model.place_weights()
     if text.startswith("mean:"):
         shares = mean_shares(text.removeprefix("mean:"), len(weights))
-        order, realised = mean_list(shares, weights)
+        order, realised = mean_route(model, shares)
         budget = realised if budget is None else budget
     elif text in orders and budget is not None and 0 <= budget <= 1:
         order = [routing.names.index(name) for name in orders[text]]

@@ -8,9 +8,12 @@ from torch import Tensor
 
 import runtime
 from model import Transformer
-from router import mean_order, parse_layers, random_route, static_route
+from recipe.experts import mean_route, read_gates, reads_gates
+from recipe.orders import GATE_NORM, gate_norm_order
+from router import parse_layers, random_route, static_route
 from runtime import generator
 
+SMALLEST_GATE = "smallest_gate"
 
 @dataclass(frozen=True)
 class Control:
@@ -52,14 +55,24 @@ def make_control(
     text: str, model: Transformer, budget: float | None, orders: dict[str, list[str]], tasks: Sequence[str]
 ) -> Control | None:
     """--control for these tasks: none, static:LAYERS (skipped for everyone; of both: names such as 5.attn,7.mlp), one
-    of the router file's orders (a static list at capacity `budget`), random:SEED (at `budget`), or mean:FILE.json (the
-    average of a routed run's routes as a list, by task at its capacity)."""
+    of the router file's orders (a static list at capacity `budget`), gate_norm (the same by weights alone, for any file
+    of attentions), random:SEED (at `budget`), or mean:FILE.json (the average of a routed run's routes as a list, by
+    task at its capacity). None for smallest_gate too: the model then reads the weights of its experts' gates, whose
+    cuts its caller sets."""
     kind, _, value = text.partition(":")
     if kind == "none":
         return None
     weights, names = model.place_shares(), model.routing.names
-    if budget is None and (kind == "random" or kind in orders):
+    if text == GATE_NORM:
+        orders = orders | {GATE_NORM: [names[place] for place in gate_norm_order(model)]}
+    if budget is None and (kind in ("random", SMALLEST_GATE) or kind in orders):
         raise ValueError(f"--control={text} needs the capacity at which it skips: give --budget=0..1")
+    if text == SMALLEST_GATE:
+        if not reads_gates(model):
+            raise ValueError(f"--control={text} skips pairs of a token and an expert, and these routers are "
+                             f"{model.routing.granularity}; expected expert_token: use another control")
+        read_gates(model)
+        return None
     if kind == "random" and value.isdigit():
         return Control(weights, budget, value, per_token=model.routing.unit == "token")
     if kind in orders and not value:
@@ -67,11 +80,11 @@ def make_control(
     elif kind == "static":
         found = static_list(text, value, model)
     elif kind == "mean":
-        return Control(weights, lists=mean_lists(text, value, weights, tasks))
+        return Control(weights, lists=mean_lists(text, value, model, tasks))
     else:
         raise ValueError(
-            f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, or an order "
-            f"of the router file ({', '.join(orders) or 'this one holds none'})"
+            f"--control is {text!r}; expected none, static:LAYERS, random:SEED, mean:FILE.json, gate_norm, "
+            f"smallest_gate, or an order of the router file ({', '.join(orders) or 'this one holds none'})"
         )
     return Control(weights, lists=dict.fromkeys(tasks, found))
 
@@ -87,23 +100,18 @@ def static_list(text: str, value: str, model: Transformer) -> tuple[list[int], f
     return order, 1 - sum(weights[place].item() for place in order[: len(skipped)])
 
 
-def mean_lists(text: str, path: str, weights: Tensor, tasks: Sequence[str]) -> dict[str, tuple[list[int], float]]:
+def mean_lists(text: str, path: str, model: Transformer, tasks: Sequence[str]) -> dict[str, tuple[list[int], float]]:
     """Of each task the mean route of a run that wrote `path`, as an order, and its capacity."""
-    report, lists = runtime.read_json(path), {}
+    report, lists, n = runtime.read_json(path), {}, len(model.routing.places)
     results = report.get("results") if isinstance(report, dict) else None
     for task in tasks:
         entry = results.get(task) if isinstance(results, dict) else None
         shares = entry.get("capacity_per_layer") if isinstance(entry, dict) else None
-        if not isinstance(shares, list) or len(shares) != len(weights):
+        if not isinstance(shares, list) or len(shares) != n:
             raise ValueError(
-                f"--control={text}: {task} has no {len(weights)} routed layers there; write it with the same --routers"
+                f"--control={text}: {task} has no {n} routed layers there; write it with the same --routers"
             )
         if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares):
             raise ValueError(f"--control={text}: {task} has the shares {shares} there; expected numbers from 0 to 1")
-        lists[task] = mean_list(shares, weights)
+        lists[task] = mean_route(model, shares)
     return lists
-
-
-def mean_list(shares: list[float], weights: Tensor) -> tuple[list[int], float]:
-    """The mean route of these shares (R) as an order, and its capacity."""
-    return mean_order(shares), (weights @ torch.tensor(shares, dtype=torch.float64)).item()

@@ -1,15 +1,18 @@
-"""The order in which places are best skipped for everyone: by greedy search, by Fisher cost, by similarity."""
+"""The order in which places are best skipped for everyone: by search, by Fisher cost, by similarity, by weights alone.
+"""
 
 import math
 
 from torch import Tensor
 
+from model import Linear, Transformer
 from recipe.controls import Controls
 from recipe.measure import Measured, typical_costs
 from recipe.passes import Workload
 from runtime import Progress, print0
 
 MOST_SEARCHED = 96  # places, at most, whose order is searched: of more (experts) the search takes hours
+GATE_NORM = "gate_norm"
 TRIES = 3  # places that a round of the greedy search measures at most (the first round twice as many)
 
 
@@ -22,6 +25,8 @@ def search_orders(work: Workload, measured: Measured, skip: float) -> dict[str, 
         orders["load"] = work.model.place_shares().argsort().tolist()
     else:
         orders["similarity"] = (measured.turned / weights).argsort().tolist()
+    if work.model.routing.target == "attn":
+        orders[GATE_NORM] = gate_norm_order(work.model)
     if len(prices) <= MOST_SEARCHED:
         orders = {"greedy": greedy_order(work, prices, skip), **orders}
     for name, order in orders.items():
@@ -62,3 +67,29 @@ def greedy_order(work: Workload, guess: Tensor, skip: float) -> list[int]:
             rest.discard(best)
             progress.step()
     return path + sorted(rest, key=lambda place: (measured.get(place, math.inf), guess[place]))
+
+
+def gate_norm_order(model: Transformer) -> list[int]:
+    """Attentions by how much their queries and keys are coupled, the least first. No data, no pass of the model.
+
+    The coupling is the Frobenius norm, over the heads i of a layer, of W_q,i^T W_k,i (D,D), which makes a score of two
+    tokens at one position. Source: Gate-Norm, arXiv 2512.20636, which ranks attentions by their query-key coupling;
+    more than its abstract was not at hand, so that the norm is our reading of it. Raises ValueError for other targets.
+    """
+    if model.routing.target != "attn":
+        raise ValueError(f"{GATE_NORM} ranks attentions by their weights, and these routers are "
+                         f"{model.routing.granularity}; expected attn_sequence or attn_token: use another control")
+    coupling = []
+    for place in model.routing.places:
+        attention = model.layers[place.layer].attention
+        q, k = (gram(part, attention.head_dim) for part in (attention.wq, attention.wk))  # (H,h,h), (K,h,h)
+        coupling.append((q.unflatten(0, (len(k), -1)) * k[:, None]).sum().item())  # |A^T B|^2 = <A A^T, B B^T>
+    return sorted(range(len(coupling)), key=lambda place: (coupling[place], place))
+
+
+def gram(projection: Linear, width: int) -> Tensor:
+    """Products of the rows of each head's weight (H*h,D) with each other: (H,h,h)."""
+    weight = projection.weight.float()
+    weight = weight if projection.scale is None else weight * projection.scale[:, None]
+    heads = weight.unflatten(0, (-1, width))
+    return heads @ heads.mT

@@ -1,4 +1,4 @@
-"""Passes over a set of examples: batches, losses, and what routers decide."""
+"""Passes over a set of examples: batches, losses, what routers decide, and cuts that realise a budget there."""
 
 import math
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from data.records import Example
 from model import Transformer, pad
 from recipe.journal import once
 from recipe.trunk import TrunkCache
-from router import RouterConfig, capacity, random_route
+from router import RouterConfig, capacity, quantile_cut, random_route, set_cuts
 from runtime import Runtime, collect, generator, mine, sum_over_ranks, track
 
+NEVER = -1e30  # a logit below every other
 EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
 LOGITS_AT_ONCE = (
     2**22
@@ -267,3 +268,24 @@ def route_logits(work: Workload) -> Tensor:
     for number, group in track(work.groups(), "routes"):
         parts.append((number, once(lambda: [group_logits(work, group)])[0]))
     return torch.cat(collect(parts, work.rt), dim=1)
+
+
+def settle(
+    work: Workload, budget: float, rounds: int = 2, base: list[float] | None = None, memory: float = 0.0
+) -> float:
+    """Move all cuts by one amount, in logits, until the routers realise `budget` on the examples; returns that amount.
+
+    Routes change what deeper routers see, hence more than one round. base (R): the cuts that are moved, 0 by default.
+    memory: share of the last amount that a round keeps, so that two routes do not take turns.
+    """
+    weights = work.model.place_weights()
+    base, move = base or [0.0] * len(weights), None
+    for _ in range(rounds):
+        z = route_logits(work)
+        above = z - torch.tensor(base)[:, None]  # (R,N)
+        # at an infinite cut a first token still runs, and what never runs still counts, unless nothing assigned it
+        above = above.nan_to_num(nan=math.inf, posinf=math.inf, neginf=NEVER).masked_fill(z == -math.inf, -math.inf)
+        found = quantile_cut(above, budget, weights)
+        move = found if move is None else memory * move + (1 - memory) * found
+        set_cuts(work.model, [cut + move for cut in base])
+    return move

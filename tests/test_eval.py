@@ -24,6 +24,7 @@ from data.tasks import TASKS, Task, chat_prompt, draw_shots, find, locate, piqa,
 from eval import EvalConfig, ReadyTask, Scorer
 from model import KVCache, Transformer, generate, load_model
 from recipe.forced import Control, make_control
+from recipe.orders import gate_norm_order
 from recipe.results import mean_stderr
 from router import GRANULARITIES, RouterConfig, RouterMeta, save_routers
 from runtime import ALONE as CPU
@@ -673,9 +674,15 @@ def test_controls_force_their_routes(base, tok, tmp_path):
             "greedy", budget=0.5
         )  # where a list ends within a place, it is skipped for that share of the items
         assert part["capacity"] == pytest.approx(0.5, abs=0.06) and part["capacity_per_layer"][1:] == [0.0, 1.0]
-        for control in ("greedy", "similarity", "random:5"):
+        order = [model.routing.names[place] for place in gate_norm_order(model)]
+        assert result("gate_norm", budget=1 / 3) == result(f"static:{order[0]},{order[1]}")  # whatever the file holds
+        for control in ("greedy", "similarity", "random:5", "gate_norm", "smallest_gate"):
             with pytest.raises(ValueError, match="--control"):
                 result(control)
+    with pytest.raises(ValueError, match="ranks attentions .* mlp_token; expected attn_sequence or attn_token"):
+        make_control("gate_norm", routed(base, "mlp_token"), 0.5, {}, ["piqa"])
+    with pytest.raises(ValueError, match="smallest_gate skips pairs .* attn_token; expected expert_token"):
+        make_control("smallest_gate", model, 0.5, {}, ["piqa"])
 
 
 def test_controls_of_both_count_compute(base, tok, tmp_path):

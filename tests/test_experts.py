@@ -14,11 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import eval as scoring
+import runtime
 import train
+from data.records import Example
 from model import Experts, KVCache, ModelConfig, Transformer, generate, load_model, load_routers, routing_of
+from recipe import fidelity
+from recipe.controls import Controls
 from recipe.cost import DENSE, Executed, ItemSize, decode_bytes, layer_elements, mlp_elements, prefill_flops
-from recipe.experts import loads, reading_gates, smallest_gate
-from recipe.passes import evaluate, random_routes, skip_everywhere
+from recipe.experts import loads, mean_route, reading_gates, smallest_gate
+from recipe.forced import make_control
+from recipe.passes import Workload, evaluate, random_routes, skip_everywhere
 from router import RouterConfig, RouterMeta, cuts_for, read_router_file, save_routers, set_cuts
 
 CONFIG = replace(
@@ -328,6 +333,49 @@ def test_controls_run_as_many_pairs(base):
         assert torch.equal(gates[..., 1:] == 1, z[..., 1:] >= math.log(0.3))
     assert all(router.cut == -math.inf for router in model.routers())
     assert math.isfinite(smallest_gate(work, 0.5)) and model.routing.reads == "own"
+
+
+def test_eval_skips_the_pairs_of_the_smallest_gates(base, tmp_path):
+    """--control=smallest_gate: as many pairs as asked for, those of the least weights, whatever the routers say."""
+    model = load_model(base)
+    model.add_routers(routing_of(model.config, "expert_token", (1, 3)))
+    meta = RouterMeta(model.routing, [0.5] * 10, model.fingerprint)  # no table of cuts: none is needed
+    save_routers(tmp_path / "r.safetensors", model, meta)
+    files = {"model": str(base), "routers": str(tmp_path / "r.safetensors"), "perplexity": str(base / "data.jsonl")}
+    cfg = scoring.EvalConfig(**files, budget=0.6, control="smallest_gate", dtype="float32")
+    report = scoring.evaluate(cfg, tuning.CPU)["results"]
+    assert report["perplexity"]["capacity"] == pytest.approx(0.6, abs=0.03)
+    assert report["perplexity"]["loss"] != report["perplexity_dense"]["loss"]
+    found = scoring.evaluate(replace(cfg, fidelity=cfg.perplexity, perplexity=None, limit=5), tuning.CPU)["fidelity"]
+    assert found["variants"]["smallest_gate"]["capacity"] == pytest.approx(0.6, abs=0.03)
+    for wrong, reason in ((replace(cfg, budget=None), "give --budget"), (replace(cfg, calibrate=3), "calibrate=3")):
+        with pytest.raises(ValueError, match=reason):
+            scoring.evaluate(wrong, tuning.CPU)
+
+
+def test_the_mean_route_is_one_order_everywhere(base, tmp_path):
+    """An expert that few tokens are given is not rare for that: train, --control=mean and --fidelity once disagreed."""
+    model = load_model(base)
+    model.add_routers(routing_of(model.config, "expert_token", (1, 3)))
+    model.loads = [0.02, 0.08, 0.1, 0.1, 0.2] * 2  # of all pairs; k = 2 in two layers
+    given = [load * 4 / sum(model.loads) for load in model.loads]  # of the tokens
+    ran = [0.9, 0.2, 0.5, 0.6, 0.3, 0.95, 0.4, 0.7, 0.1, 0.8]
+    shares = [load * share for load, share in zip(given, ran)]
+    order, capacity = mean_route(model, shares)
+    assert order == sorted(range(10), key=ran.__getitem__) != sorted(range(10), key=shares.__getitem__)
+    assert capacity == pytest.approx(sum(shares) / 4)
+    runtime.write_json(tmp_path / "run.json", {"results": {"x": {"capacity_per_layer": shares}}})
+    control = make_control(f"mean:{tmp_path / 'run.json'}", model, None, {}, ["x"])
+    assert control.lists == {"x": (order, capacity)}
+    work = Workload(model, [Example([1, 2, 3, 4, 5], 2, [2, 3, 4])], tuning.CPU)
+    found = {"capacity_per_layer": shares, "capacity": capacity}
+    variants = fidelity.with_controls(fidelity.Variant("routed", model, "gather"), {}, work)
+    seen = evaluate(work)
+    by_name = {variant.name: variant.control for variant in variants}
+    assert by_name["mean_route"].lists["fidelity"][0] == mean_route(model, seen["capacity_per_layer"])[0]
+    controls = Controls(work)
+    row = controls.rows({0.5: found | {"loss": 1.0}}, {"first": list(range(10))})[0]
+    assert row["mean_route"] == controls.static(order, 1 - capacity)
 
 
 def test_bench_counts_experts(base, capsys):

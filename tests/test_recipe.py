@@ -223,6 +223,29 @@ def test_order_prior_is_the_static_order():
         )
 
 
+@pytest.mark.parametrize("base_dtype", [None, "int8"])
+def test_gate_norm_ranks_attentions_by_the_coupling_of_queries_and_keys(base, base_dtype):
+    """Against the matrices themselves, head by head; two query heads share a key head. No data is looked at."""
+    model = load_model(base, base_dtype=base_dtype)
+    model.add_routers(router.RouterConfig.of("attn_token", (0, 1, 3)))
+    coupling = []
+    for layer, factor in ((0, 3.0), (1, 0.1), (3, 1.0)):
+        attention = model.layers[layer].attention
+        if base_dtype is None:
+            attention.wq.weight.data.mul_(factor)
+        q, k = (part.weight * (1.0 if part.scale is None else part.scale[:, None]) for part in (attention.wq, attention.wk))
+        heads = zip(q.view(4, 8, 32), k.view(2, 8, 32).repeat_interleave(2, dim=0))
+        coupling.append(sum(torch.linalg.matrix_norm(own.T @ other).square().item() for own, other in heads))
+    order = orders.gate_norm_order(model)
+    assert order == sorted(range(3), key=coupling.__getitem__) and (base_dtype or order == [1, 2, 0])
+
+
+def test_a_tuned_file_holds_the_order_of_weights_alone(base):
+    run = begun(base, layers="0-3", granularity="attn_sequence")
+    assert run.state.orders["gate_norm"] == orders.gate_norm_order(run.model)
+    assert "gate_norm" not in begun(base, layers="0-3", granularity="mlp_sequence").state.orders
+
+
 def test_greedy_order_drops_what_costs_least_each_time(base):
     run = begun(base, layers="0-3", recipe="paper")
     for guess in (
