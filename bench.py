@@ -23,7 +23,7 @@ import torch
 
 import runtime
 from model import (
-    KVCache, ModelConfig, Transformer, compile_model, decode, fill, kernels, load_routers, routing_of,
+    KVCache, ModelConfig, Transformer, compile_model, fill, kernels, load_routers, routing_of,
 )
 from recipe.base import load_base
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
@@ -168,15 +168,14 @@ def run_prefill(model: Transformer, tokens: torch.Tensor, route: str, gates: tor
 def run_decode(model: Transformer, cache: KVCache, token: torch.Tensor, route: str,
                gates: list[torch.Tensor | None]) -> Sample:
     """Greedy steps from token (B,1) after a cached context, one for each entry of gates; the cache ends as it came."""
-    lengths, kv_bytes, realised, left = list(cache.lengths), cache.used_bytes(), [], iter(gates)
+    lengths, kv_bytes, realised = list(cache.lengths), cache.used_bytes(), []
     reset_peak(token.device)
 
-    def choose(last: torch.Tensor | None, rows: list[int]) -> tuple[torch.Tensor, list[int]]:
-        chosen = token[:, 0] if last is None else model.head(last).argmax(dim=-1)
-        return chosen, rows if len(realised) < len(gates) else []
-
     def fn():
-        for _, decided in decode(model, cache, None, choose, route=route, gates=lambda rows, lengths: next(left)):
+        last = token
+        for forced in gates:
+            h, decided = model.hidden(last, cache=cache, route=route, gates=forced)
+            last = model.head(h[:, -1]).argmax(dim=-1, keepdim=True)
             realised.append(decided)
 
     seconds, _ = timed(token.device, fn)

@@ -573,24 +573,23 @@ def generate_answers(run: Scorer, rows: Sequence[Row], prefix: Contexts | None) 
     """Greedy continuations up to a stop token or a stop text; a finished row leaves the batch."""
     read, answers = read_contexts(run, rows, max(row.width for row in rows), prefix), [[] for _ in rows]
 
-    def choose(last: Tensor, going: list[int]) -> tuple[Tensor, list[int]]:
-        logits, further = run.model.head(last), []
+    def choose(logits: Tensor, going: list[int]) -> Tensor:
         finite(logits.sum(-1), run.model, "scoring")
-        chosen = logits.argmax(-1)
-        for index, (number, token) in enumerate(zip(going, chosen.tolist())):  # the one host sync of a step
-            answers[number].append(token)
-            tail = run.tok.decode(answers[number][-STOP_TAIL:])
-            ended = token in run.tok.stop_ids or any(stop in tail for stop in STOPS)
-            if not ended and len(answers[number]) < NEW_TOKENS:
-                further.append(index)
-        return chosen, further
+        return logits.argmax(-1)
 
-    def gates_of(going: list[int], lengths: list[int]) -> Tensor | None:
-        return forced(run, [rows[number] for number in going], lengths, 1)
+    def ends(answer: list[int]) -> bool:
+        tail = run.tok.decode(answer[-STOP_TAIL:])
+        return len(answer) == NEW_TOKENS or answer[-1] in run.tok.stop_ids or any(stop in tail for stop in STOPS)
 
-    for going, gates in decode(run.model, read.cache, read.last, choose, route=run.route, gates=gates_of):
-        for number, counts in zip(going, units_run(None if run.whole else gates, len(going))):
+    def gates_of(going: list[int], starts: list[int], width: int) -> Tensor | None:
+        return forced(run, [rows[number] for number in going], starts, width)
+
+    how = {"route": run.route, "gates": gates_of}
+    for step in decode(run.model, read.cache, read.last, None, choose, ends, **how):
+        counted = units_run(None if run.whole else step.gates, len(step.rows))
+        for number, token, counts in zip(step.rows, step.tokens, counted):
             read.usage[number].add(counts, 1)
+            answers[number].append(token)
     for row, answer, usage in zip(rows, answers, read.usage):
         usage.kv_bytes = cache_bytes(run, len(row.context) + len(answer) - 1, usage.executed)
     return answers, read.usage

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1424,102 +1424,116 @@ def pad(rows, device=None, width: int | None = None) -> Tensor:
     return torch.tensor(padded, device=device)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, uniform: Tensor) -> Tensor:
-    """Next tokens (B,) of logits (B,V): the best at temperature 0, else drawn by uniform (B,) in [0,1)."""
-    if temperature == 0.0:
+class Sampling(NamedTuple):
+    """How next tokens are chosen: the likeliest at temperature 0, else drawn, from one generator per (seed, row)."""
+
+    temperature: float = 0.0
+    top_k: int | None = None  # from the k likeliest
+    top_p: float | None = None  # from the fewest that hold this share of the probability
+    seed: int = 0
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) -> Tensor:
+    """Next tokens (B,) of logits (B,V), drawn by uniform (B,) in [0,1) where the temperature is not 0."""
+    if sampling.temperature == 0.0:
         return logits.argmax(dim=-1)
-    ordered, index = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)  # (B,V)
-    if top_k is not None:
-        ordered[:, top_k:] = -torch.inf
+    ordered, index = torch.sort(logits / sampling.temperature, dim=-1, descending=True, stable=True)  # (B,V)
+    if sampling.top_k is not None:
+        ordered[:, sampling.top_k:] = -torch.inf
     probs = torch.softmax(ordered, dim=-1)
     mass = probs.cumsum(dim=-1)
-    if top_p is not None:  # the fewest best tokens whose mass reaches top_p; the first always stays
-        probs = probs.masked_fill(mass - probs >= top_p, 0.0)
+    if sampling.top_p is not None:  # the fewest best tokens whose mass reaches top_p; the first always stays
+        probs = probs.masked_fill(mass - probs >= sampling.top_p, 0.0)
         mass = probs.cumsum(dim=-1)
     drawn = uniform[:, None] * mass[:, -1:]
     place = torch.searchsorted(mass, drawn, right=True).clamp(max=mass.shape[1] - 1)
     return index.gather(1, place).squeeze(1)
 
 
+class Step(NamedTuple):
+    """New tokens of the rows still going; the gates of what was computed before they were chosen, and its cache."""
+
+    rows: list[int]
+    tokens: list[int]
+    gates: Tensor | None
+    cache: KVCache
+
+
 @torch.inference_mode()
-def decode(model: Transformer, cache: KVCache, last: Tensor, choose: Callable, *, route: str,
-           gates: Callable | None = None) -> Iterator[tuple[list[int], Tensor | None]]:
+def decode(model: Transformer, cache: KVCache, last: Tensor, made: Tensor | None, choose: Callable, ends: Callable, *,
+           route: str, gates: Callable | None = None) -> Iterator[Step]:
     """Continue the rows of a cache token by token; a row that has ended leaves the batch and costs nothing more.
 
-    last (B,D): final states of the last tokens. choose(last (n,D), rows) -> tokens (n,) of the rows still going, and
-    the indices, ascending, of those that go on. gates(rows, lengths) -> forced gates of a step. Yields, after each
-    step, the rows that took part and their gates.
+    last (B,D): final states of the last tokens, made: the gates of that call. choose(logits (n,V), rows) -> tokens
+    (n,). ends(answer) -> whether these new tokens of a row are all. gates(rows, starts, width) -> forced gates of
+    `width` tokens from positions `starts` on, or None.
     """
-    rows = list(range(len(cache.lengths)))
+    rows, answers = list(range(len(cache.lengths))), [[] for _ in cache.lengths]
     while True:
-        tokens, going = choose(last, rows)
+        tokens = choose(model.head(last), rows)
+        step = Step(rows, tokens.tolist(), made, cache)  # the one host sync of a step
+        for row, token in zip(rows, step.tokens):
+            answers[row].append(token)
+        yield step
+        going = [index for index, row in enumerate(rows) if not ends(answers[row])]
         if not going:
             return
         if len(going) < len(rows):
             cache.select(going)
             rows = [rows[i] for i in going]
             tokens = tokens[torch.tensor(going, device=tokens.device)]
-        forced = None if gates is None else gates(rows, cache.lengths)
+        forced = None if gates is None else gates(rows, cache.lengths, 1)
         h, made = model.hidden(tokens[:, None], cache=cache, route=route, gates=forced)
         last = h[:, -1]
-        yield rows, made
 
 
 @torch.inference_mode()
-def prefill(model: Transformer, prompts: list[list[int]], new: int, route: str, gates: Tensor | None = None):
-    """Process prompts into a cache with room for `new` tokens more: the cache, the last states (B,D), and gates."""
-    lengths, device = [len(prompt) for prompt in prompts], model.tok_embeddings.weight.device
-    cache = KVCache(model, len(prompts), max_len=max(lengths) + new)
-    h, made = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=gates)
-    last = torch.tensor(lengths, device=device) - 1
-    return cache, h[torch.arange(len(prompts), device=device), last], made
-
-
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0,
-             top_k: int | None = None, top_p: float | None = None, stop_tokens=(), route: str | None = None,
-             gates: Tensor | None = None, seed: int = 0, on_token=None, on_step=None) -> list[list[int]]:
-    """Continue prompts of any lengths together; returns each row's new tokens, a stop token included.
-
-    route None: gather where the model has routers, else off. gates: forced routes for the prompts. on_token(row, token)
-    is called as tokens come, on_step(cache, rows, gates) when the prompts and then each token of the rows still going
-    were computed. Sampling draws from one generator per (seed, row), so a row's tokens do not depend on its
-    neighbours. Raises ValueError for an empty prompt, one that leaves no room, or a setting out of range.
-    """
+def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, stop_tokens=(),
+           sampling: Sampling = Sampling(), route: str | None = None, gates: Callable | None = None) -> Iterator[Step]:
+    """Continue prompts of any lengths together, token by token: all but the return value as in `generate`."""
     room = model.config.max_seq_len - max_new_tokens
     for row, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= room:
             raise ValueError(f"prompt {row} has {len(prompt)} tokens; expected 1 to {room}, the context of "
                              f"{model.config.max_seq_len} less {max_new_tokens} new tokens: shorten it or lower "
                              "max_new_tokens")
+    temperature, top_k, top_p, seed = sampling
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected temperature >= 0, "
                          "top_k >= 1, 0 < top_p <= 1")
     if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
+        return
     dice = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(len(prompts))]
-    stop, output = set(stop_tokens), [[] for _ in prompts]
+    stop, route = set(stop_tokens), route or ("gather" if model.routing is not None else "off")
 
-    def choose(last: Tensor, rows: list[int]) -> tuple[Tensor, list[int]]:
-        uniform = None
-        if temperature:
-            drawn = [torch.rand((), generator=dice[row]).item() for row in rows]
-            uniform = torch.tensor(drawn, device=last.device)
-        tokens, going = sample(model.head(last), temperature, top_k, top_p, uniform), []
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist())):  # the one host sync of a step
-            output[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if token not in stop and len(output[row]) < max_new_tokens:
-                going.append(index)
-        return tokens, going
+    def choose(logits: Tensor, rows: list[int]) -> Tensor:
+        drawn = [torch.rand((), generator=dice[row]).item() for row in rows] if temperature else []
+        return sample(logits, sampling, torch.tensor(drawn, device=logits.device))
 
-    route = route or ("gather" if model.routing is not None else "off")
-    cache, last, made = prefill(model, prompts, max_new_tokens, route, gates)
-    rows = list(range(len(prompts)))
-    for rows, made in chain([(rows, made)], decode(model, cache, last, choose, route=route)):
-        if on_step is not None:
-            on_step(cache, rows, made)
-    return output
+    def ends(answer: list[int]) -> bool:
+        return answer[-1] in stop or len(answer) == max_new_tokens
+
+    lengths, device = [len(prompt) for prompt in prompts], model.tok_embeddings.weight.device
+    cache = KVCache(model, len(prompts), max_len=max(lengths) + max_new_tokens)
+    forced = None if gates is None else gates(list(range(len(prompts))), [0] * len(prompts), max(lengths))
+    h, made = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=forced)
+    last = h[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
+    yield from decode(model, cache, last, made, choose, ends, route=route, gates=gates)
+
+
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+    """Continue prompts of any lengths together; returns each row's new tokens, a stop token included.
+
+    how: stop_tokens; sampling (a Sampling; by default the likeliest token); route (None: gather where the model has
+    routers, else off); gates(rows, starts, width) -> forced gates of `width` tokens of these rows from positions
+    `starts` on, or None for those of the routers, or where a decision for whole sequences holds. A row's tokens do not
+    depend on its neighbours. Raises ValueError for an empty prompt, one that leaves no room, or a setting out of range.
+    """
+    answers = [[] for _ in prompts]
+    for step in stream(model, prompts, max_new_tokens, **how):
+        for row, token in zip(step.rows, step.tokens):
+            answers[row].append(token)
+    return answers
 
 
 # -----------------------------------------------------------------------------

@@ -380,7 +380,7 @@ def running_cuts(z: Tensor, starts: list[int], cut: Tensor, share: float, past: 
     past = F.pad(past, (0, max(0, max(starts) + width - past.shape[2])))  # a copy
     past[0].scatter_(1, at, z)
     firsts = [bisect_right(ends, start) - 1 for start in starts]
-    cuts, gates = torch.empty_like(z), torch.empty_like(z)
+    cuts, gates = torch.zeros_like(z), torch.zeros_like(z)
     for step in range(max(bisect_left(ends, start + width) - first for start, first in zip(starts, firsts))):
         chunks = [min(first + step, len(ends) - 2) for first in firsts]
         begin, end = (torch.tensor([[ends[chunk + i]] for chunk in chunks], device=device) for i in (0, 1))

@@ -15,17 +15,17 @@ terminal) these shares stand below. An answer's last token is never read again, 
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import runtime
 from data.records import read_records, to_messages
-from model import KVCache, Transformer, generate, load_routers
+from model import Sampling, Step, Transformer, load_routers, stream
 from recipe.base import load_base
 from runtime import setting
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
@@ -75,7 +75,7 @@ class SampleConfig:
 
 
 # -----------------------------------------------------------------------------
-# What one call of generate did
+# What one answer took
 
 
 class Text:
@@ -95,7 +95,7 @@ class Text:
 
 
 class Answers:
-    """Answers to prompts, and what they cost: filled by `generate`, whose on_token and on_step it has."""
+    """Answers to prompts, and what they cost."""
 
     def __init__(self, model: Transformer, prompts: list[list[int]]):
         self.weights = None if model.routing is None else model.place_weights().float()
@@ -105,20 +105,17 @@ class Answers:
         self.kv_bytes = [0] * len(prompts)
         self.begun, self.read, self.ended = time.perf_counter(), 0.0, 0.0
 
-    def on_token(self, row: int, token: int) -> None:
-        self.tokens[row].append(token)
-        self.ended = time.perf_counter()
-
-    def on_step(self, cache: KVCache, rows: list[int], gates: Tensor | None) -> None:
-        """Count what ran: gates (R,n) of sequences, decided once, or (R,n,T) of tokens; pads are 0."""
-        first = not self.read
-        self.read = self.read or time.perf_counter()
-        for row, used in zip(rows, cache.row_bytes()):
+    def add(self, step: Step) -> None:
+        """Count a step: gates (R,n) of sequences, decided once, or (R,n,T) of tokens; pads are 0."""
+        first, self.ended = not self.read, time.perf_counter()
+        self.read = self.read or self.ended
+        for row, token, used in zip(step.rows, step.tokens, step.cache.row_bytes()):
+            self.tokens[row].append(token)
             self.kv_bytes[row] = used
-        if gates is None:
+        if step.gates is None:
             return
-        ran = torch.tensordot(self.weights.to(gates.device), gates.float(), 1).cpu()  # (n) or (n,T)
-        for row, share in zip(rows, ran.tolist() if ran.dim() == 1 else ran.sum(1).tolist()):
+        ran = torch.tensordot(self.weights.to(step.gates.device), step.gates.float(), 1).cpu()  # (n) or (n,T)
+        for row, share in zip(step.rows, ran.tolist() if ran.dim() == 1 else ran.sum(1).tolist()):
             if first or ran.dim() == 2:
                 self.ran[row] += share
                 self.units[row] += 1 if ran.dim() == 1 or not first else len(self.prompts[row])
@@ -190,31 +187,26 @@ class Speaker:
         system = [{"role": "system", "content": self.cfg.system}] if self.cfg.system else []
         return [*system, {"role": "user", "content": text}]
 
-    def generate(self, answers: Answers, route: str | None, on_token=None, on_step=None) -> None:
+    def steps(self, answers: Answers, route: str | None) -> Iterator[Step]:
+        """Answer the prompts, counting each step."""
         cfg = self.cfg
-        sampling = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p, "seed": cfg.seed}
-        calls = {"on_token": on_token or answers.on_token, "on_step": on_step or answers.on_step}
-        stop = self.tok.stop_ids
-        generate(self.model, answers.prompts, cfg.max_new_tokens, stop_tokens=stop, route=route, **sampling, **calls)
+        sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed)
+        how = {"stop_tokens": self.tok.stop_ids, "sampling": sampling, "route": route}
+        for step in stream(self.model, answers.prompts, cfg.max_new_tokens, **how):
+            answers.add(step)
+            yield step
 
-    def stream(self, messages: list[dict] | str, route: str | None = None) -> tuple[str, bool]:
+    def say(self, messages: list[dict] | str, route: str | None = None) -> tuple[str, bool]:
         """Answer one conversation and print the answer as it comes. Returns it, and whether Ctrl-C cut it off."""
         answers, text, whole = Answers(self.model, [self.encode(messages)]), Text(self.tok), True
         waiting: list[int] = []  # a token whose route is not known yet
-
-        def on_token(row: int, token: int) -> None:
-            answers.on_token(row, token)
-            waiting.append(token)
-            if not self.screen.colours:
-                self.screen.write(text.add(waiting.pop()))
-
-        def on_step(cache: KVCache, rows: list[int], gates: Tensor | None) -> None:
-            answers.on_step(cache, rows, gates)
-            if waiting:
-                self.screen.write(text.add(waiting.pop()), answers.shares[0][-1] if answers.shares[0] else None)
-
         try:
-            self.generate(answers, route, on_token, on_step)
+            for step in self.steps(answers, route):
+                if waiting:
+                    self.screen.write(text.add(waiting.pop()), answers.shares[0][-1] if answers.shares[0] else None)
+                waiting += step.tokens
+                if not self.screen.colours:
+                    self.screen.write(text.add(waiting.pop()))
         except KeyboardInterrupt:
             whole = False
         self.screen.write("".join(map(text.add, [*waiting, None])) + "\n")
@@ -229,9 +221,9 @@ class Speaker:
 
     def answer(self, messages: list[dict] | str) -> str:
         """The streamed answer to one conversation, and the dense model's beside it where that is asked for."""
-        text, interrupted = self.stream(messages)
+        text, interrupted = self.say(messages)
         if self.cfg.compare and not interrupted:
-            interrupted = self.stream(messages, "off")[1]
+            interrupted = self.say(messages, "off")[1]
         if interrupted:
             raise Interrupted(text)
         return text
@@ -243,7 +235,7 @@ class Speaker:
             prompts = [self.encode(messages) for messages in conversations[a : a + self.cfg.batch]]
             both = [Answers(self.model, prompts) for _ in routes]
             for answers, route in zip(both, routes):
-                self.generate(answers, route)
+                deque(self.steps(answers, route), maxlen=0)
             for row in range(len(prompts)):
                 self.screen.write(f"# {a + row + 1} of {len(conversations)}\n")
                 for answers, route in zip(both, routes):

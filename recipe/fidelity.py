@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.records import Example
 from data.rows import common_prefix
-from model import Transformer, decode, prefill
+from model import Transformer, generate
 from recipe.experts import mean_route
 from recipe.forced import Control
 from recipe.passes import EVAL_BATCH, Batch, Workload, collate, evaluate, head_blocks, states
@@ -137,35 +137,17 @@ def by_item(lengths: Sequence[int], compute: Callable[[list[int]], list], rt: Ru
 # Answering
 
 
-@torch.inference_mode()
 def answer(variant: Variant, prompts: Sequence[list[int]], stop: Sequence[int], rt: Runtime) -> list[list[int]]:
     """Greedy answers to the prompts, each to a stop token, which it includes, or to ANSWER_TOKENS."""
 
     def answer_items(items: list[int]) -> list[list[int]]:
-        return answer_batch(variant, [prompts[item] for item in items], items, stop)
+        def gates(rows: list[int], starts: list[int], width: int) -> Tensor | None:
+            return variant.gates([items[row] for row in rows], starts, width)
+
+        asked, how = [prompts[item] for item in items], {"stop_tokens": stop, "route": variant.route, "gates": gates}
+        return generate(variant.model, asked, ANSWER_TOKENS, **how)
 
     return by_item(list(map(len, prompts)), answer_items, rt, f"{variant.name} answers")
-
-
-def answer_batch(variant: Variant, prompts: list[list[int]], items: list[int], stop: Sequence[int]) -> list[list[int]]:
-    answers = [[] for _ in prompts]
-
-    def choose(last: Tensor, rows: list[int]) -> tuple[Tensor, list[int]]:
-        tokens, going = variant.model.head(last).argmax(-1), []
-        for index, (row, token) in enumerate(zip(rows, tokens.tolist())):
-            answers[row].append(token)
-            if token not in stop and len(answers[row]) < ANSWER_TOKENS:
-                going.append(index)
-        return tokens, going
-
-    def gates(rows: list[int], lengths: list[int]) -> Tensor | None:
-        return variant.gates([items[row] for row in rows], lengths, 1)
-
-    forced = variant.gates(items, [0] * len(items), max(map(len, prompts)))
-    cache, last, _ = prefill(variant.model, prompts, ANSWER_TOKENS, variant.route, forced)
-    for _ in decode(variant.model, cache, last, choose, route=variant.route, gates=gates):
-        pass
-    return answers
 
 
 def repetition(tokens: Sequence[int]) -> float:

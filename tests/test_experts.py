@@ -335,7 +335,7 @@ def test_controls_run_as_many_pairs(base):
     assert math.isfinite(smallest_gate(work, 0.5)) and model.routing.reads == "own"
 
 
-def test_eval_skips_the_pairs_of_the_smallest_gates(base, tmp_path):
+def test_eval_skips_the_pairs_of_the_smallest_gates(base, tmp_path, monkeypatch):
     """--control=smallest_gate: as many pairs as asked for, those of the least weights, whatever the routers say."""
     model = load_model(base)
     model.add_routers(routing_of(model.config, "expert_token", (1, 3)))
@@ -346,6 +346,8 @@ def test_eval_skips_the_pairs_of_the_smallest_gates(base, tmp_path):
     report = scoring.evaluate(cfg, tuning.CPU)["results"]
     assert report["perplexity"]["capacity"] == pytest.approx(0.6, abs=0.03)
     assert report["perplexity"]["loss"] != report["perplexity_dense"]["loss"]
+    for module in (scoring, fidelity):
+        monkeypatch.setattr(module, "ANSWER_TOKENS", 12)
     found = scoring.evaluate(replace(cfg, fidelity=cfg.perplexity, perplexity=None, limit=5), tuning.CPU)["fidelity"]
     assert found["variants"]["smallest_gate"]["capacity"] == pytest.approx(0.6, abs=0.03)
     for wrong, reason in ((replace(cfg, budget=None), "give --budget"), (replace(cfg, calibrate=3), "calibrate=3")):

@@ -81,7 +81,11 @@ def test_answers_are_those_of_generate_whatever_the_batch(base, granularity):
     assert F.answer(variant, prompts, stop, CPU) == wanted
     forced = F.Variant("list", model, "gather", Control(model.place_weights(), lists={F.TASK: ([0, 1, 2], 1 / 3)}))
     gates = torch.tensor([0.0, 0.0, 1.0])
-    wanted = [generate(model, [prompt], 12, stop_tokens=stop, gates=gates[:, None])[0] for prompt in prompts]
+
+    def once(rows, starts, width):
+        return None if starts[0] else gates[:, None]
+
+    wanted = [generate(model, [prompt], 12, stop_tokens=stop, gates=once)[0] for prompt in prompts]
     assert F.answer(forced, prompts, stop, CPU) == wanted
 
 

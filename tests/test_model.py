@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import KVCache, ModelConfig, Transformer, exact_fingerprint, fill, fingerprint, generate, load_model
+from model import (
+    KVCache, ModelConfig, Sampling, Transformer, exact_fingerprint, fill, fingerprint, generate, load_model, stream
+)
 from recipe.int8 import rounded
 from router import GRANULARITIES, Place, RouterConfig, RouterMeta, save_routers
 
@@ -308,30 +310,37 @@ def test_generate_stops_streams_and_samples():
     prompts = [[1, 2, 3], [4, 5], [6]]
     plain = generate(model, prompts, 10)
     stop = plain[1][3]
-    heard = [[], [], []]
-    stopped = generate(model, prompts, 10, stop_tokens=[stop], on_token=lambda row, token: heard[row].append(token))
+    heard, stopped = [[], [], []], generate(model, prompts, 10, stop_tokens=[stop])
+    for step in stream(model, prompts, 10, stop_tokens=[stop]):
+        assert len(step.rows) == len(step.tokens) == len(step.cache.lengths) == step.gates.shape[1]
+        for row, token in zip(step.rows, step.tokens):
+            heard[row].append(token)
     for row in range(3):
         cut = plain[row].index(stop) + 1 if stop in plain[row] else 10
         assert stopped[row] == plain[row][:cut] == heard[row]
-    hot = dict(temperature=1.3, top_k=20, top_p=0.9)
-    together = generate(model, prompts, 10, seed=5, **hot)
-    assert together == generate(model, prompts, 10, seed=5, **hot) != generate(model, prompts, 10, seed=6, **hot)
-    assert together[0] == generate(model, prompts[:1], 10, seed=5, **hot)[0], "a row's draws must not depend on its neighbours"
-    assert generate(model, prompts, 10, temperature=1.0, top_k=1) == plain
+    hot, other = Sampling(1.3, 20, 0.9, seed=5), Sampling(1.3, 20, 0.9, seed=6)
+    together = generate(model, prompts, 10, sampling=hot)
+    assert together == generate(model, prompts, 10, sampling=hot) != generate(model, prompts, 10, sampling=other)
+    alone = generate(model, prompts[:1], 10, sampling=hot)[0]
+    assert together[0] == alone, "a row's draws must not depend on its neighbours"
+    assert generate(model, prompts, 10, sampling=Sampling(temperature=1.0, top_k=1)) == plain
+    for wrong in (Sampling(temperature=-1.0), Sampling(top_k=0), Sampling(top_p=0.0), Sampling(top_p=1.5)):
+        with pytest.raises(ValueError, match="expected temperature >= 0, top_k >= 1, 0 < top_p <= 1"):
+            generate(model, prompts, 10, sampling=wrong)
 
 
 def test_interleaved_generations_do_not_disturb_each_other():
     """Two caches on one model advance in turn; each goes on as if it were alone: no state lives on the modules."""
     model = build("llama", "block_sequence")
     streams = [tokens_of(1, 20, seed) for seed in (1, 2)]
-    alone = [model(stream, prompt_lengths=[5], route="gather")[0][0, 5:] for stream in streams]
+    alone = [model(text, prompt_lengths=[5], route="gather")[0][0, 5:] for text in streams]
     caches = [KVCache(model, 1) for _ in streams]
-    for stream, cache in zip(streams, caches):
-        model(stream[:, :5], cache=cache, route="gather")
+    for text, cache in zip(streams, caches):
+        model(text[:, :5], cache=cache, route="gather")
     got = [[], []]
     for at in range(5, 20):
-        for which, (stream, cache) in enumerate(zip(streams, caches)):
-            got[which].append(model(stream[:, at:at + 1], cache=cache, route="gather")[0][0, 0])
+        for which, (text, cache) in enumerate(zip(streams, caches)):
+            got[which].append(model(text[:, at:at + 1], cache=cache, route="gather")[0][0, 0])
     for which in range(2):
         torch.testing.assert_close(torch.stack(got[which]), alone[which], atol=1e-4, rtol=1e-4)
 
@@ -339,11 +348,11 @@ def test_interleaved_generations_do_not_disturb_each_other():
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
     uniform = (torch.arange(4000) + 0.5) / 4000
-    drawn = model_module.sample(logits, 1.0, None, None, uniform)
+    drawn = model_module.sample(logits, Sampling(1.0), uniform)
     share = torch.bincount(drawn, minlength=4) / 4000
     torch.testing.assert_close(share, torch.softmax(logits[0], 0), atol=1e-3, rtol=0)
-    assert set(model_module.sample(logits, 1.0, 2, None, uniform).tolist()) == {0, 1}
-    assert set(model_module.sample(logits, 1.0, None, 0.5, uniform).tolist()) == {0}
+    assert set(model_module.sample(logits, Sampling(1.0, top_k=2), uniform).tolist()) == {0, 1}
+    assert set(model_module.sample(logits, Sampling(1.0, top_p=0.5), uniform).tolist()) == {0}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sample
-from model import generate, load_model
+from model import generate, load_model, stream
 from router import RouterConfig, RouterMeta, save_routers
 from tiny import CONFIG, write_base, write_jsonl
 from tokenizer import load_tokenizer
@@ -73,7 +73,8 @@ def test_batches_give_what_single_prompts_give(folder, unit, monkeypatch, capsys
 def test_shares_are_those_of_the_routes(folder, unit):
     model, prompt = load_model(folder, folder / f"{unit}.safetensors"), list(b"A prompt of several words")
     answers = sample.Answers(model, [prompt, prompt[:7]])
-    generate(model, answers.prompts, 9, on_token=answers.on_token, on_step=answers.on_step)
+    for step in stream(model, answers.prompts, 9):
+        answers.add(step)
     for row, own in enumerate(answers.prompts):
         whole = own + answers.tokens[row][:-1]
         gates = model(torch.tensor([whole]), route="mask", prompt_lengths=[len(own)])[1]
