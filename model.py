@@ -1677,7 +1677,8 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Transform
 
 @torch.inference_mode(False)  # its weights count their changes wherever it is called
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
-               dtype: torch.dtype | None = None, read: Callable | None = None, hold_budget: bool = False) -> Transformer:
+               dtype: torch.dtype | None = None, read: Callable | None = None,
+               hold_budget: bool = False) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
     Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one

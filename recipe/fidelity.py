@@ -22,6 +22,7 @@ from data.rows import common_prefix
 from model import Transformer, generate
 from recipe.experts import mean_route
 from recipe.forced import Control
+from recipe.int8 import quantise
 from recipe.passes import EVAL_BATCH, Batch, Workload, collate, evaluate, head_blocks, states
 from recipe.results import mean_per_token, mean_stderr
 from runtime import Runtime, collect, mine, track
@@ -89,9 +90,8 @@ def rounded(model: Transformer, bits: int, group: int | None = None) -> Transfor
         tensor = tensor if scale is None else (tensor * scale[:, None]).to(model.dtype)
         if tensor.dim() == 2:
             size = group if group and tensor.shape[1] % group == 0 else tensor.shape[1]
-            parts = tensor.float().unflatten(1, (-1, size))
-            scale = (parts.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).clamp(min=1e-12)
-            tensors[name] = ((parts / scale).round() * scale).flatten(1).to(tensor.dtype)
+            table, scale = quantise(tensor.reshape(-1, size), name, 2 ** (bits - 1) - 1)
+            tensors[name] = (table * scale[:, None]).view_as(tensor).to(tensor.dtype)
     other.load_state_dict(tensors, assign=True)
     return other.to(model.tok_embeddings.weight.device).eval().requires_grad_(False)
 

@@ -18,10 +18,11 @@ from model import Embedding, Linear, Transformer, checkpoint_files, fused_linear
 BLOCK = 2**18  # weights turned back at once on the CPU, 1 MiB in fp32; elsewhere 64 times that
 
 
-def quantise(weight: Tensor, what: str = "the weight") -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor, what: str = "the weight", most: int = 127) -> tuple[Tensor, Tensor]:
     """A weight (O,I) as int8 and its scale (O,) fp32: no element is off by more than scale / 2 = row's maximum / 254.
 
-    Raises ValueError for a row that holds NaN or infinity; `what` names the weight.
+    most: the largest value that is used, 7 for 4 bits. Raises ValueError for a row that holds NaN or infinity; `what`
+    names the weight.
     """
     table = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), device=weight.device)
@@ -30,13 +31,19 @@ def quantise(weight: Tensor, what: str = "the weight") -> tuple[Tensor, Tensor]:
     for part, rounded, own in zip(weight.split(rows), table.split(rows), scale.split(rows)):
         whole = wide[: len(part)]
         torch.amax(whole.copy_(part).abs_(), dim=1, out=own)
-        own.div_(127).clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has one too
+        own.div_(most).clamp_(min=torch.finfo(torch.float32).tiny)  # a row of zeros has one too
         rounded.copy_(whole.copy_(part).div_(own[:, None]).round_())
     if not torch.isfinite(scale).all():
         row = (~torch.isfinite(scale)).nonzero()[0].item()
         raise ValueError(f"{what}, row {row}, holds NaN or infinity; expected finite numbers for int8: convert the "
                          "model again, or load it without base_dtype")
     return table, scale
+
+
+def plain_weight(module: nn.Module) -> Tensor:
+    """The weight (O,I) of a projection in fp32, whatever it is held in."""
+    weight = module.weight.float()
+    return weight * module.scale[:, None] if isinstance(module, Int8) else weight
 
 
 def rows_at_once(weight: Tensor) -> int:

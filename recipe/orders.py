@@ -3,10 +3,12 @@
 
 import math
 
+import torch.nn as nn
 from torch import Tensor
 
-from model import Linear, Transformer
+from model import Transformer
 from recipe.controls import Controls
+from recipe.int8 import plain_weight
 from recipe.measure import Measured, typical_costs
 from recipe.passes import Workload
 from runtime import Progress, print0
@@ -87,9 +89,7 @@ def gate_norm_order(model: Transformer) -> list[int]:
     return sorted(range(len(coupling)), key=lambda place: (coupling[place], place))
 
 
-def gram(projection: Linear, width: int) -> Tensor:
+def gram(projection: nn.Module, width: int) -> Tensor:
     """Products of the rows of each head's weight (H*h,D) with each other: (H,h,h)."""
-    weight = projection.weight.float()
-    weight = weight if projection.scale is None else weight * projection.scale[:, None]
-    heads = weight.unflatten(0, (-1, width))
+    heads = plain_weight(projection).unflatten(0, (-1, width))
     return heads @ heads.mT

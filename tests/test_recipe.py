@@ -12,6 +12,7 @@ import train
 from data.records import Example, Form, encode
 from model import ModelConfig, load_model
 from recipe import calibrate, controls, fit, lists, measure, orders, passes, trunk
+from recipe.base import load_base
 from recipe.cost import pairs, prefill_flops, step_flops, trunk_flops
 from recipe.passes import Workload
 from tokenizer import load_tokenizer
@@ -226,14 +227,14 @@ def test_order_prior_is_the_static_order():
 @pytest.mark.parametrize("base_dtype", [None, "int8"])
 def test_gate_norm_ranks_attentions_by_the_coupling_of_queries_and_keys(base, base_dtype):
     """Against the matrices themselves, head by head; two query heads share a key head. No data is looked at."""
-    model = load_model(base, base_dtype=base_dtype)
+    model = load_base(base, CPU, base_dtype=base_dtype)
     model.add_routers(router.RouterConfig.of("attn_token", (0, 1, 3)))
     coupling = []
     for layer, factor in ((0, 3.0), (1, 0.1), (3, 1.0)):
         attention = model.layers[layer].attention
         if base_dtype is None:
             attention.wq.weight.data.mul_(factor)
-        q, k = (part.weight * (1.0 if part.scale is None else part.scale[:, None]) for part in (attention.wq, attention.wk))
+        q, k = (part.weight * getattr(part, "scale", torch.ones(1))[:, None] for part in (attention.wq, attention.wk))
         heads = zip(q.view(4, 8, 32), k.view(2, 8, 32).repeat_interleave(2, dim=0))
         coupling.append(sum(torch.linalg.matrix_norm(own.T @ other).square().item() for own, other in heads))
     order = orders.gate_norm_order(model)
