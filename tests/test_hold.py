@@ -163,13 +163,13 @@ def test_the_budget_is_held_on_text_of_another_kind(granularity, budget):
         z = model.hidden(text, route="mask", return_scores=True)[2]
         place = next(n for n, own in enumerate(model.routers()) if own is router)
         router.cut.fill_(z[place].flatten().quantile(1 - share).item())
-    loose = weights @ model(other, route="gather")[1].double().mean((1, 2))
+    loose = model(other, route="gather")[1].double().mean((1, 2))
     hold_shares(model, wanted.tolist())
     for length in (64, 120):
         shares = model(other[:, :length], route="gather")[1].double().mean((1, 2))
         assert abs((weights @ shares).item() - (weights @ wanted).item()) <= 0.02
         assert (shares - wanted).abs().max() <= 0.04
-    assert abs(loose.item() - budget) > 0.03, "the cuts alone hold it too: nothing was shown"
+    assert (loose - wanted).abs().max() > 0.05, "the cuts alone hold it too: nothing was shown"
 
 
 def test_running_cuts_are_not_compiled_and_what_is_around_them_may_be():
