@@ -1711,8 +1711,11 @@ def load_routers(
 ) -> RouterMeta:
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
-    if hold_budget:
-        check_holds(path, meta, budget)
+    if hold_budget and (budget is None or meta.routing.unit == "sequence" or "shares" not in meta.calibration):
+        raise ValueError(f"hold_budget with budget {budget} and the {meta.routing.granularity} routers of {path}; expected "
+                         "a budget, and token routers whose file holds shares of places: give a budget, add the shares "
+                         "by train.py --recalibrate=FILE (there are none for experts), or hold the budget of sequence "
+                         "routers by budget_per=sequence")
     check_fingerprint(path, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
     cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
     try:
@@ -1734,17 +1737,3 @@ def hold_shares(model: Transformer, shares: list[float]) -> None:
     model.holds_budget = True
     for router, share in zip(model.routers(), shares, strict=True):
         router.share = share
-
-
-def check_holds(path: str | Path, meta: RouterMeta, budget: float | None) -> None:
-    """Raise ValueError unless the routers of a file can hold a budget within each sequence."""
-    if budget is None:
-        raise ValueError("hold_budget holds a budget within each sequence, and none was given; give --budget=0..1")
-    if meta.routing.unit == "sequence":
-        raise ValueError(f"hold_budget is for routers that decide for tokens, and {path} holds those of "
-                         f"{meta.routing.granularity}; leave it away, or use budget_per=sequence")
-    if meta.routing.experts or "shares" not in meta.calibration:
-        what = "routers of experts" if meta.routing.experts else "no shares of places, as older files do not"
-        raise ValueError(f"{path} holds {what}; expected attn, mlp or block routers with a table of shares: leave "
-                         "hold_budget away, or make the table with train.py --recalibrate=FILE")
-

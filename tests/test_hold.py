@@ -231,15 +231,15 @@ def test_a_loaded_model_holds_its_budget_and_answers(tmp_path):
 
 def test_what_cannot_hold_a_budget_is_refused_with_the_remedy(tmp_path):
     base, routers = saved(tmp_path)
-    with pytest.raises(ValueError, match="give --budget"):
+    with pytest.raises(ValueError, match="budget None and .*: give a budget"):
         load_model(base, routers, hold_budget=True)
     with pytest.raises(ValueError, match="give routers=FILE"):
         load_model(base, hold_budget=True)
     base, sequences = saved(tmp_path / "sequence", "attn_sequence")
-    with pytest.raises(ValueError, match="decide for tokens, .* attn_sequence; .* budget_per=sequence"):
+    with pytest.raises(ValueError, match="the attn_sequence routers .* sequence routers by budget_per=sequence"):
         load_model(base, sequences, budget=0.5, hold_budget=True)
     base, old = saved(tmp_path / "old", table={name: TABLE[name] for name in ("budgets", "thresholds")})
-    with pytest.raises(ValueError, match="no shares of places.*--recalibrate"):
+    with pytest.raises(ValueError, match="file holds shares of places: .* --recalibrate"):
         load_model(base, old, budget=0.5, hold_budget=True)
     with pytest.raises(ValueError, match="expected thresholds and shares for each of its budgets"):
         RouterMeta(load_model(base, old).routing, [0.5] * 3, "x", TABLE | {"shares": [[0.5] * 3]})
