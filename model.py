@@ -1712,10 +1712,10 @@ def load_routers(
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
     if hold_budget and (budget is None or meta.routing.unit == "sequence" or "shares" not in meta.calibration):
-        raise ValueError(f"hold_budget with budget {budget} and the {meta.routing.granularity} routers of {path}; expected "
-                         "a budget, and token routers whose file holds shares of places: give a budget, add the shares "
-                         "by train.py --recalibrate=FILE (there are none for experts), or hold the budget of sequence "
-                         "routers by budget_per=sequence")
+        raise ValueError(f"hold_budget with budget {budget} and the {meta.routing.granularity} routers of {path}; "
+                         "expected a budget, and token routers whose file holds shares of places: give a budget, add "
+                         "the shares by train.py --recalibrate=FILE (there are none for experts), or hold the budget "
+                         "of sequence routers by budget_per=sequence")
     check_fingerprint(path, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
     cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
     try:
