@@ -307,6 +307,7 @@ def filled(text: str, out: Path) -> str:
         path = out / "figures" / f"{SOURCE.get(name, name)}.json"
         if not path.exists():
             return match[0]
-        return f"{BEGIN.format(name)}\n\n{section(name, runtime.read_json(path))}\n\n{END}"
+        body = section(name, runtime.read_json(path))
+        return "\n".join([BEGIN.format(name), *(["", body, ""] if body else []), END])
 
     return re.sub(BEGIN.format(r"(\w+)") + f"\n.*?{END}", replaced, text, flags=re.S)
