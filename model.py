@@ -1521,15 +1521,17 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     yield from decode(model, cache, last, made, choose, ends, route=route, gates=gates)
 
 
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, **how) -> list[list[int]]:
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, stop_tokens=(),
+             sampling: Sampling = Sampling(), route: str | None = None,
+             gates: Callable | None = None) -> list[list[int]]:
     """Continue prompts of any lengths together; returns each row's new tokens, a stop token included.
 
-    how: stop_tokens; sampling (a Sampling; by default the likeliest token); route (None: gather where the model has
-    routers, else off); gates(rows, starts, width) -> forced gates of `width` tokens of these rows from positions
-    `starts` on, or None for those of the routers, or where a decision for whole sequences holds. A row's tokens do not
-    depend on its neighbours. Raises ValueError for an empty prompt, one that leaves no room, or a setting out of range.
+    route None: gather where the model has routers, else off. gates(rows, starts, width) -> forced gates of `width`
+    tokens of these rows from positions `starts` on, or None for those of the routers, or where a decision for whole
+    sequences holds. A row's tokens do not depend on its neighbours. Raises ValueError for an empty prompt, one that
+    leaves no room, or a setting out of range.
     """
-    answers = [[] for _ in prompts]
+    answers, how = [[] for _ in prompts], dict(stop_tokens=stop_tokens, sampling=sampling, route=route, gates=gates)
     for step in stream(model, prompts, max_new_tokens, **how):
         for row, token in zip(step.rows, step.tokens):
             answers[row].append(token)

@@ -28,9 +28,10 @@ from model import load_config
 from runtime import setup
 from tokenizer import load_tokenizer
 samples = int(sys.argv[3]) or None
-cfg = train.TrainConfig(model=sys.argv[1], data=(sys.argv[2],), out=sys.argv[4], max_samples=samples, max_length=2048,
-                        truncate=True)
-data = train.load_data(cfg, load_tokenizer(cfg.model), load_config(cfg.model).max_seq_len, setup("cpu"))
+context = load_config(sys.argv[1]).max_seq_len
+cfg = train.TrainConfig(model=sys.argv[1], data=(sys.argv[2],), out=sys.argv[4], max_samples=samples,
+                        max_length=min(2048, context), truncate=True)
+data = train.load_data(cfg, load_tokenizer(cfg.model), context, setup("cpu"))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 longest = max(len(example.targets) for example in data.train)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from array import array
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import model  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
 from data.records import Example  # noqa: E402
+from data.store import Store  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from recipe.cost import pairs  # noqa: E402
 from runtime import setting  # noqa: E402
@@ -118,31 +120,27 @@ def narrow_base(folder: Path, source: str) -> ModelConfig:
     return config
 
 
-def few_tokens(load):
-    """Examples as `load` gives them, of tokens that a narrow model knows."""
+def few_tokens() -> None:
+    """Let stores give examples of tokens that a narrow model knows."""
+    whole = Store.__getitem__
 
-    def narrowed(examples: list[Example]) -> list[Example]:
-        return [replace(e, tokens=[token % NARROW["vocab_size"] for token in e.tokens]) for e in examples]
+    def narrowed(self, number: int) -> Example:
+        example = whole(self, number)
+        return replace(example, tokens=array("i", [token % NARROW["vocab_size"] for token in example.tokens]))
 
-    def loaded(*given) -> train.Data:
-        data = load(*given)
-        return train.Data(narrowed(data.train), narrowed(data.select), narrowed(data.held))
-
-    return loaded
+    Store.__getitem__ = narrowed
 
 
 def show(rows: dict[str, dict]) -> dict:
     """Print the phases; returns FLOPs and seconds of all."""
-    print(f"{'phase':<14}{'seconds':>9}{'TFLOP':>9}{'layers':>9}{'attention':>11}{'head':>9}{'backward':>10}{'peak MiB':>10}")
-    total = {"flops": 0.0, "seconds": 0.0}
+    parts, total = ("layers", "attention", "head", "backward"), {"flops": 0.0, "seconds": 0.0}
+    print(f"{'phase':<14}" + "".join(f"{kind:>11}" for kind in ("seconds", "TFLOP", *parts, "peak MiB")))
     for name, row in rows.items():
-        parts = [row.get(kind, 0.0) / 1e12 for kind in ("layers", "attention", "head", "backward")]
-        seconds = row.get("seconds", 0.0)
-        total = {"flops": total["flops"] + 1e12 * sum(parts), "seconds": total["seconds"] + seconds}
-        layers, attention, head, backward = parts
-        print(f"{name:<14}{seconds:9.1f}{sum(parts):9.2f}{layers:9.2f}{attention:11.2f}{head:9.2f}{backward:10.2f}"
-              f"{row.get('peak', 0) / 2**20:10,.0f}")
-    print(f"{'in all':<14}{total['seconds']:9.1f}{total['flops'] / 1e12:9.2f}")
+        flops, seconds = [row.get(part, 0.0) for part in parts], row.get("seconds", 0.0)
+        total = {"flops": total["flops"] + sum(flops), "seconds": total["seconds"] + seconds}
+        shown = [seconds, *(amount / 1e12 for amount in (sum(flops), *flops)), row.get("peak", 0) / 2**20]
+        print(f"{name:<14}" + "".join(f"{value:11.2f}" for value in shown))
+    print(f"{'in all':<14}{total['seconds']:11.2f}{total['flops'] / 1e12:11.2f}")
     return total
 
 
@@ -161,7 +159,7 @@ def main() -> None:
         if narrow:
             config = narrow_base(Path(folder), cfg.model)
             cfg = replace(cfg, model=folder, out=f"{folder}/out", dtype="float32")
-            train.load_data = few_tokens(train.load_data)
+            few_tokens()
         watch(counter, config, meant)
         summary = train.train(cfg)
     total = show(counter.rows)

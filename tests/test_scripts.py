@@ -1,0 +1,49 @@
+"""Scripts that measure are no tests; that each still does its main job, on a tiny base, is one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import CONFIG, write_base, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+ALPACA = [{"instruction": f"say {i}", "input": "", "output": "yes " * (800 + i)} for i in range(40)]
+CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkpoint, its rows, Alpaca's and a folder
+    "compare_grid": "--model={base} --routed=2 --prefill=8 --decode=8 --batch=1,2 --rounds=1 --least=1 --steps=2 "
+                    "--at_once=10 --out={out}/grid.json",
+    "compare_int8": "--model={base} --texts={data} --n=3 --tokens=16 --speed=false",
+    "compare_kernels": "--shape=32,4,2,8,48,64 --rows=1,2 --copies=1 --tokens=16 --blocks=8 --rounds=1 "
+                       "--what=products,backward,attention",
+    "compare_lora": "--model={base} --data={data} --layers=auto:2 --samples=16 --heldout=4 --seeds=1 --chat=plain "
+                    "--rank=2 --out={out}/lora",
+    "compare_ranks": "--model={base} --data={data} --dtype=float32 --steps=2 --batch_size=4 --micro_batch=2 "
+                     "--layers=deep:2",
+    "compare_training": "--model={base} --data={data} --layers=deep:2 --heldout=4 --timed=1 --out={out}/training.json",
+    "expert_ceilings": "",
+    "large_data": "--model={base} --rows={rows} --megabytes=1 --max_samples=40 --out={out}/large",
+    "profile_phases": "--narrow --model={base} --data={data} --layers=auto:2 --steps=2 --out={out}/phases",
+    "torture": "--trials=1 --launcher=0",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A base, its rows, Alpaca's and a folder to write to, by name."""
+    folder, rows = tmp_path_factory.mktemp("scripts"), []
+    for i in range(60):
+        turns = [{"role": "user", "content": "x" * (1 + i % 7)}, {"role": "assistant", "content": "yes " * (1 + i % 3)}]
+        rows.append({"messages": turns, "split": "heldout" if i % 5 == 0 else "train"})
+    alpaca = folder / "alpaca_data.json"
+    alpaca.write_text(json.dumps(ALPACA))
+    data = write_jsonl(folder / "data.jsonl", rows)
+    return {"base": write_base(folder / "base", CONFIG), "data": data, "rows": alpaca, "out": folder}
+
+
+@pytest.mark.parametrize("script", CASES)
+def test_a_script_does_its_main_job(places, script):
+    command = [sys.executable, f"tests/{script}.py", *CASES[script].format(**places).split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
