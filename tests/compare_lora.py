@@ -59,7 +59,7 @@ def settings(cfg: Config, seed: int, variant: str) -> train.TrainConfig:
         model=cfg.model, data=cfg.data, out=out, granularity=cfg.granularity, layers=cfg.layers, seed=seed,
         budget=cfg.budgets[-1], max_samples=cfg.samples, max_length=cfg.max_length, truncate=True, dtype="float32",
         heldout_samples=cfg.heldout, batch_size=cfg.batch, micro_batch=4, lora_rank=cfg.rank, chat=cfg.chat,
-        benefit_samples=0, **effort,
+        benefit_samples=0, report=(), **effort,
     )
 
 
