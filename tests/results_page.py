@@ -94,9 +94,9 @@ def budget_table(rows: list[dict]) -> list[str]:
 
 
 def readme_table(rows: list[dict]) -> list[str]:
-    """The same in few columns."""
+    """The same in few columns, at the paper's share."""
     lines = []
-    for row in sorted(rows, key=place):
+    for row in [row for row in sorted(rows, key=place) if row["about"]["skipped"] == PAPER]:
         values, found = row["values"], curves(row)
         loss = f"{values['loss_routed']:.3f} ({values['loss_dense']:.3f})"
         cells = [f"{values['capacity']:.2f}", f"{values['ceiling']:.2f}", loss]
@@ -253,6 +253,8 @@ def section(name: str, found: dict) -> str:
         lines += ["", "Computed, not measured: from sizes alone." if name in COMPUTED else note(found["rows"])]
     if name in FIGURES and found["rows"]:
         lines += ["", f"![{TITLES[name]}](figures/{name}.png)"]
+    if name == "readme" and found["rows"]:
+        lines += ["", f"![{TITLES['fidelity']}](docs/figures/fidelity.png)"]
     if name not in SOURCE and found["missing"]:
         lines += not_measured(name, found["missing"])
     return "\n".join(lines).strip("\n")

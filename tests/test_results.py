@@ -151,6 +151,8 @@ def test_the_check_of_numbers_finds_a_wrong_one():
 
 def test_a_real_row_its_page_and_its_figures(base, tmp_path, monkeypatch):
     """eval.py itself reads and answers; the page says nothing that is not in the JSON."""
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Read me.\n{results_page.BEGIN.format('readme')}\n{results_page.END}\nThe end.\n")
     begin(base, tmp_path, monkeypatch, "--tables=kv,fidelity")
     row = read(tmp_path, "fidelity")["rows"][0]
     step = row["steps"][0]
@@ -158,8 +160,9 @@ def test_a_real_row_its_page_and_its_figures(base, tmp_path, monkeypatch):
     assert re.match(r"\w{7}", step["commit"]) and step["processor"] and step["seconds"] > 0
     assert step["dtype"] == "float32" and step["threads"] == 1
     assert {"dense", "routed", "greedy", "mean_route", "random", "int8", "int4"} == set(row["values"]["variants"])
-    page = (tmp_path / "docs" / "RESULTS.md").read_text()
-    for name in ("fidelity", "budget", "kv"):
+    page = (tmp_path / "docs" / "RESULTS.md").read_text() + readme.read_text()
+    assert readme.read_text().startswith("Read me.\n") and readme.read_text().endswith("\nThe end.\n")
+    for name in ("fidelity", "budget", "kv", "readme"):
         part = page.split(f"<!-- results {name} -->")[1].split(results_page.END)[0]
         assert numbers_in(part) and not unfounded(part, read(tmp_path, results_page.SOURCE.get(name, name)))
     for name in ("fidelity", "kv"):
