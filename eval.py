@@ -70,7 +70,7 @@ from recipe.forced import SMALLEST_GATE, Control, make_control
 from recipe.passes import Workload, finite, settle
 from recipe.shard import everything
 from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
-from router import read_router_file, set_cuts
+from router import read_router_file
 from runtime import Progress, collect, setting
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -113,8 +113,11 @@ class EvalConfig:
     route: Literal["auto", "off", "mask", "gather"] = setting("auto", "auto: gather with --routers, else off")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
     hold_budget: bool = setting(False, "token routers hold --budget within each sequence, on any source")
+    budget_per: Literal["workload", "sequence"] = setting(
+        "workload", "workload: sequences run --budget on average; sequence: each of them as much of it as fits"
+    )
     calibrate: int | None = setting(
-        None, "first move the cuts until the contexts of each task's first N items, without labels, realise --budget"
+        None, "first move the cuts until the contexts of all tasks' first N items, without labels, realise --budget"
     )
     control: str = setting(
         "none",
@@ -696,20 +699,20 @@ def normal(answer: str) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Cuts that realise a budget on a task
+# Cuts that realise a budget on the tasks
 
 
-def calibrate_task(run: Scorer, items: Sequence[Item], budget: float, cuts: list[float], rt: runtime.Runtime) -> None:
-    """Set the cuts (R) and move them all by one amount, in logits, until the contexts of these items realise `budget`.
+def calibrate_cuts(run: Scorer, ready: Sequence[ReadyTask], cfg: EvalConfig, rt: runtime.Runtime) -> None:
+    """Move all cuts by one amount, in logits, until the contexts of the tasks' first items, together, realise --budget.
 
-    No answer is looked at. A router that learned where layers matter runs more of them on one source than on another;
-    this holds the average where it is asked for.
+    No answer is looked at. A router that learned where layers matter runs more of them on one source than on another:
+    the average over the tasks is held, and each of them keeps what it is worth.
     """
-    set_cuts(run.model, cuts)
-    if 0.0 < budget < 1.0:
-        firsts, _ = grouped([row for item in items for row in item.rows])
+    cuts = [router.cut.item() for router in run.model.routers()]
+    if 0.0 < cfg.budget < 1.0:
+        firsts = [row for own in ready for item in own.items[: cfg.calibrate] for row in grouped(item.rows)[0]]
         contexts = [Example(row.context.tolist(), len(row.context), []) for row in firsts]
-        settle(Workload(run.model, contexts, rt), budget, CALIBRATION_ROUNDS, base=cuts, memory=0.5)
+        settle(Workload(run.model, contexts, rt), cfg.budget, CALIBRATION_ROUNDS, base=cuts, memory=0.5)
 
 
 # -----------------------------------------------------------------------------
@@ -921,11 +924,13 @@ def check_settings(cfg: EvalConfig) -> None:
             "no budget, or a control in its place; give --routers and --budget, and neither --control nor "
             "--route=off"
         )
-    if cfg.hold_budget and (not moves or cfg.calibrate is not None):
+    holds = cfg.hold_budget or cfg.budget_per == "sequence"
+    if holds and (not moves or cfg.calibrate is not None):
         raise ValueError(
-            f"--hold_budget holds a budget by the routers themselves, with --routers={cfg.routers} "
-            f"--budget={cfg.budget} --control={cfg.control} --route={cfg.route} --calibrate={cfg.calibrate}; give "
-            "--routers and --budget, and neither --control, --calibrate nor --route=off"
+            "--hold_budget and --budget_per=sequence hold a budget by the routers themselves, with "
+            f"--routers={cfg.routers} --budget={cfg.budget} --control={cfg.control} --route={cfg.route} "
+            f"--calibrate={cfg.calibrate}; give --routers and --budget, and neither --control, --calibrate nor "
+            "--route=off"
         )
     if cfg.shard and (cfg.base_dtype or cfg.fidelity):
         raise ValueError("--shard with --base_dtype or --fidelity; expected a base in dtype, and no rounded copy of "
@@ -998,8 +1003,8 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, shard=cfg.shard, adapter=cfg.adapter)
     tok = load_tokenizer(cfg.model)
     needless = cfg.control.startswith("random:") or cfg.control == SMALLEST_GATE  # of a table of cuts
-    budget = None if needless else cfg.budget
-    meta = load_routers(model, cfg.routers, budget, hold_budget=cfg.hold_budget) if cfg.routers else None
+    how = None if needless else cfg.budget, cfg.budget_per, cfg.hold_budget
+    meta = load_routers(model, cfg.routers, *how) if cfg.routers else None
     if meta is not None and lacks_adapter(model, meta):
         say(f"note: {cfg.routers} was tuned on LoRA that this model lacks: give the --adapter beside it")
     orders = meta.orders if meta is not None else {}
@@ -1029,8 +1034,9 @@ def stamp_tasks(cfg: EvalConfig, run: Scorer, rt: runtime.Runtime, ready: Sequen
         run.route,
         cfg.budget,
         cfg.hold_budget,
+        cfg.budget_per,
         cfg.control,
-        cfg.calibrate,
+        (cfg.calibrate or cfg.control == SMALLEST_GATE) and (cfg.calibrate, [own.sha for own in ready]),  # moved by all
         str(rt.dtype),
         cfg.base_dtype,
         rt.device.type,
@@ -1095,14 +1101,14 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
     other = read_other(cfg.against, ready) if cfg.against else {}
     samples = Samples(cfg.samples, rt)
     done = samples.resume({own.name: own.stamp for own in ready})
-    cuts, records = [router.cut.item() for router in run.model.routers()], {}
+    records = {}
+    if cfg.calibrate or cfg.control == SMALLEST_GATE:
+        calibrate_cuts(run, [own for own in ready if own.name != NAMES[1]], cfg, passes)
     with Progress("scoring, in tokens", sum(n_tokens(own.items) for own in ready)) as progress:
         for own in ready:
             how = replace(run, task=own.name)
             if own.name == NAMES[1]:
                 how = replace(how, route="off", control=None)
-            elif cfg.calibrate or cfg.control == SMALLEST_GATE:
-                calibrate_task(run, own.items[: cfg.calibrate], cfg.budget, cuts, passes)
             records[own.name] = score_task(how, own, done[own.name], samples.append, progress, passes)
     samples.finish([record for part in records.values() for record in part])
 

@@ -41,6 +41,7 @@ from router import (
     check_fingerprint,
     cut_of,
     cuts_for,
+    fill_budget,
     load_router_weights,
     pool,
     read_router_file,
@@ -52,6 +53,7 @@ from router import (
 )
 
 ROUTES = ("off", "mask", "gather")
+BUDGET_PER = ("workload", "sequence")  # what a budget is a share of: all that is routed, or each sequence by itself
 ROPE_TYPES = {  # kinds of scaling, and the keys that each cannot do without
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
@@ -1023,8 +1025,9 @@ class Block(nn.Module):
         target block   y = x + gate * (block(x) - x)
         target expert  a = x + attn(attention_norm(x))            y = a + sum_e gate_e * weight_e * e(ffn_norm(a))
 
-    A router reads the normalised input of what it gates. `router` gates the attention or the whole block,
-    `mlp_router` the MLP; a layer may have both. `expert_routers` gate the experts of a layer whose MLP is a mixture.
+    A router reads the normalised input of what it gates, unless all of them decided at the first routed layer
+    (reads=first). `router` gates the attention or the whole block, `mlp_router` the MLP; a layer may have both.
+    `expert_routers` gate the experts of a layer whose MLP is a mixture.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -1044,8 +1047,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, call: Call, cache: LayerCache | None = None, forced=()):
         """x (B,T,D) -> y, and (gate, logit) of the routers here that decided now.
 
-        forced: a list of gates in place of these routers' own. Routes off and mask: no host sync, no data-dependent
-        shape, but for experts. Route gather: one host sync per decision; without gradient x may be overwritten.
+        forced: a list of gates in place of these routers' own decisions. Routes off and mask: no host sync, no
+        data-dependent shape, but for experts. Route gather: one host sync per decision; without gradient x may be
+        overwritten.
         """
         begin, blend = x, None
         who, h, made = self.ask("router", x, call, cache, forced[:1])
@@ -1081,11 +1085,16 @@ class Block(nn.Module):
         router, norm = getattr(self, name), self.attention_norm if name == "router" else self.ffn_norm
         if router is None or call.route == "off":
             return Selection(call), norm(x.flatten(0, 1)), []
-        if not call.fresh and name in cache.kept:
-            who = Selection.rows(call, cache.kept[name])
+        ahead, rows = self.routing.reads == "first", None
+        held = not call.fresh and name in cache.kept
+        if held or ahead and call.route == "gather":
+            rows = cache.kept[name] if held else self.keep(name, forced[0], cache)
+            who = Selection.rows(call, rows)
             return who, norm(who.take(x)) if who.some else None, []
 
         h = norm(x.flatten(0, 1)).view_as(x)  # (B,T,D); flat, so that compiled norms meet one shape
+        if ahead:
+            return Selection(call, forced[0].to(x.dtype).view(-1, 1, 1)), h.flatten(0, 1), []
         z = router(pool(h, call.pool_lengths) if self.routing.unit == "sequence" else h)  # (B,) sequences, (B,T) tokens
         gate = forced[0].to(z.dtype) if forced else ste_gate(z, self.cut(name, z, call, cache))
         single, keeps = gate.dim() == 2, name == "mlp_router" or self.routing.kv == "all"
@@ -1100,11 +1109,7 @@ class Block(nn.Module):
         elif single:
             who = self.pick(name, call, gate, h)
         else:
-            opened = gate.tolist()  # the host sync
-            rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
-            if cache is not None:
-                cache.kept[name] = rows
-            who = Selection.rows(call, rows)
+            who = Selection.rows(call, self.keep(name, gate, cache))
         return who, who.take(h), [(gate, z)]
 
     def cut(self, name: str, z: Tensor, call: Call, cache: LayerCache | None) -> Tensor:
@@ -1116,6 +1121,18 @@ class Block(nn.Module):
         starts = call.starts or [0] * len(z)
         cuts, past[name] = running_cuts(z.detach(), starts, router.cut, router.share, past.get(name))
         return cuts
+
+    def keep(self, name: str, gate: Tensor, cache: LayerCache | None) -> list[int] | None:
+        """Batch rows that run behind a router by its gate (B,), for as long as the cache lives; None: all of them."""
+        opened = gate.tolist()  # the host sync
+        rows = None if all(opened) else [row for row, value in enumerate(opened) if value]
+        if cache is not None:
+            cache.kept[name] = rows
+        return rows
+
+    def read(self, x: Tensor, call: Call) -> Tensor:
+        """What a sequence router of the attention or the block reads of x (B,T,D) -> (B,D)."""
+        return pool(self.attention_norm(x.flatten(0, 1)).view_as(x), call.pool_lengths)
 
     def pick(self, name: str, call: Call, gate: Tensor, h: Tensor) -> Selection:
         """The single tokens that run behind a router, by gate (B,T): one host sync. h (B,T,D): everybody's input.
@@ -1200,6 +1217,7 @@ class Transformer(nn.Module):
         self.config, self.routing = config, None
         self.loads: list[float] | None = None  # of each place that is an expert: its share of the pairs
         self.holds_budget = False  # routers have a share of the tokens, and running cuts that hold it
+        self.budget_each: float | None = None  # share of the places that each sequence runs; None: what cuts say
         self.fingerprint = self.exact_fingerprint = self.parent = None  # where it came from a checkpoint
         weight = torch.empty(config.vocab_size, config.dim)
         if not weight.is_meta:  # on the meta device normal_ imports half of torch's compiler for nothing: 1 s a load
@@ -1220,7 +1238,7 @@ class Transformer(nn.Module):
                              f"{self.config.n_layers - 1}")
         if routing is not None and routing.experts:
             self._check_experts(routing)
-        self.routing, self.loads, self.holds_budget = routing, None, False
+        self.routing, self.loads, self.holds_budget, self.budget_each = routing, None, False, None
         for block in self.layers:
             block.routing, block.whole, block.n_routers = routing, False, 0
             block.router = block.mlp_router = block.expert_routers = None
@@ -1290,9 +1308,11 @@ class Transformer(nn.Module):
         return torch.tensor(loads, dtype=torch.float64) / sum(loads)
 
     def asked(self) -> list[nn.Module]:
-        """What the inputs of routers are given to, in the order of `routing.places`; ExpertRouters are several."""
+        """What the inputs of routers are given to, in the order of `routing.places`; ExpertRouters are several. Where
+        all read the same (reads=first) it is one of them."""
         modules = [part for block in self.layers for part in (block.router, block.expert_routers, block.mlp_router)]
-        return [part for part in modules if part is not None]
+        modules = [part for part in modules if part is not None]
+        return modules[:1] if self.routing.reads == "first" else modules
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B,T) -> activations (B,T,D) that enter the first layer."""
@@ -1326,22 +1346,34 @@ class Transformer(nn.Module):
         Of experts per token gates are 1.0 at the pairs of token and expert that ran, scores -inf at pairs that a
         layer's own gate did not assign.
         R counts routers from first_layer on, in the order of `routing.places`. Host syncs: none for off and mask;
-        for gather one per router and prompt (unit token: and call); one more per layer with experts, in every route.
+        for gather one per router and prompt (unit token: and call; reads=first: one per prompt); one more per layer
+        with experts, in every route.
         Raises ValueError for what does not fit together.
         """
         x, call = self.begin(tokens, x, lengths, prompt_lengths, cache, route)
         routers = sum(block.n_routers for block in islice(self.layers, first_layer, None))
         if gates is not None and len(gates) != routers:
             raise ValueError(f"gates has {len(gates)} rows; expected {routers}, one for each router that is asked")
-        made, forced = [], iter(() if gates is None else gates)
+        made, scores, forced = [], None, iter(() if gates is None else gates)
+        ahead = route != "off" and call.fresh and self.routing.reads == "first"
+        decides = self.routing.places[0].layer if ahead else None
+        if ahead and gates is None and first_layer > decides:
+            raise ValueError(f"all routers decide at layer {decides} (reads=first), and this call begins at layer "
+                             f"{first_layer}; expected gates, or a call that begins at layer {decides} or below")
         eager = route == "gather" or (route == "mask" and self.holds_budget)  # running cuts are not compiled
         whole = cache is None and not eager  # a block is one graph, if compiled
         for layer in range(first_layer, self.config.n_layers):
+            if layer == decides:
+                own, scores = self.ahead(x, call)
+                gates = own if gates is None else gates.to(own)
+                # the host sync; compiled blocks take gates of their own, not views whose offsets would count
+                forced = iter(gates.cpu() if route == "gather" else [gate.clone() for gate in gates])
             block, held = self.layers[layer], None if cache is None else cache.layers[layer]
             run = partial(checkpoint, block, use_reentrant=False) if recompute else block if whole else block.eager
             x, decided = run(x, call, held, list(islice(forced, block.n_routers)))
             made += decided
-        gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
+        if not ahead:
+            gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
         if cache is not None:
             if gates is None and route != "off":
                 gates, scores = cache.gates, cache.scores
@@ -1382,6 +1414,15 @@ class Transformer(nn.Module):
         if route == "gather" or cache is not None:
             counts = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
         return x, Call(route, position, turn, real, pool_lengths, fresh, counts and starts, counts, {})
+
+    def ahead(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Gates and logits (R,B) of routers that all read what enters the first routed layer, x (B,T,D)."""
+        routers, read = self.routers(), self.layers[self.routing.places[0].layer].read(x, call)
+        z = torch.stack([router(read) for router in routers])
+        cuts = torch.stack([router.cut for router in routers])[:, None]
+        if self.budget_each is None:
+            return ste_gate(z, cuts), z
+        return fill_budget(z - cuts, self.place_weights(), self.budget_each), z
 
     @torch.no_grad()
     def trunk(self, tokens: Tensor) -> Tensor:
@@ -1680,15 +1721,16 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Transform
 @torch.inference_mode(False)  # its weights count their changes wherever it is called
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
                dtype: torch.dtype | None = None, read: Callable | None = None,
-               hold_budget: bool = False) -> Transformer:
+               budget_per: str = "workload", hold_budget: bool = False) -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
     Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
     in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
-    every routed unit, 1 none); None keeps the thresholds of the file. read(model, folder, device, dtype): what fills
-    the model, still on the meta device, in place of the tensors as they are. hold_budget: token routers hold the budget
-    within each sequence, on any source (router.running_cuts). Raises FileNotFoundError or ValueError for a missing,
-    truncated or mismatched file, or routers of another base.
+    every routed unit, 1 none); None keeps the thresholds of the file. budget_per "workload": sequences run this share
+    on average, some more, some less; "sequence" (routers with reads=first): each as much of it as fits, on any source.
+    hold_budget: token routers hold the budget within each sequence, on any source (router.running_cuts).
+    read(model, folder, device, dtype): what fills the model, still on the meta device, in place of the tensors as they
+    are. Raises FileNotFoundError or ValueError for a missing, truncated or mismatched file, or routers of another base.
     """
     tensors = open_checkpoint(folder)
     if dtype is not None and not dtype.is_floating_point:
@@ -1702,14 +1744,15 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     model.fingerprint, model.exact_fingerprint = fingerprint(folder, tensors), exact_fingerprint(folder, tensors)
     model.parent = read_config(folder).get("parent")
     if routers is not None:
-        load_routers(model, routers, budget, hold_budget=hold_budget)
+        load_routers(model, routers, budget, budget_per, hold_budget)
     elif budget is not None or hold_budget:
         raise ValueError(f"budget is {budget} but there are no routers to hold it; give routers=FILE as well")
     return model
 
 
 def load_routers(
-    model: Transformer, path: str | Path, budget: float | None = None, hold_budget: bool = False
+    model: Transformer, path: str | Path, budget: float | None = None, budget_per: str = "workload",
+    hold_budget: bool = False,
 ) -> RouterMeta:
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
@@ -1718,6 +1761,13 @@ def load_routers(
                          "expected a budget, and token routers whose file holds shares of places: give a budget, add "
                          "the shares by train.py --recalibrate=FILE (there are none for experts), or hold the budget "
                          "of sequence routers by budget_per=sequence")
+    if budget_per not in BUDGET_PER:
+        raise ValueError(f"budget_per is {budget_per!r}; expected one of {', '.join(BUDGET_PER)}")
+    if budget_per == "sequence" and (budget is None or meta.routing.reads != "first"):
+        raise ValueError(f"budget_per is 'sequence' with budget {budget} and {path} ({meta.routing.unit} routers, "
+                         f"reads {meta.routing.reads}); expected a budget, and sequence routers that all decide at the "
+                         "first routed layer: give a budget, or tune with train.py --reads=first, or use "
+                         "budget_per=workload")
     check_fingerprint(path, meta.base_fingerprint, model.fingerprint, model.exact_fingerprint, model.parent)
     cuts = list(map(cut_of, meta.thresholds)) if budget is None else cuts_for(budget, meta.calibration)
     try:
@@ -1727,6 +1777,7 @@ def load_routers(
     model.loads = meta.loads
     load_router_weights(path, model, tensors, meta.routing)
     set_cuts(model, cuts)
+    model.budget_each = budget if budget_per == "sequence" else None
     for router in model.routers():
         router.requires_grad_(False)
     if hold_budget:

@@ -62,7 +62,8 @@ class RouterConfig:
     unit: str = "sequence"  # what one gate decides for: a sequence, or a token
     pool: str = "prompt"  # what a sequence router averages over: the prompt, or "all": the whole row, as the paper does
     kv: str = "routed"  # "routed": a skipped token leaves no keys and values; "all" (attention per token): it does
-    reads: str = "own"  # whose normalised input a router reads; "gate" (experts): the weight that the gate gave
+    reads: str = "own"  # a router reads the input of what it gates; "first" (unit sequence): that of the first routed
+    # layer, all routers alike, so that a route is known before it begins; "gate" (experts): the weight their gate gave
     renormalise: bool = False  # experts: a token's remaining weights are scaled to their old sum; the paper: they stay
 
     def __post_init__(self):
@@ -82,7 +83,8 @@ class RouterConfig:
         if any((place.expert is None) == self.experts or (place.expert or 0) < 0 for place in self.places):
             raise ValueError("a place names an expert and no expert is its target, or the other way round; expected "
                              "both, or neither")
-        reads = ("own", "gate") if self.experts and self.unit == "token" else ("own",)
+        reads = ("own", "gate") if self.experts else ("own", "first")
+        reads = reads if (self.unit == "token") == self.experts else ("own",)
         for name, allowed in (("unit", UNITS), ("pool", ("prompt", "all")), ("reads", reads)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected one of {', '.join(allowed)}")
@@ -337,6 +339,20 @@ def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
         raise ValueError(f"found {len(cuts)} cuts for {len(routers)} routers; expected one for each")
     for router, cut in zip(routers, cuts):
         router.cut.fill_(cut)
+
+
+def fill_budget(margins: Tensor, weights: Tensor, budget: float) -> Tensor:
+    """Gates (R,B) of sequences that each run every place that still fits the budget, by margin (R,B), largest first.
+
+    weights (R,) of sum 1: what a place counts. No sequence runs more than the budget, none could run one place more.
+    """
+    gates, weights = torch.zeros_like(margins), weights.to(margins.device, torch.float64)
+    left = weights.new_full(margins.shape[1:], budget + 1e-6)  # (B,): for sums that are off by rounding
+    for place in margins.argsort(dim=0, descending=True, stable=True):  # (B,)
+        runs = weights[place] <= left
+        left = left - weights[place] * runs
+        gates.scatter_(0, place[None], runs[None].to(gates))
+    return gates
 
 
 # -----------------------------------------------------------------------------

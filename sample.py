@@ -43,6 +43,9 @@ class SampleConfig:
     routers: str | None = setting(None, "router file; none: the dense model")
     budget: float | None = setting(None, "capacity from 0 to 1; none: the router file's own")
     hold_budget: bool = setting(False, "token routers hold --budget within each sequence, on any source")
+    budget_per: Literal["workload", "sequence"] = setting(
+        "workload", "workload: sequences run --budget on average; sequence: each of them as much of it as fits"
+    )
     adapter: str | None = setting(None, "LoRA adapter folder, of train.py or peft, on which the model stands")
     compare: bool = setting(False, "let the dense model answer too")
     show_route: bool = setting(False, "show what share of the routed units each token ran")
@@ -66,9 +69,9 @@ class SampleConfig:
         if self.raw and (self.system or self.chat):
             raise ValueError("--raw continues a text as it stands; expected neither --system nor --chat: leave it away")
         about = self.compare or self.show_route or self.budget is not None or self.hold_budget
-        if self.routers is None and about:
-            raise ValueError("--compare, --show_route, --budget and --hold_budget are about routers; give "
-                             "--routers=FILE as well")
+        if self.routers is None and (about or self.budget_per == "sequence"):
+            raise ValueError("--compare, --show_route, --budget, --budget_per and --hold_budget are about routers; "
+                             "give --routers=FILE as well")
         for name in ("max_new_tokens", "batch", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected 1 or more")
@@ -310,7 +313,7 @@ def main() -> None:
         torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
     model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, adapter=cfg.adapter)
     if cfg.routers is not None:
-        load_routers(model, cfg.routers, cfg.budget, hold_budget=cfg.hold_budget)
+        load_routers(model, cfg.routers, cfg.budget, cfg.budget_per, cfg.hold_budget)
     speaker = Speaker(cfg, model, load_tokenizer(cfg.model), Screen(cfg.show_route))
     speaker.screen.legend()
     if cfg.prompts is not None:

@@ -96,6 +96,9 @@ class TrainConfig:
         None, "ce: cross-entropy of answers; distill: KL to the dense model"
     )
     pool: Literal["prompt", "all"] = setting("prompt", "what a sequence router averages over; all: as the paper does")
+    reads: Literal["first", "own"] | None = setting(
+        None, "sequence routers: first, all decide at the first routed layer; own, each at its layer; none: by recipe"
+    )
     renormalise: bool = setting(False, "experts: a token's remaining weights keep their sum; the paper: they stay")
     kv: Literal["routed", "all"] | None = setting(None, "keys and values of skipped tokens; none: all for attn_token")
     max_samples: int | None = setting(None, "training examples to use; none: all")
@@ -105,6 +108,7 @@ class TrainConfig:
     heldout: float | str = setting(0.1, 'held-out share, or file; data with "split" fields decide themselves')
     heldout_samples: int = setting(64, "most held-out examples that are scored")
     chat: str | None = setting(None, "plain, chatml, llama3, mistral, or one of the model's templates; none: its own")
+    bare: float = setting(0.0, "share of the conversations tuned on that stand without a chat form")
     loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
     batch_size: int = setting(16, "examples per step, over all ranks")
     micro_batch: int = setting(4, "most examples of a forward pass and rank; does not change the result")
@@ -164,7 +168,15 @@ class TrainConfig:
             self.lora_lr = 2e-5 if self.train == "full" else 1e-3
         if self.kv is None:
             self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
+        if self.reads is None:
+            together = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
+            self.reads = "first" if together and self.recipe == "default" and not self.import_official else "own"
         check_settings(self)
+
+    @property
+    def routes(self) -> dict:
+        """How routers decide."""
+        return {"pool": self.pool, "kv": self.kv, "reads": self.reads, "renormalise": self.renormalise}
 
     @property
     def measures(self) -> bool:
@@ -198,7 +210,7 @@ def load_data(cfg: TrainConfig, tok: Tokenizer, context: int, rt: Runtime = ALON
         folder=Path(cfg.out) / "tokens",
     )
     print0(f"chat form: {cfg.chat or tok.chat_form}")
-    return load(request, Form(tok, limit, cfg.chat, cfg.truncate, cfg.loss_on == "last"), rt)
+    return load(request, Form(tok, limit, cfg.chat, cfg.truncate, cfg.loss_on == "last", cfg.bare, cfg.seed), rt)
 
 
 def global_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def identity_of(request: Request, form: Form) -> dict:
         "heldout": file_digest(request.heldout) if request.heldout else None,
         "tokenizer": digest_of("".join(map(file_digest, files)).encode()),
         "program": digest_of("".join(map(file_digest, PROGRAM)).encode()),
-        "form": [form.limit, form.chat, form.truncate, form.last_only],
+        "form": [form.limit, form.chat, form.truncate, form.last_only, form.bare, form.seed],
         "draw": asdict(request.draw),
         "skip_bad": request.skip_bad,
     }
@@ -147,10 +147,10 @@ def build(request: Request, form: Form, identity: dict) -> Iterator[None]:
     if not parts.are_enough:
         settle_bad(bad, request.skip_bad, print0)  # more to the point
         raise too_few(parts)
-    wanted = np.zeros(len(rows.sides), bool)
-    for numbers in (parts.train, parts.select, parts.held):
-        wanted[numbers] = True
-    if wanted.sum() > FEW and not request.skip_bad:
+    wanted = np.zeros(len(rows.sides), np.int8)  # 1: tuned on; 2: held out
+    for side, numbers in ((1, parts.train), (1, parts.select), (2, parts.held)):
+        wanted[numbers] = side
+    if np.count_nonzero(wanted) > FEW and not request.skip_bad:
         settle_bad(bad, skip=False)
     writer = Writer(request.folder, identity)
     encoding = Encoding.resumed(writer.notes)
@@ -196,31 +196,33 @@ class Encoding:
     row: int
     cut: int
     no_answer: int
+    bare: int
     bad: Tally
 
     @classmethod
     def resumed(cls, notes: dict | None) -> "Encoding":
         bad = Tally()
         if notes is None:
-            return cls(0, 0, 0, bad)
+            return cls(0, 0, 0, 0, bad)
         bad.extend(RowError(*fault) for fault in notes["faults"])
         bad.counts.update(notes["counts"])
         print0(f"tokenising goes on from row {notes['row']:,}")
-        return cls(notes["row"], notes["cut"], notes["no_answer"], bad)
+        return cls(notes["row"], notes["cut"], notes["no_answer"], notes["bare"], bad)
 
     def notes(self) -> dict:
-        return {"row": self.row, "cut": self.cut, "no_answer": self.no_answer, "counts": dict(self.bad.counts),
-                "faults": [(str(fault), fault.reason) for fault in self.bad]}
+        return {"row": self.row, "cut": self.cut, "no_answer": self.no_answer, "bare": self.bare,
+                "counts": dict(self.bad.counts), "faults": [(str(fault), fault.reason) for fault in self.bad]}
 
 
 def encode_rows(request: Request, form: Form, wanted: np.ndarray, writer: Writer, done: Encoding) -> Iterator[None]:
     """The second pass: tokens of the rows in use, saved every PAUSE seconds."""
-    saved, total = time.monotonic(), int(wanted[done.row :].sum())
+    saved, total = time.monotonic(), np.count_nonzero(wanted[done.row :])
+    forms = {1: form, 2: replace(form, bare=0.0)}  # what is held out stands as it is asked in use
     all_rows = (numbered for path in request.paths for numbered in read_rows(path, Tally()))  # faults are counted
     with runtime.Progress("tokenise", total) as progress:
         for number, (place, row) in enumerate(all_rows):
             if number >= done.row and wanted[number]:
-                encode_row(row, place, form, writer, done, number)
+                encode_row(row, place, forms[wanted[number]], writer, done, number)
                 progress.step()
             done.row = max(done.row, number + 1)
             if time.monotonic() > saved + PAUSE:
@@ -239,6 +241,7 @@ def encode_row(row: dict, place: str, form: Form, writer: Writer, done: Encoding
         done.no_answer += 1
     else:
         done.cut += example.cut
+        done.bare += example.bare
         writer.add(number, example)
 
 
@@ -293,14 +296,14 @@ def report_of(request: Request, rows: Rows, parts: Parts, bad: Tally, done: Enco
     n_read = len(rows.sides) + bad.counts.total() - rows.sides.count(UNUSABLE)  # with what was no row at all
     left_out = parts.left_out + bad.counts + done.bad.counts + Counter({NO_ANSWER: done.no_answer})
     return {"files": files, "rows": n_read, "used": n_read - left_out.total(),
-            "left_out": dict(left_out.most_common()), "cut": done.cut}
+            "left_out": dict(left_out.most_common()), "cut": done.cut, "bare": done.bare}
 
 
 def describe(data: Data) -> None:
     report = data.report
     print0(f"data: {report['train']:,} examples to tune on ({report['tokens']:,} tokens), {report['select']:,} to "
            f"select, {report['heldout']:,} held out; {report['rows']:,} rows read, {report['used']:,} used, "
-           f"{report['cut']:,} cut to --max_length")
+           f"{report['cut']:,} cut to --max_length, {report['bare']:,} without chat form")
     for reason, count in report["left_out"].items():
         print0(f"  left out {count:,}: {reason}")
     if report["leaked"]:

@@ -11,6 +11,7 @@ A turn may say that no loss is taken on it: "weight": 0, "train": false or "loss
 is not read here is refused by its name; other keys (id, source, domain, split, ...) say something about the row.
 """
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -49,6 +50,7 @@ TEMPLATE_KEYS = (
     "tool_call_id",
     "name",
 )  # where the model's template reads them
+BARE = ("Question: {}\nAnswer:", "{}\n")  # a question without a chat form: as tasks ask it, or as plain text
 SHOWN = 10  # bad rows that an error lists
 
 
@@ -57,7 +59,7 @@ class Example:
     """One whole document in tokens.
 
     prompt: tokens before the first loss-carrying one; targets: positions whose token is predicted; domain: what the row
-    says of itself; cut: whether tokens beyond the limit were cut off.
+    says of itself; cut: whether tokens beyond the limit were cut off; bare: whether a conversation has no chat form.
     """
 
     tokens: Sequence[int]
@@ -65,6 +67,7 @@ class Example:
     targets: Sequence[int]
     domain: str | None = None
     cut: bool = False
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Form:
     """How rows become tokens.
 
     limit: longest example in tokens; chat: a chat form, None for the model's own; truncate: cut longer examples instead
-    of refusing them; last_only: take the loss on a conversation's last answer alone.
+    of refusing them; last_only: take the loss on a conversation's last answer alone; bare: share of conversations that
+    stand without a chat form, by what they say and the seed.
     """
 
     tok: Tokenizer
@@ -80,6 +84,8 @@ class Form:
     chat: str | None = None
     truncate: bool = False
     last_only: bool = False
+    bare: float = 0.0
+    seed: int = 0
 
 
 # -----------------------------------------------------------------------------
@@ -241,8 +247,12 @@ def encode(row: dict, place: str, form: Form) -> Example | None:
     """Tokens and targets of one row; None where truncation leaves nothing to predict. Raises RowError naming the place.
     """
     content = to_messages(row, place)
+    bare = bare_question(content, form)
     try:
-        ids, targets = _encode_text(content, form) if isinstance(content, str) else _encode_turns(*content, form)
+        if isinstance(content, str):
+            ids, targets = _encode_text(content, form)
+        else:
+            ids, targets = _encode_bare(content[0], form, bare) if bare else _encode_turns(*content, form)
     except ValueError as error:
         raise RowError(f"{place}: {error}", "no place in the chat form") from None
     if not targets:
@@ -256,12 +266,34 @@ def encode(row: dict, place: str, form: Form) -> Example | None:
         ids, targets = ids[: form.limit], [position for position in targets if position < form.limit]
         if not targets:
             return None
-    return Example(ids, targets[0], targets, row.get("domain"), is_long)
+    return Example(ids, targets[0], targets, row.get("domain"), is_long, bare is not None)
+
+
+def bare_question(content: tuple[list[dict], list | None] | str, form: Form) -> str | None:
+    """How questions stand in a row that takes no chat form; None for a row that does, as all with tools do."""
+    if isinstance(content, str) or content[1] or any({*turn} - {"role", "content", "loss"} for turn in content[0]):
+        return None
+    text = repr((form.seed, content)).encode("utf-8", "surrogatepass")
+    drawn = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+    return BARE[drawn % len(BARE)] if drawn < form.bare * 2**64 else None
 
 
 def _encode_text(text: str, form: Form) -> tuple[list[int], list[int]]:
     ids = form.tok.encode(text, bos=form.tok.adds_bos)
     return ids, list(range(max(1, len(ids) // 2), len(ids)))
+
+
+def _encode_bare(messages: list[dict], form: Form, question: str) -> tuple[list[int], list[int]]:
+    """Turns one after another, each answer behind its question; a token belongs to what its last character stands in.
+    """
+    text, ids, targets = "", [], []
+    for turn in messages:
+        answer, before = turn["role"] == "assistant", len(ids)
+        text += f" {turn['content']}\n" if answer else question.format(turn["content"])
+        ids = form.tok.encode(text, bos=form.tok.adds_bos)
+        if answer and turn.get("loss", True) and (turn is messages[-1] or not form.last_only):
+            targets += range(max(1, before), len(ids))
+    return ids, [position for position in targets if position < len(ids)]
 
 
 def _encode_turns(messages: list[dict], tools: list | None, form: Form) -> tuple[list[int], list[int]]:

@@ -4,10 +4,11 @@
     store.examples("train")[7].tokens                      # a view of the file, no copy
 
 FOLDER holds flat arrays in the machine's byte order: tokens (int32), targets (int32 positions in their example whose
-token is predicted), ends of every example in both (int64), rows (int64: the row of each example), and for each part of
-the data the numbers of its examples (int32). about.json says what they were made from and holds their sizes and
-checksums; it is written last and verified at every opening, so half a store, or a damaged one, is never read. While a
-store is made, progress.json says how far it is known to be on the disk: a killed run goes on from there.
+token is predicted), ends of every example in both (int64), rows (int64: the row of each example), domains (uint32: a
+checksum of its domain, and of whether it is bare), and for each part of the data the numbers of its examples (int32).
+about.json says what they were made from and holds their sizes and checksums; it is written last and verified at every
+opening, so half a store, or a damaged one, is never read. While a store is made, progress.json says how far it is known
+to be on the disk: a killed run goes on from there.
 Depends on data/records.py and runtime.
 """
 
@@ -23,7 +24,7 @@ from pathlib import Path
 import runtime
 from data.records import Example
 
-GROWING = {"tokens": "i", "targets": "i", "token_ends": "q", "target_ends": "q", "rows": "q"}
+GROWING = {"tokens": "i", "targets": "i", "token_ends": "q", "target_ends": "q", "rows": "q", "domains": "I"}
 ABOUT, PROGRESS = "about.json", "progress.json"
 CHUNK = 1 << 24  # bytes read at once
 
@@ -41,7 +42,7 @@ class Store:
 
     def __getitem__(self, number: int) -> Example:
         tokens, targets = (self._slice(name, number) for name in ("token", "target"))
-        return Example(tokens, targets[0], targets)
+        return Example(tokens, targets[0], targets, str(self.arrays["domains"][number]))
 
     def _slice(self, name: str, number: int) -> memoryview:
         ends = self.arrays[f"{name}_ends"]
@@ -156,6 +157,7 @@ class Writer:
         self._append("token_ends", [self.files["tokens"][0] // 4])
         self._append("target_ends", [self.files["targets"][0] // 4])
         self._append("rows", [row])
+        self._append("domains", [zlib.crc32(repr((example.domain, example.bare)).encode())])
 
     def _append(self, name: str, values: Sequence[int]) -> None:
         data = array(GROWING[name], values).tobytes()

@@ -3,7 +3,8 @@
 1. Price each unit by its Fisher cost: the second-order KL of leaving it out (measure). auto:N routes the N cheapest.
 2. Search orders in which places are best skipped for everyone: greedily by loss, by cost, by similarity, and by weights
    alone (orders).
-3. Fit routers in closed form to what each place is worth to each sequence, or to each token's cost (measure, fit).
+3. Fit routers in closed form to what each place is worth to each sequence, mixed with a static order as far as it must
+   be so that sources left out of the fit lose nothing by it; or to each token's cost (measure, fit).
 4. Move the logits by ridge steps, with a running quantile as the cut; keep the best router (fit, train.py).
 5. Calibrate cuts for every budget; where a static list wins, the table holds it (calibrate, controls).
 

@@ -20,8 +20,7 @@ LEAST = {  # least value of each number
 
 def check_settings(cfg) -> None:
     """Raise ValueError for a setting that is out of range, or that contradicts another. cfg: train.py's TrainConfig."""
-    more = {"pool": cfg.pool, "kv": cfg.kv, "renormalise": cfg.renormalise}
-    RouterConfig.of(cfg.granularity, (0,), n_experts=1, **more)  # raises for what cannot be, as the next does
+    RouterConfig.of(cfg.granularity, (0,), n_experts=1, **cfg.routes)  # raises for what cannot be, as the next does
     LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     refuse(out_of_range(cfg))
     refuse(contradictions(cfg))
@@ -54,6 +53,7 @@ def out_of_range(cfg) -> Iterator[tuple[bool, str]]:
                f"{shown} is {value}, expected {least} or more: change --{shown}")
     yield (not all(0.0 <= budget <= 1.0 for budget in cfg.report),
            f"report is {cfg.report}, expected shares from 0 to 1: change --report")
+    yield not 0.0 <= cfg.bare <= 1.0, f"bare is {cfg.bare}, expected a share from 0 to 1: change --bare"
     yield (isinstance(cfg.heldout, float) and not 0.0 < cfg.heldout < 1.0,
            f"heldout is {cfg.heldout}, expected a share between 0 and 1, or a file: change --heldout")
 
@@ -74,9 +74,9 @@ def contradictions(cfg) -> Iterator[tuple[bool, str]]:
            "leave these away")
     yield (sum(map(bool, (cfg.init, cfg.import_official, cfg.recalibrate))) > 1,
            "--init, --import_official and --recalibrate each name a router file, expected one: leave the others away")
-    yield (cfg.import_official and cfg.granularity.startswith(("both", "expert")),
-           f"granularity is {cfg.granularity!r} with --import_official; the official code has one router per layer: "
-           "name what it gated")
+    yield (cfg.import_official and (cfg.granularity.startswith(("both", "expert")) or cfg.reads == "first"),
+           f"granularity is {cfg.granularity!r}, reads {cfg.reads!r} with --import_official; the official code has one "
+           "router per layer, which reads its own input: name what it gated, and leave --reads away")
 
 
 def misfits(cfg, rt: Runtime, config: ModelConfig) -> Iterator[tuple[bool, str]]:

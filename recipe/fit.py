@@ -1,21 +1,29 @@
 """Routers in closed form, and the steps of ridge regression that move their logits."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recipe.measure import log_costs
+from router import fill_budget
+from runtime import permutation
 
 PRIOR_RIDGE = 1.0  # strength of the ridge where routers are fitted in closed form, in variances of the inputs
+STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)  # those among which sequence routers choose
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # and in their logits the shares of what places are worth, beside a static list
+FOLDS = 8  # parts of the sequences, at most, that are left out in turn
 STEP_RIDGE = 1.0  # and in the steps, in mean eigenvalues of the inputs' covariance
 MOMENTUM = 0.9  # of the steps
 
 
-def ridge(features: Tensor, target: Tensor, strength: float = PRIOR_RIDGE) -> Tensor:
-    """Weights w (D,) that minimise |features w - target|^2 + strength * N * variance * |w|^2, in the dual.
+def ridge(features: Tensor, targets: Tensor, strengths: tuple[float, ...] = (PRIOR_RIDGE,)) -> Tensor:
+    """Weights (S,R,D): each w minimises |features w - target|^2 + strength * variance * |w|^2, in the dual, from one
+    eigendecomposition for all strengths and targets.
 
-    features (N,D), target (N,). variance is the features' mean square about their mean. Along that mean w costs almost
-    nothing, so that it serves as the intercept that a router lacks.
+    features (N,D), targets (R,N). variance is the mean squared distance of the features from their mean. Along that
+    mean w costs almost nothing, so that it serves as the intercept that a router lacks.
     """
     features = features.double()
     mean = features.mean(dim=0)
@@ -23,29 +31,75 @@ def ridge(features: Tensor, target: Tensor, strength: float = PRIOR_RIDGE) -> Te
     pull = 100.0**0.5 * F.normalize(mean, dim=0)  # (D,): weight along the mean's direction costs a hundredth
     along = features @ pull  # (N,)
     kernel = features @ features.T + along[:, None] * along  # (N, N)
-    kernel.diagonal().add_(strength * variance + 1e-9 * kernel.diagonal().mean())
-    dual = torch.linalg.solve(kernel, target.double())  # (N,)
-    return (features.T @ dual + (along @ dual) * pull).float()
+    values, vectors = torch.linalg.eigh(kernel)
+    costs = torch.tensor(strengths).double()[:, None] * variance + 1e-9 * kernel.diagonal().mean()  # (S, 1)
+    shrunk = (targets.double() @ vectors) / (values.clamp(min=0.0) + costs)[:, None]  # (S, R, N)
+    dual = shrunk @ vectors.T
+    return (dual @ features + (dual @ along)[..., None] * pull).float()
 
 
-def fit_routers(inputs: Tensor, targets: Tensor, strength: float = PRIOR_RIDGE) -> Tensor:
-    """Routers (R,D) whose logits on inputs (R,N,D) follow targets (R,N), scaled so that all these logits together have
-    mean square 1 about their mean. A target of NaN is none."""
+def fit_routers(inputs: Tensor, targets: Tensor, strengths: tuple[float, ...] = (PRIOR_RIDGE,)) -> Tensor:
+    """Routers (S,R,D), by strength, whose logits on inputs (R|1,N,D) follow targets (R,N), scaled so that all logits of
+    a strength together have mean square 1 about their mean. A target of NaN is none."""
     known = ~targets.isnan()
-    pairs = [(x[use], y[use]) for x, y, use in zip(inputs, targets, known)]
-    weights = torch.stack([ridge(x, y, strength) if len(y) else x.new_zeros(inputs.shape[2]) for x, y in pairs])
-    return weights / torch.einsum("rnd,rd->rn", inputs, weights)[known].std().clamp(min=1e-12)
+    if len(inputs) == 1:
+        weights = ridge(inputs[0], targets, strengths)
+    else:
+        pairs = [(x[use], y[None, use]) for x, y, use in zip(inputs, targets, known)]
+        none = inputs.new_zeros(len(strengths), 1, inputs.shape[2])
+        weights = torch.cat([ridge(x, y, strengths) if y.numel() else none for x, y in pairs], dim=1)
+    spread = torch.stack([z[known].std() for z in logits_of(weights, inputs)])
+    return weights / spread.clamp(min=1e-12)[:, None, None]
 
 
-def benefit_prior(benefits: Tensor, inputs: Tensor, weights: Tensor) -> Tensor:
+def logits_of(weights: Tensor, inputs: Tensor) -> Tensor:
+    """Logits (S,R,N) of routers (S,R,D) on inputs (R|1,N,D)."""
+    return (inputs @ weights[..., None]).squeeze(-1)
+
+
+def benefit_prior(
+    benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int], sources: list[str | None], budget: float
+) -> Tensor:
     """Sequence routers (R,D): the logit is what running the place is worth to the sequence, by what it counts in the
-    budget. benefits (R,N), inputs (R,N,D), weights (R,)."""
-    return fit_routers(inputs, benefits / weights[:, None])
+    budget, mixed with the rank of the place in a static order.
+
+    benefits (R,N), inputs (R|1,N,D), weights (R,), sources (N): where sequences come from. Of all ridges and mixes that
+    are worth no less than the order to sources left out of the fit, the one that is worth most to sequences left out.
+    """
+    parts = folds([None] * len(sources)), folds(sources)
+    known, new = (worth(benefits, inputs, weights, order, budget, each) for each in parts)
+    return mixtures(benefits, inputs, weights, order)[known.where(new >= new[0], -math.inf).argmax()]
+
+
+def worth(
+    benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int], budget: float, parts: list[Tensor]
+) -> Tensor:
+    """What the routes of all `mixtures` are worth (M,), each sequence at exactly the budget, to parts left out."""
+    total = torch.zeros(len(SHARES) * len(STRENGTHS))
+    for left in parts:
+        z = logits_of(mixtures(benefits[:, ~left], inputs[:, ~left], weights, order), inputs[:, left])
+        total += torch.stack([(fill_budget(own, weights, budget) * benefits[:, left]).sum() for own in z])
+    return total
+
+
+def mixtures(benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int]) -> Tensor:
+    """Routers (M,R,D) of all SHARES and STRENGTHS, those of the order alone in front."""
+    fitted, static = fit_routers(inputs, benefits / weights[:, None], STRENGTHS), order_prior(order, inputs)
+    return torch.cat([share * fitted + (1 - share) * static for share in SHARES])
+
+
+def folds(sources: list[str | None]) -> list[Tensor]:
+    """Masks (N,) of the sequences of one source after another; of random parts where there is but one source."""
+    names = sorted({str(source) for source in sources})
+    labels = torch.tensor([names.index(str(source)) for source in sources])
+    labels = (labels if len(names) > 1 else torch.tensor(permutation(len(sources), "folds"))) % FOLDS
+    parts = [labels == label for label in labels.unique()]
+    return parts if len(parts) > 1 else []
 
 
 def token_prior(costs: Tensor, inputs: Tensor) -> Tensor:
     """Token routers (R,D): the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D)."""
-    return fit_routers(inputs, log_costs(costs))
+    return fit_routers(inputs, log_costs(costs))[0]
 
 
 def order_prior(order: list[int], inputs: Tensor) -> Tensor:
@@ -55,7 +109,7 @@ def order_prior(order: list[int], inputs: Tensor) -> Tensor:
     intercept.
     """
     ranks = torch.tensor(order).argsort().float()  # (R,): 0 is skipped first
-    return fit_routers(inputs, ranks[:, None].expand(-1, inputs.shape[1]), 0.1 * PRIOR_RIDGE)
+    return fit_routers(inputs, ranks[:, None].expand(-1, inputs.shape[1]), (0.1 * PRIOR_RIDGE,))[0]
 
 
 class RidgeDescent(torch.optim.Optimizer):
@@ -67,7 +121,7 @@ class RidgeDescent(torch.optim.Optimizer):
     longer decide alone. A step is scaled so that the logits of that sample move by `lr` (root mean square, over all
     routers together); the scale of the loss does not matter.
 
-    weights R x (1,D); inputs (R,N,D); counts (R,): what each router's units count in the budget, prices are taken by
+    weights R x (1,D); inputs (R|1,N,D); counts (R,): what each router's units count in the budget, prices are taken by
     it.
     """
 

@@ -9,10 +9,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.records import Example
 from model import ExpertRouters, Transformer
 from recipe.journal import once
 from recipe.lists import Prefixes, list_states, room_for_prefixes
-from recipe.passes import Batch, Workload, collate, finite, head_blocks, head_losses, states
+from recipe.passes import (
+    Batch, Workload, collate, finite, group_logits, head_blocks, head_losses, prompts_of, states,
+)
 from runtime import collect, generator, permutation, track
 
 COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
@@ -27,7 +30,7 @@ class Measured:
     """What one pass over some examples tells of R places and N units: sequences, or a sample of their tokens."""
 
     costs: Tensor  # (R,N) Fisher cost of skipping a unit; NaN where an expert was not given the token
-    inputs: Tensor  # (R,N,D) what the routers read there
+    inputs: Tensor  # (R,N,D) what the routers read there; (1,N,D) where all read the same
     turned: Tensor  # (R,) 1 - cos of what enters a place's target and that plus its output, summed over tokens; of an
     # expert: tokens that were given it
 
@@ -204,6 +207,21 @@ def typical_costs(costs: Tensor) -> Tensor:
     return log_costs(costs).nanmean(dim=1).nan_to_num(nan=-math.inf).exp()  # an expert that nobody was given is free
 
 
+@torch.no_grad()
+def first_inputs(work: Workload) -> Tensor:
+    """What routers read (1,N,D) that all decide at the first routed layer."""
+
+    def given(group: list[Example]) -> list[Tensor]:
+        with inputs_of(work.model.asked()) as inputs:
+            group_logits(work, group)
+        return inputs
+
+    if work.model.routing.pool == "prompt":
+        work = work.of(prompts_of(work.examples))
+    parts = [(number, once(lambda: given(group))[0]) for number, group in work.groups()]  # noqa: B023
+    return torch.cat(collect(parts, work.rt))[None].cpu()
+
+
 # -----------------------------------------------------------------------------
 # Benefits
 
@@ -211,7 +229,7 @@ def typical_costs(costs: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_benefits(work: Workload, skipped: tuple[int, ...], distill: bool = False) -> tuple[Tensor, Tensor]:
     """What running each place is worth to each sequence (R,N) where everyone skips the `skipped` ones, and the router
-    inputs (R,N,D) there.
+    inputs (R,N,D) there, (1,N,D) where all read the same.
 
     Benefit: the answer's loss without the place minus its loss with it, each measured, in nats over the square root of
     the answer's tokens: a sum over n tokens is as noisy as sqrt(n), and short answers should not drown. distill: the
@@ -230,7 +248,7 @@ def measure_benefits(work: Workload, skipped: tuple[int, ...], distill: bool = F
 
 
 def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], distill: bool) -> tuple[Tensor, Tensor]:
-    """Loss of each answer without a place minus its loss with it (R,B), and router inputs (R,B,D).
+    """Loss of each answer without a place minus its loss with it (R,B), and router inputs (R|1,B,D).
 
     Only what stands above a toggled place is computed again.
     """
@@ -249,8 +267,8 @@ def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], disti
             return [by_row(set(skipped)), torch.stack(inputs)]
 
     now, inputs = once(beside_the_list)
-    benefits = torch.zeros(len(inputs), len(now))
-    for place in reversed(range(len(inputs))):  # from the top: what is kept for the places below stays longest
+    benefits = torch.zeros(len(model.routing.places), len(now))
+    for place in reversed(range(len(benefits))):  # from the top: what is kept for the places below stays longest
         difference = once(lambda: [by_row({*skipped} ^ {place})])[0] - now
         benefits[place] = -difference if place in skipped else difference
     return benefits, inputs

@@ -251,10 +251,14 @@ def real_logits(z: Tensor, lengths: list[int]) -> Tensor:
 
 def group_logits(work: Workload, group: list[Example]) -> Tensor:
     """The same of a few examples, whole."""
-    batch = collate(group, work.rt.device)
-    start = {"x": work.entered(batch), "first_layer": work.first_layer}
-    z = work.model.hidden(None, lengths=batch.lengths, route="gather", return_scores=True, **start)[2]
-    finite(z.masked_fill(z.isinf(), 0.0) if work.model.routing.experts else z, work.model, "router logits")
+    batch, model = collate(group, work.rt.device), work.model
+    x, lengths = work.entered(batch), batch.lengths
+    if model.routing.reads == "first" and not work.moving:  # known before the routed part begins
+        z = model.ahead(*model.begin(None, x, lengths, route="gather"))[1]
+    else:
+        start = {"x": x, "first_layer": work.first_layer}
+        z = model.hidden(None, lengths=lengths, route="gather", return_scores=True, **start)[2]
+    finite(z.masked_fill(z.isinf(), 0.0) if model.routing.experts else z, model, "router logits")
     return real_logits(z, batch.lengths)
 
 

@@ -24,7 +24,7 @@ def describe(run: Run) -> None:
         print0(f"LoRA: {len(changes(model))} projections, rank {cfg.lora_rank}, lr {cfg.lora_lr}; no routers")
         return
     print0(f"routed places: {', '.join(routing.names)} of {model.config.n_layers} layers; {routing.granularity}, pool "
-           f"{routing.pool}, kv {routing.kv}; budget {cfg.budget}")
+           f"{routing.pool}, kv {routing.kv}, reads {routing.reads}; budget {cfg.budget}")
     print0(f"steps: {cfg.steps} of {cfg.batch_size} examples ({per_rank} a rank, {cfg.micro_batch} at a time); recipe "
            f"{cfg.recipe}, objective {cfg.objective}, lr {cfg.lr}, lambda {cfg.lambda_}")
 

@@ -29,7 +29,8 @@ def load_shared(folder: str, rt: Runtime, routers: str | None = None) -> Transfo
             if parameter not in small:
                 parameter.data = parameter.data.to(rt.device, rt.dtype)
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=small)
-        register_fsdp_forward_method(block, "eager")
+        for method in ("eager", "read"):
+            register_fsdp_forward_method(block, method)
     for name, tensor in open_checkpoint(folder).items():
         if not name.startswith("layers."):  # mapped anew, so that nothing holds the pages that blocks were cut from
             model.get_parameter(name).data = tensor.to(rt.device, rt.dtype)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
@@ -10,10 +10,10 @@ from model import ModelConfig, routing_of
 from recipe.calibrate import settle
 from recipe.controls import Controls
 from recipe.fit import benefit_prior, order_prior, token_prior
-from recipe.measure import Measured, measure_benefits, measure_costs, typical_costs
+from recipe.measure import Measured, first_inputs, measure_benefits, measure_costs, typical_costs
 from recipe.experts import gate_start
 from recipe.orders import search_orders
-from recipe.passes import Workload, evaluate
+from recipe.passes import EVAL_BATCH, Workload, by_length, evaluate
 from recipe.run import Job, Run, State, build, copied, put
 from router import (
     RouterConfig, RouterMeta, check_fingerprint, load_router_weights, official_layers, parse_layers,
@@ -68,7 +68,7 @@ def standing(job: Job) -> tuple[Workload, State]:
     cfg, model, orders = job.cfg, job.model, {}
     if cfg.import_official:
         tensors, _ = read_router_file(cfg.import_official, official=True)
-        model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), pool=cfg.pool, kv=cfg.kv))
+        model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), **cfg.routes))
         load_router_weights(cfg.import_official, model, tensors, model.routing)
     else:
         orders, names = read_router_file(cfg.recalibrate)[1].orders, model.routing.names
@@ -81,7 +81,7 @@ def read_init(cfg, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:
     """What the file of --init holds. Raises ValueError naming what these settings do not ask for."""
     tensors, meta = read_router_file(cfg.init)
     has, (wanted, kept) = meta.routing, candidates(cfg, config)
-    pairs = {name: (getattr(has, name), getattr(wanted, name)) for name in ("granularity", "pool", "kv")}
+    pairs = {name: (getattr(has, name), getattr(wanted, name)) for name in ("granularity", "pool", "kv", "reads")}
     pairs["layers"] = (has.names, wanted.names) if kept is None else (len(has.places), kept)
     if differing := [f"{name} ({ours!r} there, {asked!r} now)" for name, (ours, asked) in pairs.items()
                      if ours != asked]:
@@ -93,9 +93,7 @@ def read_init(cfg, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:
 def candidates(cfg, config: ModelConfig) -> tuple[RouterConfig, int | None]:
     """Places where routers may stand, and how many of them (of experts: layers) are kept: the cheapest; None: all."""
     layers, kept = parse_layers(cfg.layers, config.n_layers)
-    more = {"pool": cfg.pool, "kv": cfg.kv, "renormalise": cfg.renormalise}
-    routing = routing_of(config, cfg.granularity, layers, **more)
-    return routing, kept
+    return routing_of(config, cfg.granularity, layers, **cfg.routes), kept
 
 
 def orders_of(job: Job, work: Workload, measured: Measured) -> dict[str, list[int]]:
@@ -109,14 +107,16 @@ def first_routers(run: Run, measured: Measured) -> None:
     """Start from the best static order, as routers that say the same of everyone, or, where the selection set loses
     less, from routers fitted to what was measured."""
     cfg, state, routing = run.cfg, run.state, run.model.routing
-    name, skipped = best_static(Controls(run.select), state.orders, cfg.budget)
+    name = best_static(Controls(run.select), state.orders, cfg.budget)[0]
     starts = router_starts(measured, name, state.orders[name], routing.unit)
     if routing.experts and routing.unit == "token":
         gate = gate_start(run.model, measured.inputs)
         starts |= {"gate": gate, "gate + fisher": gate + starts["fisher"]}
     if routing.unit == "sequence" and cfg.benefit_samples and not routing.experts:
         examples = run.data.train[: cfg.benefit_samples]
-        starts["benefits"] = benefit_start(run.work.of(examples), skipped, cfg.objective == "distill")
+        starts["benefits"] = benefit_start(
+            run.work.of(examples), state.orders[name], cfg.budget, cfg.objective == "distill"
+        )
     tried, cuts = {}, {}
     routers = [router.weight for router in run.model.routers()]
     for name, weights in starts.items():
@@ -146,18 +146,19 @@ def place_routers(work: Workload, routing: RouterConfig, kept: int | None, seed:
     Returns what those cost.
     """
     model = work.model
-    model.add_routers(routing)
+    model.add_routers(replace(routing, reads="own") if routing.reads == "first" else routing)
     measured = measure_costs(work, seed)
     typical = typical_costs(measured.costs)
     shown = zip(routing.names, typical.tolist())
     print0("cost of skipping, in nats: " + ", ".join(f"{name}: {cost:.3g}" for name, cost in shown))
-    if kept is None:
-        return measured
-    prices, loads = typical / model.place_weights(), model.loads
-    cheapest = cheapest_layers(routing, prices, kept) if routing.experts else sorted(prices.argsort()[:kept].tolist())
-    model.add_routers(routing.at(cheapest))
-    model.loads = loads and [loads[place] for place in cheapest]
-    return measured.at(cheapest)
+    prices, loads, chosen = typical / model.place_weights(), model.loads, list(range(len(routing.places)))
+    if kept is not None:
+        cheapest = sorted(prices.argsort()[:kept].tolist())
+        chosen = cheapest_layers(routing, prices, kept) if routing.experts else cheapest
+    model.add_routers(routing.at(chosen))
+    model.loads = loads and [loads[place] for place in chosen]
+    measured = measured.at(chosen)
+    return measured if routing.reads != "first" else replace(measured, inputs=first_inputs(work))
 
 
 def cheapest_layers(routing: RouterConfig, prices: Tensor, kept: int) -> list[int]:
@@ -189,10 +190,12 @@ def router_starts(measured: Measured, name: str, order: list[int], unit: str) ->
     return starts
 
 
-def benefit_start(work: Workload, skipped: tuple[int, ...], distill: bool) -> Tensor:
+def benefit_start(work: Workload, order: list[int], budget: float, distill: bool) -> Tensor:
     """First routers (R,D) fitted to what each place is worth to each sequence beside a static list."""
-    benefits, inputs = measure_benefits(work, skipped, distill)
-    return benefit_prior(benefits, inputs, work.model.place_weights())
+    weights = work.model.place_weights()
+    benefits, inputs = measure_benefits(work, skipped_places(order, weights, 1 - budget), distill)
+    sources = [example.domain for group in by_length(work.examples, EVAL_BATCH) for example in group]
+    return benefit_prior(benefits, inputs, weights, order, sources, budget)
 
 
 def loss_at_budget(

@@ -19,13 +19,15 @@ CONFIG = ModelConfig(family="llama", dim=32, n_layers=6, n_heads=4, n_kv_heads=2
 LAYERS = (1, 2, 3, 4)
 KEEPS = ("attn_token", "both_token")
 CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in KEEPS else ("routed",))]
+CASES += [(g, "first") for g in ("attn_sequence", "both_sequence")]  # kv routed, all routers decide at the first routed layer
 FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True, tie_embeddings=False)}
 
 
 def build(granularity: str, kv: str = "routed", family: str = "llama") -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig(**{**vars(CONFIG), "family": family, **FAMILIES[family]})
-    model = Transformer(config, RouterConfig.of(granularity, LAYERS, kv=kv))
+    more = {"reads": "first"} if kv == "first" else {"kv": kv}
+    model = Transformer(config, RouterConfig.of(granularity, LAYERS, **more))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
@@ -70,12 +72,12 @@ def test_mask_is_one_graph_per_block_for_any_shape(granularity, kv):
     assert counts[1] == counts[0] == 2 and counts[3] == counts[2] <= 4
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "block_token"])
-def test_mask_keeps_its_gradient(granularity):
+@pytest.mark.parametrize("granularity, kv", [("attn_sequence", "routed"), ("both_sequence", "first"), ("block_token", "routed")])
+def test_mask_keeps_its_gradient(granularity, kv):
     """The training path: gradient through the routers, ahead-of-time autograd; equal to eager."""
     gradients = []
     for compiled in (False, True):
-        model = build(granularity)
+        model = build(granularity, kv)
         if compiled:
             for block in model.layers:
                 block.compile(fullgraph=True, dynamic=True, backend="aot_eager")
@@ -180,9 +182,10 @@ def test_the_counter_counts():
 @pytest.mark.parametrize("granularity, kv", CASES)
 @pytest.mark.parametrize("lengths", [None, [9, 4, 6]])
 def test_host_waits(granularity, kv, lengths):
-    """None for off and mask; for gather one per router and prompt, and for later tokens none where one decision serves a sequence."""
+    """None for off and mask; for gather one per router and prompt (one where all decide together), and for later tokens none where one decision
+    serves a sequence."""
     model, tokens = build(granularity, kv), tokens_of(3, 9).as_subclass(OnDevice)
-    routers, by_token = len(model.routing.places), granularity.endswith("token")
+    routers, by_token = 1 if kv == "first" else len(model.routing.places), granularity.endswith("token")
     assert waits(lambda: model(tokens, lengths=lengths)) == 0
     assert waits(lambda: model(tokens, lengths=lengths, route="mask")) == 0
     for route, first, later in (("off", 0, 0), ("gather", routers, routers if by_token else 0)):

@@ -26,7 +26,7 @@ from model import KVCache, Transformer, generate, load_model
 from recipe.forced import Control, make_control
 from recipe.orders import gate_norm_order
 from recipe.results import mean_stderr
-from router import GRANULARITIES, RouterConfig, RouterMeta, save_routers
+from router import GRANULARITIES, RouterConfig, RouterMeta, save_routers, set_cuts
 from runtime import ALONE as CPU
 from test_tasks import stem, write_data
 from tiny import CONFIG, byte_tokenizer, write_base, write_jsonl
@@ -712,12 +712,13 @@ def test_controls_of_both_count_compute(base, tok, tmp_path):
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
-def test_calibration_holds_the_budget_on_a_task(base, tok, granularity):
-    """Cuts move together, a place that everyone skips stays so, and the second task starts from the file's cuts."""
+def test_calibration_holds_the_budget_over_the_tasks(base, tok, granularity):
+    """Cuts move together, and a place that everyone skips stays so; capacity is that of all tasks' contexts, of a single task it may differ."""
     model = routed(base, granularity)
-    boolq = ready_tasks(base, tok, "boolq", share=False)[0].items
     generator = random.Random(0)
-    letters = [made_item(i, generator.choices(range(32, 120), k=12), [[65]]) for i in range(60)]
+    kinds = (range(32, 70), range(70, 120))
+    tasks = [ReadyTask(Task(f"t{kind}", None, (), (), 0, ("acc",), ""), "", items=[
+        made_item(60 * kind + i, generator.choices(kinds[kind], k=12), [[65]]) for i in range(60)]) for kind in (0, 1)]
     run = Scorer(model, tok, "gather")
     for cuts, budget in (
         ([0.0, 0.3, -0.2], 0.4),
@@ -725,13 +726,11 @@ def test_calibration_holds_the_budget_on_a_task(base, tok, granularity):
         ([0.0, math.inf, -0.2], 0.5),
         ([0.0, 0.3, -0.2], 1.0),
     ):
+        set_cuts(model, cuts)
         with torch.no_grad():
-            scoring.calibrate_task(run, boolq, 0.3, cuts, CPU)
-            scoring.calibrate_task(run, letters, budget, cuts, CPU)
-            moved = [router.cut.item() for router in model.routers()]
-            scoring.calibrate_task(run, letters, budget, cuts, CPU)
-        assert moved == [router.cut.item() for router in model.routers()]
-        found = scoring.result_of(score(run, letters), ("acc",))
+            scoring.calibrate_cuts(run, tasks, SimpleNamespace(calibrate=60, budget=budget), CPU)
+        moved = [router.cut.item() for router in model.routers()]
+        found = scoring.result_of(score(run, [item for own in tasks for item in own.items]), ("acc",))
         if budget == 1.0:
             assert moved == pytest.approx(cuts)
             continue
@@ -1080,6 +1079,7 @@ def test_misuse_is_refused_with_a_reason(base, data, tmp_path):
     refused("needs routed layers", control="random:1")
     refused("--limit is 0", limit=0)
     refused("--calibrate=5 moves the routers' cuts", calibrate=5)
+    refused("give --routers and --budget", budget_per="sequence")
     refused("cannot be written", out=str(tmp_path))
     refused("cannot be written", samples=str(base / "base/config.json/s.jsonl"))
     refused("this model's context is 1024", max_length=5000)

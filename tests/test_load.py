@@ -66,6 +66,15 @@ def test_it_is_made_once_and_known_by_content(model, tmp_path, monkeypatch):
     assert texts(again.all) == texts(first.all) and again.digest == first.digest
 
 
+def test_bare_rows_are_counted_and_none_is_held_out(model, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows_of(60))
+    data = load(request_of(model, path), form_of(model, bare=0.5, seed=1), CPU)
+    plain = load(request_of(model, path), form_of(model), CPU)
+    changed = [name for name in ("train", "select", "held") if texts(getattr(data, name)) != texts(getattr(plain, name))]
+    assert "held" not in changed and "train" in changed and 10 < data.report["bare"] < 45 and plain.report["bare"] == 0
+    assert len({example.domain for example in data.train}) == 2  # bare rows count as a source of their own
+
+
 @pytest.mark.parametrize("change", ["file", "tokenizer", "length", "seed", "portion"])
 def test_another_file_tokenizer_or_setting_makes_it_anew(model, tmp_path, change):
     path = write_jsonl(tmp_path / "a.jsonl", rows_of(30))

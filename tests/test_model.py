@@ -27,15 +27,17 @@ FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bi
             "qwen3": dict(qk_norm=True, head_dim=16, tie_embeddings=False)}
 KEEPS = ("attn_token", "both_token")  # granularities that may leave the keys and values of skipped tokens
 CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in KEEPS else ("routed",))]
+CASES += [(g, "first") for g in GRANULARITIES if g.endswith("sequence")]  # kv routed, all routers decide at the first routed layer
 
 
 def routing_of(granularity: str, kv: str = "routed", layers=(1, 2, 3)) -> RouterConfig:
     """Of both: one layer that gates both, one that gates its attention alone, one its MLP."""
-    whole = RouterConfig.of(granularity, layers, kv=kv)
+    more = {"reads": "first"} if kv == "first" else {"kv": kv}
+    whole = RouterConfig.of(granularity, layers, **more)
     if whole.target != "both":
         return whole
     places = [Place(layer, "attn") for layer in layers[:-1]] + [Place(layer, "mlp") for layer in layers[1:]]
-    return RouterConfig(tuple(places), whole.unit, kv=kv)
+    return RouterConfig(tuple(places), whole.unit, **more)
 
 
 def build(family: str = "llama", granularity: str | None = None, kv: str = "routed", layers=(1, 2, 3), seed: int = 0, dtype=torch.float32,
@@ -172,7 +174,7 @@ def test_either_choice_is_the_same_function(choice, p, step):
     torch.testing.assert_close(together, rows(masked, full), atol=1e-9, rtol=1e-9)
     slot, ran = 2 * model.config.n_kv_heads * model.config.head_dim * 8, 4 * sum(full)
     for place, gate in zip(model.routing.places, realised):
-        if kv == "routed" and place.target != "mlp":
+        if kv != "all" and place.target != "mlp":
             shares = gate if by_token else gate[:, None].expand(-1, max(full))
             ran -= sum(length - int(shares[row, :length].sum()) for row, length in enumerate(full))
     assert cache.used_bytes() == slot * ran
@@ -194,6 +196,59 @@ def test_a_row_that_skips_a_step_takes_no_part_in_it(granularity, kv):
             held[1] = math.nan
     got, _ = model(step, cache=other, route="gather", gates=gates)
     assert torch.equal(got, wanted) and got.isfinite().all()
+
+
+@pytest.mark.parametrize("granularity", [g for g in GRANULARITIES if g.endswith("sequence")])
+def test_a_route_that_is_decided_at_the_first_routed_layer_depends_on_no_route(granularity):
+    """Every router reads the same mean, so logits are those of one linear map of it, whatever runs; a call that begins above must bring gates."""
+    model, tokens, lengths = build("llama", granularity, "first"), tokens_of(3, 9), [9, 4, 7]
+    x = model.trunk(tokens)
+    h = model.layers[1].attention_norm(x)
+    mean = torch.stack([row[:length].mean(0) for row, length in zip(h, lengths)])
+    wanted = torch.stack([router(mean) for router in model.routers()])
+    for share in (0.0, 0.4, 1.0, None):
+        gates = None if share is None else random_gates(model, 3, 9, 5, share)
+        for route in ("mask", "gather"):
+            _, ran, z = model.hidden(tokens, lengths=lengths, route=route, gates=gates, return_scores=True)
+            torch.testing.assert_close(z, wanted, atol=1e-4, rtol=1e-4)
+            assert torch.equal(ran, (z >= 0).float() if gates is None else gates)
+    with pytest.raises(ValueError, match="decide at layer 1"):
+        model.hidden(None, x=x, first_layer=2, route="gather")
+    gates = random_gates(model, 3, 9, 5, 0.5)
+    gates[model.routing.rows_of(1)] = 0.0
+    if granularity == "block_sequence":  # nothing of layer 1 runs, so that what enters it enters layer 2
+        got = model.hidden(None, x=x, first_layer=2, route="gather", gates=gates[1:], lengths=lengths)[0]
+        want = model.hidden(tokens, route="gather", gates=gates, lengths=lengths)[0]
+        torch.testing.assert_close(rows(got, lengths), rows(want, lengths))
+
+
+@settings(max_examples=60, deadline=None)
+@given(pattern, st.sampled_from([g for g in GRANULARITIES if g.endswith("sequence")]), st.sampled_from([0.0, 0.2, 0.4, 0.55, 0.8, 1.0]))
+def test_a_budget_per_sequence_holds_for_every_row_of_any_batch(p, granularity, budget):
+    """mask = gather = prompt and cached steps = the row alone, and each row runs as much as fits, whatever the cuts."""
+    model, prompts = build(p["family"], granularity, "first", seed=p["seed"] % 5, dtype=torch.float64), p["lengths"]
+    for number, router in enumerate(model.routers()):
+        router.cut.fill_([math.inf, -math.inf, 0.7, -0.2][(p["seed"] + number) % 4])
+    model.budget_each, weights = budget, model.place_weights()
+    full = [length + 3 for length in prompts]
+    tokens = tokens_of(len(prompts), max(full), p["seed"])
+    expected, ran = model(tokens, full, prompts, route="mask")
+    assert torch.equal(model(tokens, full, prompts, route="gather")[1], ran)
+    used = weights @ ran.double()
+    assert (used <= budget + 2e-6).all() and ((used + weights[:, None] > budget) | ran.bool()).all()
+    cache = KVCache(model, len(prompts))
+    got = [model(tokens[:, :max(prompts)], prompts, cache=cache, route="gather")[0]]
+    for at in range(3):
+        column = torch.tensor([[length + at] for length in prompts])
+        logits, held = model(tokens.gather(1, column), cache=cache, route="gather")
+        got.append(logits)
+        assert torch.equal(held, ran)
+    for row, length in enumerate(prompts):
+        together = torch.cat([got[0][row, :length], *(piece[row] for piece in got[1:])])
+        torch.testing.assert_close(together, expected[row, :full[row]], atol=1e-9, rtol=1e-9)
+        alone, own = model(tokens[row:row + 1, :full[row]], prompt_lengths=[length], route="gather")
+        torch.testing.assert_close(alone[0], together, atol=1e-9, rtol=1e-9)
+        assert torch.equal(own[:, 0], ran[:, row])
 
 
 @settings(max_examples=120, deadline=None)
@@ -606,6 +661,20 @@ def test_a_router_file_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
     file.write_bytes(good)
     with pytest.raises(ValueError, match="no calibration table"):
         load_model(base, routers=file, budget=0.5)
+
+
+def test_a_budget_per_sequence_needs_a_budget_and_a_route_that_is_known_at_once(tmp_path):
+    net = build("llama", "attn_sequence", "first")
+    base, table = stored(tmp_path / "base", net), {"budgets": [0.5], "thresholds": [[0.5] * 3]}
+    for reads in ("first", "own"):
+        other = build("llama", "attn_sequence", reads if reads == "first" else "routed")
+        save_routers(tmp_path / reads, other, RouterMeta(other.routing, [0.5] * 3, fingerprint(base), table))
+    assert load_model(base, routers=tmp_path / "first", budget=0.5, budget_per="sequence").budget_each == 0.5
+    assert load_model(base, routers=tmp_path / "first", budget=0.5).budget_each is None
+    for name, budget, per, reason in (("own", 0.5, "sequence", "tune with train.py --reads=first"), ("first", None, "sequence", "give a budget"),
+                                      ("first", 0.5, "token", "expected one of workload, sequence")):
+        with pytest.raises(ValueError, match=reason):
+            load_model(base, routers=tmp_path / name, budget=budget, budget_per=per)
 
 
 @pytest.mark.parametrize("text, reason", [("{", "is not JSON"), ("[1]", "holds a list"), ("[" * 100_000, "is not JSON"), ("{}", "config lacks"), ('{"x": 1}', "unknown keys")])

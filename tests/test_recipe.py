@@ -49,29 +49,41 @@ def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
 def test_ridge_fits_and_shrinks():
     torch.manual_seed(0)
     x, w = torch.randn(50, 8), torch.randn(8)
-    torch.testing.assert_close(fit.ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
-    assert fit.ridge(x, x @ w, 10.0).norm() < w.norm()
+
+    def ridge(x: torch.Tensor, target: torch.Tensor, strength: float) -> torch.Tensor:
+        return fit.ridge(x, target[None], (strength,))[0, 0]
+
+    torch.testing.assert_close(ridge(x, x @ w, 1e-9), w, rtol=1e-4, atol=1e-4)
+    assert ridge(x, x @ w, 10.0).norm() < w.norm()
     wide = torch.randn(50, 20) + 3.0  # a strong mean: constants are met, to within the spread along it
-    constant = wide @ fit.ridge(wide, torch.full((50,), 2.0), 1.0)
+    constant = wide @ ridge(wide, torch.full((50,), 2.0), 1.0)
     assert constant.mean().item() == pytest.approx(2.0, rel=0.02) and constant.std() < 0.2
     target = wide[:, 0] * 5.0
-    assert (wide @ fit.ridge(wide, target, 10.0)).mean().item() == pytest.approx(
+    assert (wide @ ridge(wide, target, 10.0)).mean().item() == pytest.approx(
         target.mean().item(), rel=0.02
     )  # shrunk to the mean, not to zero
+    mean = torch.nn.functional.normalize(wide.mean(0), dim=0)
+    variance, targets = (wide - wide.mean(0)).square().sum(1).mean(), torch.stack([target, wide[:, 1]])
+    cheap = torch.linalg.inv(torch.eye(20) + 100 * mean[:, None] * mean)  # along the mean a weight costs a hundredth
+    for strength, found in zip((0.5, 8.0), fit.ridge(wide, targets, (0.5, 8.0))):  # the normal equations
+        wanted = torch.linalg.solve(wide.T @ wide + strength * variance * cheap, wide.T @ targets.T).T
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate():
+@pytest.mark.parametrize("kinds", [3, 1])
+def test_a_ridge_step_is_ridge_regression_scaled_to_the_rate(kinds):
     """Woodbury's form equals the explicit inverse, and the sample's logits move by exactly the learning rate (root mean
-    square).
+    square), where each router has inputs of its own and where all share them.
     """
     torch.manual_seed(0)
-    inputs, weights = torch.randn(3, 7, 12), [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(3)]
+    inputs, weights = torch.randn(kinds, 7, 12), [torch.nn.Parameter(torch.randn(1, 12)) for _ in range(3)]
     before = torch.cat([w.detach().clone() for w in weights])
     gradient = torch.randn(3, 12)
     for w, g in zip(weights, gradient):
         w.grad = g[None].clone()
     rise = fit.RidgeDescent(weights, inputs, lr=0.3, counts=torch.ones(3)).step()
     moved = torch.cat([w.detach() for w in weights]) - before
+    inputs = inputs.expand(3, -1, -1)
     covariance = inputs.transpose(1, 2) @ inputs / 7
     ridge = fit.STEP_RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
     wanted = -torch.linalg.solve(covariance + ridge[:, None, None] * torch.eye(12), gradient[..., None])[..., 0] / 7
@@ -176,13 +188,13 @@ def test_prompts_are_stored_beside_the_whole_examples(base, tmp_path):
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "both_sequence"])
-@pytest.mark.parametrize("distill", [False, True])
-def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill):
+@pytest.mark.parametrize("distill, reads", [(False, "first"), (True, "first"), (False, "own")])
+def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granularity, distill, reads):
     """Against whole forward passes of one example at a time, at a working point where everyone skips one layer."""
-    run, skipped = begun(base, granularity=granularity, layers="1-3", steps=0), (1,)
+    run, skipped = begun(base, granularity=granularity, layers="1-3", steps=0, reads=reads), (1,)
     examples, n_places = run.data.train[:5], 6 if granularity == "both_sequence" else 3
     benefits, inputs = measure.measure_benefits(Workload(run.model, examples, CPU, run.work.trunk), skipped, distill)
-    assert benefits.shape == (n_places, 5) and inputs.shape == (n_places, 5, 32) and (benefits.abs() > 1e-4).all()
+    assert benefits.shape == (n_places, 5) and inputs.shape == (n_places if reads == "own" else 1, 5, 32) and (benefits.abs() > 1e-4).all()
     for n, example in enumerate(e for group in passes.by_length(examples, passes.EVAL_BATCH) for e in group):
         batch, losses = passes.collate([example], CPU.device), {}
         teacher = {0: passes.states(run.model, batch, route="off")[0]} if distill else None
@@ -198,16 +210,46 @@ def test_benefit_is_the_loss_without_a_layer_minus_the_loss_with_it(base, granul
 
 
 def test_benefit_prior_runs_a_layer_where_it_is_worth_most():
-    """Two kinds of inputs, opposite benefits: at half the budget each kind runs its own layer; a layer that nobody
-    needs stays skipped first.
+    """Two kinds of inputs, opposite benefits: where one layer fits the budget each kind runs its own; a layer that
+    nobody needs stays skipped first.
     """
     torch.manual_seed(0)
     kind = torch.tensor([0, 1] * 20)
     inputs = torch.randn(3, 40, 16) * 0.1 + torch.randn(3, 1, 16) + torch.randn(2, 16)[kind] * 0.5
     benefits = torch.stack([(kind == 0) * 2.0, (kind == 1) * 2.0, torch.full((40,), -1.0)]) + 0.1 * torch.randn(3, 40)
-    z = torch.einsum("rnd,rd->rn", inputs, fit.benefit_prior(benefits, inputs, torch.ones(3) / 3))
-    executed = z >= router.quantile_cut(z, 1 / 3)
-    assert torch.equal(executed, torch.stack([kind == 0, kind == 1, kind > 1]))
+    made = fit.benefit_prior(benefits, inputs, torch.ones(3) / 3, [2, 1, 0], [None] * 40, 1 / 3)
+    executed = router.fill_budget(fit.logits_of(made[None], inputs)[0], torch.ones(3) / 3, 1 / 3)
+    assert torch.equal(executed.bool(), torch.stack([kind == 0, kind == 1, kind > 1]))
+
+
+@pytest.mark.parametrize("carries", [True, False])
+def test_benefits_count_as_far_as_they_carry_over_to_a_source_that_was_left_out(carries):
+    """Two sources in which the same direction says the same of what is worth running, or the opposite: then the list stands, for everyone."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 80, 16) * 0.3 + torch.randn(1, 1, 16)
+    sources, side = ["a"] * 40 + ["b"] * 40, (x[0] - x[0].mean(0))[:, 0].sign()
+    sign = side * (1 if carries else torch.tensor([1.0] * 40 + [-1.0] * 40))
+    benefits = torch.stack([1.0 + sign, 1.0 - sign, torch.full((80,), 0.5), torch.full((80,), -1.0)])
+    weights, order = torch.ones(4) / 4, [3, 2, 1, 0]
+    made = fit.benefit_prior(benefits, x, weights, order, sources, 0.25)
+    gates = router.fill_budget(fit.logits_of(made[None], x)[0], weights, 0.25)
+    assert (gates.sum(0) == 1).all()
+    if carries:
+        assert (gates * benefits).sum() > 0.9 * 2.0 * 80
+    else:
+        assert torch.equal(gates, torch.tensor([1.0, 0, 0, 0])[:, None].expand(4, 80))
+
+
+@pytest.mark.parametrize("sources", [["a"] * 21, ["a", "b", None] * 7, [str(i) for i in range(30)], ["a"], []])
+def test_folds_part_the_sequences_by_source(sources):
+    parts = fit.folds(sources)
+    if len(sources) < 2:
+        assert parts == []
+        return
+    assert 2 <= len(parts) <= fit.FOLDS and (torch.stack(parts).sum(0) == 1).all() and all(part.any() for part in parts)
+    if "a" in sources and len(set(sources)) > 1:
+        for part in parts:
+            assert len({source for source, left in zip(sources, part.tolist()) if left}) == 1
 
 
 def test_order_prior_is_the_static_order():

@@ -30,6 +30,7 @@ from router import (
     cuts_for,
     deep_layers,
     describe,
+    fill_budget,
     freeze_all_but_routers,
     load_router_weights,
     mean_order,
@@ -130,7 +131,7 @@ def test_layers_by_name():
     ([(1, "attn")], dict(pool="mean"), "pool"), ([(1, "attn")], dict(unit="word"), "unit"), ([], {}, "one or more"),
     ([(-1, "attn")], {}, "0-based"), ([(1, "attn"), (1, "attn")], {}, "each place once"),
     ([(1, "attn"), (1, "block")], {}, "expected one of the two"), ([(1, "mlp"), (1, "block")], {}, "expected one of the two"),
-    ([(1, "attn")], dict(reads="first"), "reads"), ([(1, "attn", 2)], {}, "expert")])
+    ([(1, "attn")], dict(reads="last"), "reads"), ([(1, "attn")], dict(unit="token", reads="first"), "reads"), ([(1, "attn", 2)], {}, "expert")])
 def test_a_wrong_setting_is_refused_not_guessed(places, settings_, message):
     with pytest.raises(ValueError, match=message):
         RouterConfig(places, **settings_)
@@ -236,6 +237,23 @@ def test_no_table_no_budget():
 def test_cuts_and_thresholds_are_each_others_inverse(score):
     assert threshold_of(cut_of(score)) == pytest.approx(score, rel=1e-9)
     assert threshold_of(cut_of(0.0)) == 0 and threshold_of(cut_of(1.0)) == 1
+
+
+@given(st.integers(1, 12), st.integers(1, 4), st.floats(0, 1), st.booleans(), st.integers(0, 10_000))
+def test_each_sequence_fills_its_budget_and_never_exceeds_it(places, rows, budget, alike, seed):
+    """By what places count; the best ones first; no place is left that would still fit; a row alone gets what it gets among others."""
+    generator = torch.Generator().manual_seed(seed)
+    margins = torch.randn(places, rows, generator=generator)
+    weights = torch.ones(places) if alike else torch.rand(places, generator=generator) + 0.1
+    weights = weights.double() / weights.double().sum()
+    gates = fill_budget(margins, weights, budget)
+    used = weights @ gates.double()
+    assert (used <= budget + 2e-6).all() and set(gates.unique().tolist()) <= {0.0, 1.0}
+    assert ((used + weights[:, None] > budget) | gates.bool()).all()
+    assert torch.equal(fill_budget(margins[:, :1], weights, budget), gates[:, :1])
+    if alike:
+        k = int(gates[:, 0].sum())
+        assert k == math.floor(budget * places + 1e-6) and set(gates[:, 0].nonzero()[:, 0].tolist()) == set(margins[:, 0].topk(k).indices.tolist())
 
 
 def test_file_round_trip_keeps_bits_and_metadata(tmp_path):

@@ -69,6 +69,21 @@ def test_batches_give_what_single_prompts_give(folder, unit, monkeypatch, capsys
         assert "% of routed units skipped" in part and "[dense: " in part
 
 
+def test_a_budget_per_sequence_holds_for_each_answer(folder, monkeypatch, capsys):
+    model, path, prompts = load_model(folder), folder / "first.safetensors", folder / "three.txt"
+    torch.manual_seed(2)
+    model.add_routers(RouterConfig.of("attn_sequence", (1, 2, 3), reads="first"))
+    for router in model.routers():
+        torch.nn.init.normal_(router.weight)
+    table = {"budgets": [0.7], "thresholds": [[0.5] * 3]}
+    save_routers(path, model, RouterMeta(model.routing, [0.5] * 3, model.fingerprint, table))
+    prompts.write_text("Hello\nA much longer prompt than that\nx\n")
+    words = (f"--prompts={prompts}", f"--routers={path}", "--budget=0.7", "--max_new_tokens=5", "--raw", "--batch=2")
+    assert say(folder, monkeypatch, capsys, *words, "--budget_per=sequence").count("33.3% of routed units skipped") == 3
+    with pytest.raises(ValueError, match="about routers"):
+        say(folder, monkeypatch, capsys, "--prompt=x", "--budget_per=sequence")
+
+
 @pytest.mark.parametrize("unit", ["sequence", "token"])
 def test_shares_are_those_of_the_routes(folder, unit):
     model, prompt = load_model(folder, folder / f"{unit}.safetensors"), list(b"A prompt of several words")
