@@ -145,7 +145,8 @@ def read_int8(model: Transformer, folder: str | Path, device, dtype: torch.dtype
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
             for name in names:
-                with safe_open(path, framework="pt") as file:
-                    yield name, file.get_tensor(name).to(device)
+                with safe_open(path, framework="pt") as file:  # closed before anything is made of it: heaps fragment
+                    tensor = file.get_tensor(name)
+                yield name, tensor.to(device)
 
     return rounded(model, stored(), dtype)
