@@ -374,6 +374,9 @@ def test_one_table_serves_every_budget(base, granularity):
     table = calibrate.calibrate(selection(run), 0.5)
     assert table["budgets"] == sorted(table["budgets"]) and len(table["budgets"]) == len(calibrate.BUDGETS)
     n = passes.route_logits(selection(run)).shape[1] * 4
+    assert ("shares" in table) == ("token" in granularity)
+    for budget, shares in zip(table["budgets"], table.get("shares", ())):  # of places, by the logits of nearby routes
+        assert abs((run.model.place_weights() @ torch.tensor(shares, dtype=torch.float64)).item() - budget) <= 0.06
     for budget in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
         router.set_cuts(run.model, router.cuts_for(budget, table))
         kept = passes.evaluate(selection(run))["capacity"]
