@@ -47,10 +47,11 @@ def probe_routes(work: Workload, own: float) -> tuple[dict[float, Tensor], dict[
     """By the capacity that a route realised: its logits (R,N), and {budget: the cut by these logits}.
 
     Deeper logits depend on the route, so the routers run at PASSES cuts: none and all skipped, twice the budget `own`,
-    else the middle of the widest gap between the capacities realised so far.
+    else the middle of the widest gap between the capacities realised so far. Those of the first routed layer do not,
+    and one pass tells all (reads=first).
     """
     weights, routes, logits = work.model.place_weights(), {}, {}
-    for number in track(range(PASSES), "calibration"):
+    for number in track(range(1 if work.model.routing.reads == "first" else PASSES), "calibration"):
         if number < 2:
             cut = (-math.inf, math.inf)[number]
         else:

@@ -88,7 +88,8 @@ def plan(cfg, data: Data) -> Phases:
         toggled = 1 + 0.55 * n_places if sequences else 0  # layers below a toggled place are shared
         start["first routers"] = 2 * trial + 2 * len(data.select) + cfg.benefit_samples * toggled
     tuning = {"tuning": 2.2 * cfg.steps * cfg.batch_size + cfg.evaluations * trial}
-    calibration = PASSES * routes * max(cfg.calibrate_samples, len(data.select)) + 10 * len(data.select)
+    passes = 1 if cfg.reads == "first" else PASSES
+    calibration = passes * routes * max(cfg.calibrate_samples, len(data.select)) + 10 * len(data.select)
     end = {"calibration": calibration, "held out": (1 + 6 * budgets) * len(data.held)}
     return Phases(end if cfg.recalibrate or cfg.import_official else {**start, **tuning, **end})
 

@@ -279,12 +279,13 @@ def settle(
 ) -> float:
     """Move all cuts by one amount, in logits, until the routers realise `budget` on the examples; returns that amount.
 
-    Routes change what deeper routers see, hence more than one round. base (R): the cuts that are moved, 0 by default.
+    Routes change what deeper routers see, hence more than one round, unless all read the same (reads=first). base (R):
+    the cuts that are moved, 0 by default.
     memory: share of the last amount that a round keeps, so that two routes do not take turns.
     """
     weights = work.model.place_weights()
     base, move = base or [0.0] * len(weights), None
-    for _ in range(rounds):
+    for _ in range(1 if work.model.routing.reads == "first" else rounds):
         z = route_logits(work)
         above = z - torch.tensor(base)[:, None]  # (R,N)
         # at an infinite cut a first token still runs, and what never runs still counts, unless nothing assigned it

@@ -388,6 +388,19 @@ def test_one_table_serves_every_budget(base, granularity):
             assert kept == pytest.approx(budget, abs=0.02 + 1.5 / n)
 
 
+def test_routers_that_decide_at_the_first_routed_layer_are_calibrated_without_a_routed_one(base, monkeypatch):
+    """Their logits depend on no route: one pass over what stands below fills the table, and moves the cuts."""
+    run, calls = begun(base, layers="1-3"), []
+    for module in (calibrate, passes):
+        look = module.route_logits
+        monkeypatch.setattr(module, "route_logits", lambda work, look=look: calls.append(work) or look(work))
+    monkeypatch.setattr(run.model, "hidden", None)
+    table = calibrate.calibrate(selection(run), 0.5)
+    assert len(calls) == 1 and len(table["budgets"]) == len(calibrate.BUDGETS)
+    cut = passes.settle(selection(run), 0.5)
+    assert len(calls) == 2 and [router.cut.item() for router in run.model.routers()] == pytest.approx([cut] * 3)
+
+
 def test_calibration_falls_back_on_the_best_static_order(base):
     """Routers that run the wrong layers: the table then holds the cuts of the order that loses least, and realises the
     budget all the same.
