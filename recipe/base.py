@@ -17,8 +17,8 @@ from recipe.shard import load_shared, shared
 KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}  # suffixes of tokenizer files and settings
 
 
-def load_base(folder: str | Path, rt: runtime.Runtime, routers: str | Path | None = None, budget: float | None = None,
-              base_dtype: str | None = None, adapter: str | Path | None = None, shard: bool = False) -> Transformer:
+def load_base(folder: str | Path, rt: runtime.Runtime, routers: str | Path | None = None, base_dtype: str | None = None,
+              adapter: str | Path | None = None, shard: bool = False) -> Transformer:
     """As `load_model`, on the device of a runtime and in its dtype.
 
     base_dtype int8: matrices, embedding and head are held in int8 with a scale per row (recipe/int8.py). adapter:
@@ -31,7 +31,8 @@ def load_base(folder: str | Path, rt: runtime.Runtime, routers: str | Path | Non
     if shared(shard, rt):
         model = load_shared(folder, rt, routers)
     else:
-        model = load_model(folder, routers, budget, rt.device, rt.dtype, read_int8 if base_dtype else None)
+        read = read_int8 if base_dtype else None
+        model = load_model(folder, routers, device=rt.device, dtype=rt.dtype, read=read)
     if adapter is not None:
         load_adapter(model, adapter)
     return model
