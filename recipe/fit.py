@@ -64,22 +64,26 @@ def benefit_prior(
     budget, mixed with the rank of the place in a static order.
 
     benefits (R,N), inputs (R|1,N,D), weights (R,), sources (N): where sequences come from. Of all ridges and mixes that
-    are worth no less than the order to sources left out of the fit, the one that is worth most to sequences left out.
+    are worth no less than the order to sources left out of the fit, to within a standard error, the one that is worth
+    most to sequences left out.
     """
     parts = folds([None] * len(sources)), folds(sources)
     known, new = (worth(benefits, inputs, weights, order, budget, each) for each in parts)
-    return mixtures(benefits, inputs, weights, order)[known.where(new >= new[0], -math.inf).argmax()]
+    lost = new[0] - new  # (M,N): the order alone stands in front
+    carries = lost.mean(dim=1) <= lost.std(dim=1) / lost.shape[1] ** 0.5
+    return mixtures(benefits, inputs, weights, order)[known.sum(dim=1).where(carries, -math.inf).argmax()]
 
 
 def worth(
     benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int], budget: float, parts: list[Tensor]
 ) -> Tensor:
-    """What the routes of all `mixtures` are worth (M,), each sequence at exactly the budget, to parts left out."""
-    total = torch.zeros(len(SHARES) * len(STRENGTHS))
+    """What the routes of all `mixtures` are worth to each sequence (M,N), at exactly the budget, where its part was left
+    out of the fit."""
+    found = torch.zeros(len(SHARES) * len(STRENGTHS), benefits.shape[1])
     for left in parts:
         z = logits_of(mixtures(benefits[:, ~left], inputs[:, ~left], weights, order), inputs[:, left])
-        total += torch.stack([(fill_budget(own, weights, budget) * benefits[:, left]).sum() for own in z])
-    return total
+        found[:, left] = torch.stack([(fill_budget(own, weights, budget) * benefits[:, left]).sum(0) for own in z])
+    return found
 
 
 def mixtures(benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int]) -> Tensor:
