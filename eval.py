@@ -709,7 +709,7 @@ def calibrate_cuts(run: Scorer, ready: Sequence[ReadyTask], cfg: EvalConfig, rt:
     the average over the tasks is held, and each of them keeps what it is worth.
     """
     cuts = [router.cut.item() for router in run.model.routers()]
-    if 0.0 < cfg.budget < 1.0:
+    if ready and 0.0 < cfg.budget < 1.0:
         firsts = [row for own in ready for item in own.items[: cfg.calibrate] for row in grouped(item.rows)[0]]
         contexts = [Example(row.context.tolist(), len(row.context), []) for row in firsts]
         settle(Workload(run.model, contexts, rt), cfg.budget, CALIBRATION_ROUNDS, base=cuts, memory=0.5)

@@ -42,7 +42,8 @@ def quantise(weight: Tensor, what: str = "the weight", most: int = 127) -> tuple
 
 def plain_weight(module: nn.Module) -> Tensor:
     """The weight (O,I) of a projection in fp32, whatever it is held in."""
-    weight = module.weight.float()
+    weight = module.weight
+    weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).float()  # one that is shared out
     return weight * module.scale[:, None] if isinstance(module, Int8) else weight
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Block, Experts, Transformer
+from recipe.int8 import plain_weight
 from router import freeze_all_but_routers
 
 # peft's name of a projection -> where it stands in a Block. Both keep q and k half-split, so rows need no permutation
@@ -63,6 +64,11 @@ class LoRA(nn.Module):
     def stored(self) -> torch.dtype:
         """What the base's weight is kept in."""
         return self.base.stored
+
+    @property
+    def weight(self) -> Tensor:
+        """What it multiplies by (O,I), in fp32."""
+        return plain_weight(self.base) + self.scale * self.lora_B.float() @ self.lora_A.float()
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (...,I) -> (...,rank)

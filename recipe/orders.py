@@ -3,6 +3,7 @@
 
 import math
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -71,6 +72,7 @@ def greedy_order(work: Workload, guess: Tensor, skip: float) -> list[int]:
     return path + sorted(rest, key=lambda place: (measured.get(place, math.inf), guess[place]))
 
 
+@torch.no_grad()
 def gate_norm_order(model: Transformer) -> list[int]:
     """Attentions by how much their queries and keys are coupled, the least first. No data, no pass of the model.
 

@@ -15,12 +15,12 @@ from tuning import begun, settings
 import convert_hf
 import model as model_module
 import train
-from model import Transformer, fingerprint, load_model
+from model import Linear, Transformer, fingerprint, load_model
 from recipe import passes
 from recipe.adapter import lacks_adapter, load_adapter, save_adapter
 from recipe.base import load_base, save_base
 from recipe.fidelity import rounded
-from recipe.lora import PROJECTIONS, TARGETS, LoRAConfig, add_lora, changes, merge
+from recipe.lora import PROJECTIONS, TARGETS, LoRA, LoRAConfig, add_lora, changes, merge
 from router import GRANULARITIES, RouterConfig, freeze_all_but_routers, read_router_file
 from runtime import ALONE
 
@@ -369,3 +369,12 @@ def test_full_tuning_leaves_the_file_of_its_base_alone(base, tmp_path):
     assert (base / "model.safetensors").read_bytes() == before
     model = load_model(base)
     assert freeze_all_but_routers(model)[0] == 0
+
+
+def test_a_changed_projection_says_what_it_multiplies_by():
+    """Whatever the base is held in: an order by weights alone ranks the model that is served."""
+    torch.manual_seed(0)
+    changed = LoRA(Linear(12, 20), 3, 0.5, 0.0, None)
+    torch.nn.init.normal_(changed.lora_B)
+    x = torch.randn(5, 12)
+    assert torch.allclose(x @ changed.weight.T, changed(x), atol=1e-5)
