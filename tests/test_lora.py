@@ -15,7 +15,7 @@ from tuning import begun, settings
 import convert_hf
 import model as model_module
 import train
-from model import Linear, Transformer, fingerprint, load_model
+from model import Transformer, fingerprint, load_model
 from recipe import passes
 from recipe.adapter import lacks_adapter, load_adapter, save_adapter
 from recipe.base import load_base, save_base
@@ -374,7 +374,7 @@ def test_full_tuning_leaves_the_file_of_its_base_alone(base, tmp_path):
 def test_a_changed_projection_says_what_it_multiplies_by():
     """Whatever the base is held in: an order by weights alone ranks the model that is served."""
     torch.manual_seed(0)
-    changed = LoRA(Linear(12, 20), 3, 0.5, 0.0, None)
+    changed = LoRA(torch.nn.Linear(12, 20, bias=False), 3, 0.5, 0.0, None)
     torch.nn.init.normal_(changed.lora_B)
     x = torch.randn(5, 12)
     assert torch.allclose(x @ changed.weight.T, changed(x), atol=1e-5)
