@@ -395,6 +395,16 @@ class KVCache:
         self.gates: Tensor | None = None  # (R,B) decisions held after the prompt
         self.scores: Tensor | None = None  # (R,B) their logits
 
+    def hold(self, call: "Call", gates: Tensor | None, scores: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Note a call that ended, and decisions for whole sequences; returns its gates and scores, or those held."""
+        if gates is None and call.route != "off":
+            gates, scores = self.gates, self.scores
+        elif gates is not None and gates.dim() == 2:
+            self.gates, self.scores = gates, scores
+        self.route = call.route
+        self.lengths = [start + count for start, count in zip(call.starts, call.counts)]
+        return gates, scores
+
     def bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(2 * layer.k.nbytes for layer in self.layers if layer.k is not None)
@@ -1375,12 +1385,7 @@ class Transformer(nn.Module):
         if not ahead:
             gates, scores = (torch.stack(part) for part in zip(*made)) if made else (None, None)
         if cache is not None:
-            if gates is None and route != "off":
-                gates, scores = cache.gates, cache.scores
-            elif gates is not None and gates.dim() == 2:
-                cache.gates, cache.scores = gates, scores
-            cache.route = route
-            cache.lengths = [start + count for start, count in zip(call.starts, call.counts)]
+            gates, scores = cache.hold(call, gates, scores)
         x = self.norm(x)
         return (x, gates, scores) if return_scores else (x, gates)
 

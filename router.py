@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -319,11 +320,17 @@ def cuts_for(budget: float, calibration: dict) -> list[float]:
 
 def _rows_around(budget: float, calibration: dict, name: str) -> tuple[list[float], list[float], float]:
     """Rows of a table for the nearest budgets below and above, and how far between them `budget` lies."""
-    points = sorted(zip(calibration["budgets"], calibration[name]))
-    budgets = [point[0] for point in points]
-    low, low_row = points[max(bisect_right(budgets, budget) - 1, 0)]
-    high, high_row = points[min(bisect_left(budgets, budget), len(points) - 1)]
-    return low_row, high_row, 0.0 if high == low else (budget - low) / (high - low)
+    rows = dict(zip(calibration["budgets"], calibration[name]))
+    low, high, part = around(rows, budget)
+    return rows[low], rows[high], part
+
+
+def around(points: Iterable[float], budget: float) -> tuple[float, float, float]:
+    """The nearest of some shares below and above a budget, and how far between them it lies."""
+    points = sorted(points)
+    low = points[max(bisect_right(points, budget) - 1, 0)]
+    high = points[min(bisect_left(points, budget), len(points) - 1)]
+    return low, high, 0.0 if high == low else (budget - low) / (high - low)
 
 
 def between(a: float, b: float, share: float) -> float:

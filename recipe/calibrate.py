@@ -6,7 +6,7 @@ from torch import Tensor
 
 from recipe.controls import Controls
 from recipe.passes import Workload, evaluate, route_logits, settle
-from router import between, capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
+from router import around, between, capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
 from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table
@@ -71,13 +71,6 @@ def blended(routes: dict[float, dict[float, float]], budget: float) -> float:
     """Cut for a budget, between those of the two routes that realised the nearest capacities below and above it."""
     low, high, part = around(routes, budget)
     return between(routes[low][budget], routes[high][budget], part)
-
-
-def around(routes: dict[float, dict[float, float]], budget: float) -> tuple[float, float, float]:
-    """The nearest capacities realised below and above a budget, and how far between them it lies."""
-    low = max((realised for realised in routes if realised <= budget), default=min(routes))
-    high = min((realised for realised in routes if realised >= budget), default=max(routes))
-    return low, high, 0.0 if low == high else (budget - low) / (high - low)
 
 
 def cuts_by_budget(routes: dict[float, dict[float, float]]) -> dict[float, float]:

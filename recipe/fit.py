@@ -77,8 +77,8 @@ def benefit_prior(
 def worth(
     benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int], budget: float, parts: list[Tensor]
 ) -> Tensor:
-    """What the routes of all `mixtures` are worth to each sequence (M,N), at exactly the budget, where its part was left
-    out of the fit."""
+    """What the routes of all `mixtures` are worth to each sequence (M,N), at exactly the budget, where its part was
+    left out of the fit."""
     found = torch.zeros(len(SHARES) * len(STRENGTHS), benefits.shape[1])
     for left in parts:
         z = logits_of(mixtures(benefits[:, ~left], inputs[:, ~left], weights, order), inputs[:, left])

@@ -133,6 +133,5 @@ def merge(model: Transformer) -> None:
             if not weight.is_floating_point():
                 raise ValueError(f"{name} changes a weight in {str(weight.dtype).removeprefix('torch.')}; expected "
                                  "floating-point ones to merge into: load the base without --base_dtype")
-            changed = weight.float() + lora.scale * lora.lora_B.float() @ lora.lora_A.float()
-            lora.base.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+            lora.base.weight = nn.Parameter(lora.weight.to(weight.dtype), requires_grad=False)
             block.set_submodule(place, lora.base)
