@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import CONFIG, write_base, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPACA = [{"instruction": f"say {i}", "input": "", "output": "yes " * (800 + i)} for i in range(40)]
@@ -29,16 +28,12 @@ CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkp
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A base, its rows, Alpaca's and a folder to write to, by name."""
-    folder, rows = tmp_path_factory.mktemp("scripts"), []
-    for i in range(60):
-        turns = [{"role": "user", "content": "x" * (1 + i % 7)}, {"role": "assistant", "content": "yes " * (1 + i % 3)}]
-        rows.append({"messages": turns, "split": "heldout" if i % 5 == 0 else "train"})
+def places(base, tmp_path_factory):
+    """The base, its rows, Alpaca's and a folder to write to, by name."""
+    folder = tmp_path_factory.mktemp("scripts")
     alpaca = folder / "alpaca_data.json"
     alpaca.write_text(json.dumps(ALPACA))
-    data = write_jsonl(folder / "data.jsonl", rows)
-    return {"base": write_base(folder / "base", CONFIG), "data": data, "rows": alpaca, "out": folder}
+    return {"base": base, "data": base / "data.jsonl", "rows": alpaca, "out": folder}
 
 
 @pytest.mark.parametrize("script", CASES)
