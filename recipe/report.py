@@ -8,7 +8,8 @@ from recipe.speed import measure_prefill
 from router import set_cuts
 from runtime import Phases, device_name, print0
 
-COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "load", "smallest_gate", "mean_route", "random")
+COLUMNS = ("dense", "routed", "greedy", "fisher", "similarity", "gate_norm", "load", "smallest_gate", "mean_route",
+           "random")
 
 
 def describe(run: Run) -> None:
@@ -88,7 +89,7 @@ def show(summary: dict) -> str:
 {s["granularity"]}, recipe {s["recipe"]}, {s["steps"]} steps, {s["tokens_per_second"]:,.0f} tok/s, \
 {s["seconds"]:,.0f} s in all, peak {s["peak_memory_bytes"] / 2**20:,.0f} MiB on {s["device"]}
 held-out loss on {s["heldout_tokens"]:,} answer tokens, routers beside their controls at equal capacity
-(greedy, fisher, similarity: static lists, which skip the same places for everyone)
+(greedy, fisher, similarity, gate norm: static lists, which skip the same places for everyone)
 {table(s["report"])}
 capacity by place  {layers}
 prefill            {s["prefill_speedup"]:.3f}x of dense at {s["prefill_context"]} tokens, batch 1, capacity \
