@@ -69,7 +69,16 @@ from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidel
 from recipe.forced import SMALLEST_GATE, Control, make_control
 from recipe.passes import Workload, finite, settle
 from recipe.shard import everything
-from recipe.results import compare_runs, group_result, report_lines, result_of, routes_of
+from recipe.results import (
+    GOLD_LOGPROB,
+    chosen,
+    compare_runs,
+    gold_logprobs,
+    group_result,
+    report_lines,
+    result_of,
+    routes_of,
+)
 from router import read_router_file
 from runtime import Progress, collect, setting
 from tokenizer import Tokenizer, load_tokenizer
@@ -725,6 +734,8 @@ def outcomes(ready: ReadyTask, records: Sequence[dict]) -> dict:
     if metrics == LOSS or ready.task.continues:  # of a continuation the whole target is what is counted
         tokens, metrics = [r.get("tokens", 1) for r in records], metrics[:-1]
         found |= {"nll": [-sum(r["logprobs"]) for r in records], "tokens": tokens}
+    if chosen(records):
+        found[GOLD_LOGPROB] = gold_logprobs(records)
     return found | {metric: "".join(str(r[metric]) for r in records) for metric in metrics}
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from data.tasks import CONTINUATION, EXACT_MATCH, GROUPS, LOSS, NAMES
 
+GOLD_LOGPROB = "gold_logprob"  # nats of the right choice, whole; moves where accuracy does not yet
+
 # -----------------------------------------------------------------------------
 # Results of records
 
@@ -42,6 +44,15 @@ def text_result(records: Sequence[dict]) -> dict:
     return result
 
 
+def chosen(records: Sequence[dict]) -> bool:
+    """Whether these are of a task where one of several choices is right."""
+    return "prediction_norm" in records[0]
+
+
+def gold_logprobs(records: Sequence[dict]) -> list[float]:
+    return [r["logprobs"][r["gold"]] for r in records]
+
+
 def exp(value: float) -> float:
     return math.exp(min(value, 700.0))  # e^710 is more than a float holds
 
@@ -52,6 +63,8 @@ def result_of(records: Sequence[dict], metrics: Sequence[str], weights: Sequence
     result = text_result(records) if metrics == LOSS else {}
     for metric in [metric for metric in metrics if metric in records[0]]:
         result[metric], result[f"{metric}_stderr"] = mean_stderr([r[metric] for r in records])
+    if chosen(records):
+        result[GOLD_LOGPROB], result[f"{GOLD_LOGPROB}_stderr"] = mean_stderr(gold_logprobs(records))
     if metrics == CONTINUATION:  # lm-eval resamples for this error; to first order it is the same
         mean, error = mean_stderr([-r["logprobs"][0] for r in records])
         result["perplexity"] = exp(mean)
@@ -114,15 +127,10 @@ def compare_runs(items: dict, other: dict) -> dict:
                 paired[name]["loss"] = compare_losses(change, items[name]["tokens"])
                 continue
             mean, error = mean_stderr(change)
-            gained, lost = change.count(1.0), change.count(-1.0)
-            paired[name][metric] = {
-                "difference": mean,
-                "stderr": error,
-                "gained": gained,
-                "lost": lost,
-                "flips": gained + lost,
-                "n": len(change),
-            }
+            paired[name][metric] = {"difference": mean, "stderr": error, "n": len(change)}
+            if metric != GOLD_LOGPROB:
+                gained, lost = change.count(1.0), change.count(-1.0)
+                paired[name][metric] |= {"gained": gained, "lost": lost, "flips": gained + lost}
     return paired
 
 

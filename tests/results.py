@@ -34,7 +34,7 @@ from data.records import Form, encode, read_records  # noqa: E402
 from data.tasks import NAMES, tasks_named  # noqa: E402
 from model import ModelConfig, load_config, load_model  # noqa: E402
 from recipe.cost import Executed, kv_bytes, prefill_flops  # noqa: E402
-from recipe.results import compare_losses  # noqa: E402
+from recipe.results import GOLD_LOGPROB, compare_losses  # noqa: E402
 from router import read_router_file, skipped_shares  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -304,8 +304,11 @@ def task_values(report: dict, names: tuple[str, ...]) -> dict:
         if name in paired:
             pair = paired[name][metric]
             found[name] |= {"change": pair["difference"], "change_stderr": pair["stderr"]}
+            if GOLD_LOGPROB in paired[name]:
+                gold = paired[name][GOLD_LOGPROB]
+                found[name] |= {"gold": gold["difference"], "gold_stderr": gold["stderr"]}
     values = {"tasks": found, "capacity": mean([entry["capacity"] for entry in found.values()])}
-    for name, error in (("value", "stderr"), ("change", "change_stderr")):
+    for name, error in (("value", "stderr"), ("change", "change_stderr"), ("gold", "gold_stderr")):
         if all(entry.get(error) is not None for entry in found.values()):
             values[f"mean_{name}"] = mean([entry[name] for entry in found.values()])
             values[f"mean_{error}"] = mean([entry[error] ** 2 for entry in found.values()]) ** 0.5 / len(found) ** 0.5

@@ -126,14 +126,18 @@ def kl(found: dict, name: str) -> str:
     return f"{found[name]['kl']:.3f}" if name in found else ""
 
 
+MEANS = ("mean ± se", "difference from dense ± se", "of the right choice's log-probability ± se")
+
+
 def task_cells(values: dict, tasks: list[str]) -> list[str]:
-    """Each task, the mean, and the mean difference from dense."""
+    """Each task, and what MEANS names, averaged over tasks."""
     cells = []
     for name in tasks:
         entry = values["tasks"].get(name)
         cells.append("" if entry is None else with_error(entry["value"], entry["stderr"]))
-    for name, form in (("value", ".3f"), ("change", "+.3f")):
-        found = values.get(f"mean_{name}"), values.get({"value": "mean_stderr", "change": "mean_change_stderr"}[name])
+    for name, error, form in (("value", "stderr", ".3f"), ("change", "change_stderr", "+.3f"),
+                              ("gold", "gold_stderr", "+.3f")):
+        found = values.get(f"mean_{name}"), values.get(f"mean_{error}")
         cells.append("" if found[0] is None else with_error(*found, form))
     return cells
 
@@ -144,7 +148,7 @@ def task_names(rows: list[dict]) -> list[str]:
 
 def drop_table(rows: list[dict]) -> list[str]:
     tasks = task_names(rows)
-    head = ["what skips", "skipped", "capacity", *tasks, "mean ± se", "difference from dense ± se"]
+    head = ["what skips", "skipped", "capacity", *tasks, *MEANS]
     return table(head, [[row["about"]["what"], percent(row["about"]["skipped"]), f"{row['values']['capacity']:.3f}",
                          *task_cells(row["values"], tasks)] for row in rows])
 
@@ -221,7 +225,7 @@ def tuned_table(title: str) -> Callable[[list[dict]], list[str]]:
         for row in rows:
             v = row["values"]
             lines.append([str(*row["about"].values()), *loss_cells(v), *task_cells(v, tasks)])
-        return table([title, *LOSSES, *tasks, "mean ± se", "difference from dense ± se"], lines)
+        return table([title, *LOSSES, *tasks, *MEANS], lines)
 
     return build
 

@@ -281,6 +281,8 @@ def test_scores_worked_out_by_hand(tok):
     assert line["logprobs"] == pytest.approx([math.log(5 / 8 * 2 / 5 / 6), math.log(1 / 8)])
     assert (line["prediction"], line["acc"]) == (1, 0)
     assert (line["prediction_norm"], line["acc_norm"]) == (0, 1)  # -3.18 / 9 beats -2.08 / 1
+    result = scoring.result_of([line, line | {"gold": 1}], ("acc", "acc_norm"))
+    assert result["gold_logprob"] == pytest.approx((math.log(5 / 8 * 2 / 5 / 6) + math.log(1 / 8)) / 2)
 
 
 def test_scored_span_starts_and_ends_at_the_choice(base, tok):
@@ -768,11 +770,13 @@ def test_standard_errors_and_pooling():
 
 
 def test_paired_comparison_counts_flips():
-    ours = {"piqa": {"sha": "x", "acc": "1101"}, "perplexity": {"sha": "y", "nll": [2.0, 3.0], "tokens": [2, 4]}}
-    theirs = {"piqa": {"sha": "x", "acc": "0111"}, "perplexity": {"sha": "y", "nll": [1.0, 2.0], "tokens": [2, 4]}}
+    ours = {"piqa": {"sha": "x", "acc": "1101", "gold_logprob": [-1.0, -2.0, -3.0, -4.0]}, "perplexity": {"sha": "y", "nll": [2.0, 3.0], "tokens": [2, 4]}}
+    theirs = {"piqa": {"sha": "x", "acc": "0111", "gold_logprob": [-2.0, -2.0, -3.0, -5.0]}, "perplexity": {"sha": "y", "nll": [1.0, 2.0], "tokens": [2, 4]}}
     found = scoring.compare_runs(ours, theirs)
     error = pytest.approx(math.sqrt(2 / 3 / 4))
     assert found["piqa"]["acc"] == {"difference": 0.0, "stderr": error, "gained": 1, "lost": 1, "flips": 2, "n": 4}
+    error = pytest.approx(math.sqrt(4 * 0.25 / 3 / 4))
+    assert found["piqa"]["gold_logprob"] == {"difference": 0.5, "stderr": error, "n": 4}
     assert found["perplexity"]["loss"]["difference"] == pytest.approx(2 / 6)
 
 
