@@ -1,13 +1,15 @@
-"""Time one router-tuning step, and its peak memory, beside a plain loop over transformers that does the same job on the same batches.
+"""Time one router-tuning step, and its peak memory, beside a plain loop over transformers that does the same job.
 
-Run: python tests/compare_tuning.py --model=checkpoints/smollm2-135m-instruct --data=data/demo/instructions.jsonl        (needs tests/requirements.txt)
+Run: python tests/compare_tuning.py --model=checkpoints/smollm2-135m-instruct --data=data/demo/instructions.jsonl
+     (needs tests/requirements.txt)
 
-The plain loop is what the paper's trainer amounts to: transformers' model in eval mode, its weights frozen but its input embeddings
-requiring gradients, hooks that pool the attention's input, decide with a straight-through gate and multiply the attention's output by it,
-logits for every token, AdamW on the routers. Both sides: cross-entropy of the answers, the deep:N layers per sequence, the same
-micro-batches in the same order. Each side runs in a process of its own, in turn; tokens/s are of real tokens in the steps after the
-first one, memory is the whole process's peak. `cached` is ours on the same batches once more, when the activations below the first
-routed layer are read from disk, as in a second epoch. The last line printed is JSON.
+The plain loop is what the paper's trainer amounts to: transformers' model in eval mode, its weights frozen but its
+input embeddings requiring gradients, hooks that pool the attention's input, decide with a straight-through gate and
+multiply the attention's output by it, logits for every token, AdamW on the routers. Both sides: cross-entropy of the
+answers, the deep:N layers per sequence, the same micro-batches in the same order. Each side runs in a process of its
+own, in turn; tokens/s are of real tokens in the steps after the first one, memory is the whole process's peak. `cached`
+is ours on the same batches once more, when the activations below the first routed layer are read from disk, as in a
+second epoch. The last line printed is JSON.
 """
 
 import json
@@ -46,14 +48,30 @@ class TuningConfig:
     steps: int = field(default=3, metadata={"help": "timed steps, after one that warms up"})
     rounds: int = field(default=3, metadata={"help": "times each side runs"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; none: torch's choice"})
-    side: Literal["both", "ours", "theirs"] = field(default="both", metadata={"help": "both: the comparison; else one side alone, as the comparison runs it"})
-    scratch: str = field(default="", metadata={"help": "folder for activations; the comparison gives each run a fresh one"})
+    side: Literal["both", "ours", "theirs"] = field(
+        default="both", metadata={"help": "both: the comparison; else one side alone, as the comparison runs it"}
+    )
+    scratch: str = field(
+        default="", metadata={"help": "folder for activations; the comparison gives each run a fresh one"}
+    )
     out: str | None = field(default=None, metadata={"help": "write the JSON here too"})
 
 
 def settings(cfg: TuningConfig) -> train.TrainConfig:
-    return train.TrainConfig(model=cfg.model, data=(cfg.data,), recipe="paper", layers=f"deep:{cfg.routed}", lambda_=0.0, batch_size=cfg.batch_size,
-                             micro_batch=cfg.micro_batch, steps=2 * cfg.steps + 1, trunk_gb=1.0, device="cpu", dtype="float32", out=cfg.scratch)
+    return train.TrainConfig(
+        model=cfg.model,
+        data=(cfg.data,),
+        recipe="paper",
+        layers=f"deep:{cfg.routed}",
+        lambda_=0.0,
+        batch_size=cfg.batch_size,
+        micro_batch=cfg.micro_batch,
+        steps=2 * cfg.steps + 1,
+        trunk_gb=1.0,
+        device="cpu",
+        dtype="float32",
+        out=cfg.scratch,
+    )
 
 
 def their_step(reference, routers: torch.nn.ParameterList, optimizer, micros: list[passes.Batch]) -> float:
@@ -75,13 +93,18 @@ def their_step(reference, routers: torch.nn.ParameterList, optimizer, micros: li
     hooks = []
     for layer in range(len(routers)):
         attention = reference.model.layers[first + layer].self_attn
-        hooks += [attention.register_forward_pre_hook(decide(layer), with_kwargs=True), attention.register_forward_hook(multiply(layer))]
+        hooks += [
+            attention.register_forward_pre_hook(decide(layer), with_kwargs=True),
+            attention.register_forward_hook(multiply(layer)),
+        ]
     for batch in micros:
         prompts.append(torch.tensor(batch.prompts))
         real = (torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
         labels = torch.full_like(batch.tokens, -100).flatten()
         labels[batch.at + 1] = batch.labels
-        loss = reference(batch.tokens, attention_mask=real, labels=labels.view_as(batch.tokens)).loss * (len(batch.labels) / n_targets)
+        loss = reference(batch.tokens, attention_mask=real, labels=labels.view_as(batch.tokens)).loss * (
+            len(batch.labels) / n_targets
+        )
         loss.backward()
         total += loss.item()
     for hook in hooks:
@@ -99,8 +122,13 @@ def one_side(cfg: TuningConfig) -> dict:
     tuning = settings(cfg)
     data = train.load_data(tuning, load_tokenizer(cfg.model), load_config(cfg.model).max_seq_len)
     examples = data.train
-    batches = [sorted((examples[i] for i in train.global_batch(len(examples), cfg.batch_size, tuning.seed, step)), key=lambda e: -len(e.tokens))
-               for step in range(cfg.steps + 1)]
+    batches = [
+        sorted(
+            (examples[i] for i in train.global_batch(len(examples), cfg.batch_size, tuning.seed, step)),
+            key=lambda e: -len(e.tokens),
+        )
+        for step in range(cfg.steps + 1)
+    ]
     steps = 2 * cfg.steps + 1
     if cfg.side == "ours":
         rt = runtime.setup("cpu", "float32", tuning.seed)
@@ -112,6 +140,7 @@ def one_side(cfg: TuningConfig) -> dict:
         do = lambda batch: train.step(run)["loss"]  # noqa: E731
     else:
         from compare_transformers import reference_of
+
         model = load_model(cfg.model)
         reference, dim = reference_of(model), model.config.dim
         reference.requires_grad_(False)
@@ -121,7 +150,10 @@ def one_side(cfg: TuningConfig) -> dict:
         del model
 
         def do(batch: list) -> float:
-            micros = [passes.collate(batch[a:a + cfg.micro_batch], torch.device("cpu")) for a in range(0, len(batch), cfg.micro_batch)]
+            micros = [
+                passes.collate(batch[a : a + cfg.micro_batch], torch.device("cpu"))
+                for a in range(0, len(batch), cfg.micro_batch)
+            ]
             for group in optimizer.param_groups:
                 group["lr"] = train.lr_at(len(losses), steps, tuning.lr, tuning.warmup)
             return their_step(reference, routers, optimizer, micros)
@@ -145,21 +177,42 @@ def compare(cfg: TuningConfig) -> dict:
     sides = {"ours": [], "theirs": []}
     for turn in range(cfg.rounds):
         for side in sorted(sides, reverse=bool(turn % 2)):
-            given = [f"--{name}={value}" for name, value in asdict(cfg).items() if name not in ("side", "out", "rounds", "scratch") and value is not None]
+            given = [
+                f"--{name}={value}"
+                for name, value in asdict(cfg).items()
+                if name not in ("side", "out", "rounds", "scratch") and value is not None
+            ]
             with tempfile.TemporaryDirectory() as scratch:
-                done = subprocess.run([sys.executable, __file__, *given, f"--side={side}", f"--scratch={scratch}"], capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, __file__, *given, f"--side={side}", f"--scratch={scratch}"],
+                    capture_output=True,
+                    text=True,
+                )
             if done.returncode:
                 raise RuntimeError(f"side {side} failed:\n{done.stderr}")
             sides[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{side:<7} {sides[side][-1]['tokens_per_second']:8,.1f} tok/s | peak {sides[side][-1]['peak_bytes'] / 2**20:,.0f} MiB | "
-                  f"losses {', '.join(f'{loss:.4f}' for loss in sides[side][-1]['losses'])}", flush=True)
+            last = sides[side][-1]
+            losses = ", ".join(f"{loss:.4f}" for loss in last["losses"])
+            peak = f"{last['peak_bytes'] / 2**20:,.0f} MiB"
+            print(f"{side:<7} {last['tokens_per_second']:8,.1f} tok/s | peak {peak} | losses {losses}", flush=True)
     difference = max(abs(a - b) for a, b in zip(sides["ours"][0]["losses"], sides["theirs"][0]["losses"]))
-    speed = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(sides["ours"], sides["theirs"]))
-    cached = statistics.median(a["cached_tokens_per_second"] / b["tokens_per_second"] for a, b in zip(sides["ours"], sides["theirs"]))
-    memory = statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in zip(sides["ours"], sides["theirs"]))
-    print(f"ours / theirs: {speed:.2f}x tokens per second, {cached:.2f}x with cached activations, {memory:.2f}x peak memory; largest difference of a loss {difference:.1e}")
+
+    def ratio(ours: str, theirs: str) -> float:
+        return statistics.median(a[ours] / b[theirs] for a, b in zip(sides["ours"], sides["theirs"]))
+
+    speed, cached = (ratio(ours, "tokens_per_second") for ours in ("tokens_per_second", "cached_tokens_per_second"))
+    memory = ratio("peak_bytes", "peak_bytes")
+    print(f"ours / theirs: {speed:.2f}x tokens per second, {cached:.2f}x with cached activations, {memory:.2f}x peak "
+          f"memory; largest difference of a loss {difference:.1e}")
     assert math.isfinite(difference)
-    return {"settings": asdict(cfg), "speed": speed, "cached_speed": cached, "memory": memory, "loss_difference": difference, **sides}
+    return {
+        "settings": asdict(cfg),
+        "speed": speed,
+        "cached_speed": cached,
+        "memory": memory,
+        "loss_difference": difference,
+        **sides,
+    }
 
 
 def main() -> None:

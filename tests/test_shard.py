@@ -1,4 +1,4 @@
-"""Blocks shared out over two gloo processes: the same routers, losses and answers as of one process that holds them all.
+"""Blocks shared out over two gloo processes: routers, losses and answers as of one process that holds them all.
 
 Run: python -m pytest tests/test_shard.py
 """
@@ -50,34 +50,76 @@ def run(script: str, *arguments, ranks: int = 2) -> str:
 def base(tmp_path_factory):
     folder = write_base(tmp_path_factory.mktemp("shard") / "base")
     (folder / "ranks.py").write_text(TWO_RANKS)
-    rows = [{"messages": [{"role": "user", "content": "ab " * (3 + n % 7)}, {"role": "assistant", "content": "cde" * (1 + n % 5)}]}
-            for n in range(41)]  # an uneven number, of uneven lengths
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "ab " * (3 + n % 7)},
+                {"role": "assistant", "content": "cde" * (1 + n % 5)},
+            ]
+        }
+        for n in range(41)
+    ]  # an uneven number, of uneven lengths
     write_jsonl(folder / "data.jsonl", rows)
     return folder
 
 
 def test_tuning_ends_in_the_routers_of_a_process_that_holds_everything(base, tmp_path):
-    changes = {"recipe": "paper", "granularity": "attn_token", "batch_size": 6, "micro_batch": 2, "steps": 2, "lr": 0.01,
-               "select_samples": 7, "cost_samples": 5, "calibrate_samples": 7, "clip": 1.0, "overwrite": True}
+    changes = {
+        "recipe": "paper",
+        "granularity": "attn_token",
+        "batch_size": 6,
+        "micro_batch": 2,
+        "steps": 2,
+        "lr": 0.01,
+        "select_samples": 7,
+        "cost_samples": 5,
+        "calibrate_samples": 7,
+        "clip": 1.0,
+        "overwrite": True,
+    }
     train.train(settings(base, tmp_path / "whole", **changes))
-    flags = {"model": base, "data": base / "data.jsonl", "dtype": "float32", "layers": "1-3", "out": tmp_path / "shard", "shard": "true"}
-    out = run("train", base / "ranks.py", *(f"--{name}={str(value).lower() if value is True else value}" for name, value in (changes | flags).items()))
+    flags = {
+        "model": base,
+        "data": base / "data.jsonl",
+        "dtype": "float32",
+        "layers": "1-3",
+        "out": tmp_path / "shard",
+        "shard": "true",
+    }
+    out = run(
+        "train",
+        base / "ranks.py",
+        *(f"--{name}={str(value).lower() if value is True else value}" for name, value in (changes | flags).items()),
+    )
     assert "shared out" in out
     one, two = (load_file(tmp_path / name / "routers.safetensors") for name in ("whole", "shard"))
     assert set(one) == set(two) and max(tensor.abs().max() for tensor in one.values()) > 0.01
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "shard")]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "shard")
+    ]
     for whole, shared in zip(*logs, strict=True):
-        assert shared["loss"] == pytest.approx(whole["loss"], abs=1e-5) and shared["capacity"] == pytest.approx(whole["capacity"], abs=1e-6)
+        assert shared["loss"] == pytest.approx(whole["loss"], abs=1e-5) and shared["capacity"] == pytest.approx(
+            whole["capacity"], abs=1e-6
+        )
     kept = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "shard")]
-    assert {name: tensor.shape for name, tensor in kept[0].items()} == {name: tensor.shape for name, tensor in kept[1].items()}
+    assert {name: tensor.shape for name, tensor in kept[0].items()} == {
+        name: tensor.shape for name, tensor in kept[1].items()
+    }
 
 
 def test_scores_are_those_of_a_process_that_holds_everything(base, tmp_path):
     cfg = EvalConfig(str(base), perplexity=str(base / "data.jsonl"), dtype="float32", max_batch_tokens=300)
     whole = evaluate(cfg, CPU)["results"]["perplexity"]
-    flags = [f"--model={base}", f"--perplexity={cfg.perplexity}", "--dtype=float32", "--max_batch_tokens=300", "--threads=1"]
+    flags = [
+        f"--model={base}",
+        f"--perplexity={cfg.perplexity}",
+        "--dtype=float32",
+        "--max_batch_tokens=300",
+        "--threads=1",
+    ]
     assert "shared out" in run("eval", base / "ranks.py", *flags, f"--out={tmp_path / 'shard.json'}", "--shard")
     shared = json.loads((tmp_path / "shard.json").read_text())["results"]["perplexity"]
     assert shared["loss"] == pytest.approx(whole["loss"], abs=1e-5) and shared["n"] == whole["n"] == 41
