@@ -52,7 +52,8 @@ def main() -> None:
         unpack_weights(model)  # the same products
         found.append(model(torch.arange(64)[None])[0])
         del model
-        print(f"rank {rt.rank}, {name}: {private / 1e6:,.1f} MB private, {most / 1e6:,.1f} MB while loading", flush=True)
+        sizes = f"{private / 1e6:,.1f} MB private, {most / 1e6:,.1f} MB while loading"
+        print(f"rank {rt.rank}, {name}: {sizes}", flush=True)
     runtime.print0(f"largest difference of a logit: {(found[0] - found[1]).abs().max().item():.1e}")
     runtime.cleanup()
 

@@ -5,7 +5,8 @@ Run: python tests/compare_training.py --model=checkpoints/smollm2-135m-instruct 
 
 The first command times steps, each side in a process of its own, in processor time, which others on the machine hardly
 change (so OMP_NUM_THREADS=1); the second gives each side as many steps as fit into so many seconds by that time, and
-scores held-out rows: dense, and with routers at exactly the budget on the selection set. All sides: recipe=paper, deep layers, the same rows in the same order, float32.
+scores held-out rows: dense, and with routers at exactly the budget on the selection set. All
+sides: recipe=paper, deep layers, the same rows in the same order, float32.
 """
 
 import json

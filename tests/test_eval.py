@@ -715,7 +715,9 @@ def test_controls_of_both_count_compute(base, tok, tmp_path):
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
 def test_calibration_holds_the_budget_over_the_tasks(base, tok, granularity):
-    """Cuts move together, and a place that everyone skips stays so; capacity is that of all tasks' contexts, of a single task it may differ."""
+    """Cuts move together, and a place that everyone skips stays so; capacity is that of all tasks' contexts, of a single
+    task it may differ.
+    """
     model = routed(base, granularity)
     generator = random.Random(0)
     kinds = (range(32, 70), range(70, 120))
@@ -770,8 +772,14 @@ def test_standard_errors_and_pooling():
 
 
 def test_paired_comparison_counts_flips():
-    ours = {"piqa": {"sha": "x", "acc": "1101", "gold_logprob": [-1.0, -2.0, -3.0, -4.0]}, "perplexity": {"sha": "y", "nll": [2.0, 3.0], "tokens": [2, 4]}}
-    theirs = {"piqa": {"sha": "x", "acc": "0111", "gold_logprob": [-2.0, -2.0, -3.0, -5.0]}, "perplexity": {"sha": "y", "nll": [1.0, 2.0], "tokens": [2, 4]}}
+    ours = {
+        "piqa": {"sha": "x", "acc": "1101", "gold_logprob": [-1.0, -2.0, -3.0, -4.0]},
+        "perplexity": {"sha": "y", "nll": [2.0, 3.0], "tokens": [2, 4]},
+    }
+    theirs = {
+        "piqa": {"sha": "x", "acc": "0111", "gold_logprob": [-2.0, -2.0, -3.0, -5.0]},
+        "perplexity": {"sha": "y", "nll": [1.0, 2.0], "tokens": [2, 4]},
+    }
     found = scoring.compare_runs(ours, theirs)
     error = pytest.approx(math.sqrt(2 / 3 / 4))
     assert found["piqa"]["acc"] == {"difference": 0.0, "stderr": error, "gained": 1, "lost": 1, "flips": 2, "n": 4}

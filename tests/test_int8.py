@@ -41,7 +41,10 @@ def test_int8_refuses_a_row_that_is_not_finite_by_name(tmp_path, value, name):
     load_model(tmp_path)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 3e-3)],
+)
 @pytest.mark.parametrize("width", [24, 33, 128])
 def test_int8_products_are_those_of_the_rounded_weight(monkeypatch, dtype, tolerance, width):
     """In blocks too, with gradients, for widths that torch's own int8 operator reads beyond (it crashed at 33)."""
@@ -91,5 +94,6 @@ def test_int8_generates_as_it_scores(tmp_path):
 @pytest.mark.parametrize("wrong", [dict(dtype=torch.int8), dict(base_dtype="int4"), dict(base_dtype=torch.int8)])
 def test_other_integers_are_refused(tmp_path, wrong):
     folder = stored(tmp_path, build())
+    rt = replace(ALONE, dtype=wrong.get("dtype", ALONE.dtype))
     with pytest.raises(ValueError, match="int8"):
-        load_base(folder, replace(ALONE, dtype=wrong["dtype"])) if "dtype" in wrong else load_base(folder, ALONE, **wrong)
+        load_base(folder, rt, base_dtype=wrong.get("base_dtype"))

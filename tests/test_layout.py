@@ -28,7 +28,10 @@ ALLOWED = {  # module -> (modules of the project, packages) that it may import
     "data/rows": ({"tokenizer", "data"}, set()),
     "data/tasks": ({"runtime", "data"}, set()),
     "data/fetch": ({"runtime", "data"}, set()),
-    **{f"recipe/{path.stem}": ({*MODEL, "recipe", "data"}, {"torch", "safetensors"}) for path in (ROOT / "recipe").glob("*.py")},
+    **{
+        f"recipe/{path.stem}": ({*MODEL, "recipe", "data"}, {"torch", "safetensors"})
+        for path in (ROOT / "recipe").glob("*.py")
+    },
     "train": ({*MODEL, "tokenizer", "recipe", "data"}, {"torch", "safetensors", "numpy"}),
     "eval": ({*MODEL, "tokenizer", "recipe", "data"}, {"torch", "numpy"}),
     "sample": ({"runtime", "model", "tokenizer", "recipe", "data"}, {"torch"}),

@@ -70,7 +70,8 @@ def test_bare_rows_are_counted_and_none_is_held_out(model, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows_of(60))
     data = load(request_of(model, path), form_of(model, bare=0.5, seed=1), CPU)
     plain = load(request_of(model, path), form_of(model), CPU)
-    changed = [name for name in ("train", "select", "held") if texts(getattr(data, name)) != texts(getattr(plain, name))]
+    parts = ("train", "select", "held")
+    changed = [name for name in parts if texts(getattr(data, name)) != texts(getattr(plain, name))]
     assert "held" not in changed and "train" in changed and 10 < data.report["bare"] < 45 and plain.report["bare"] == 0
     assert len({example.domain for example in data.train}) == 2  # bare rows count as a source of their own
 

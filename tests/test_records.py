@@ -224,16 +224,21 @@ def test_loss_on_the_last_answer_alone(tok):
 
 
 def test_a_share_of_the_conversations_stands_without_a_chat_form(tok):
-    """By what they say and the seed alone; questions, answers and the loss stay what they are; rows with tools keep their form."""
-    rows = [{"messages": [*CHAT, {"role": "user", "content": f"more {i}"}, {"role": "assistant", "content": "last"}]} for i in range(200)]
+    """By what they say and the seed alone; questions, answers and the loss stay what they are; rows with tools keep
+    their form.
+    """
+    last = {"role": "assistant", "content": "last"}
+    rows = [{"messages": [*CHAT, {"role": "user", "content": f"more {i}"}, last]} for i in range(200)]
     made = [encode(row, "here", Form(tok, 400, bare=0.25, seed=3)) for row in rows]
     bare = [i for i, example in enumerate(made) if example.bare]
     assert 30 <= len(bare) <= 70
-    assert [encode(row, "there", Form(tok, 400, bare=0.25, seed=3)).bare for row in reversed(rows)] == [e.bare for e in reversed(made)]
+    backwards = [encode(row, "there", Form(tok, 400, bare=0.25, seed=3)).bare for row in reversed(rows)]
+    assert backwards == [example.bare for example in reversed(made)]
     assert bare != [i for i, row in enumerate(rows) if encode(row, "here", Form(tok, 400, bare=0.25, seed=4)).bare]
     said = [turn["content"] for turn in CHAT if turn["role"] == "assistant"]
     texts = {tok.decode(list(made[i].tokens)).replace(f"more {i}", "more") for i in bare}
-    assert len(texts) == 2 and sum("Question: more\nAnswer: last\n" in text for text in texts) == 1 and all("more\n last\n" in text or "Question" in text for text in texts)
+    assert len(texts) == 2 and sum("Question: more\nAnswer: last\n" in text for text in texts) == 1
+    assert all("more\n last\n" in text or "Question" in text for text in texts)
     for i in bare[:20]:
         assert answers(tok, made[i]) == "".join(f" {text}\n" for text in [*said, "last"])
         alone = encode(rows[i], "here", Form(tok, 400, bare=0.25, seed=3, last_only=True))

@@ -99,7 +99,8 @@ def test_shares_are_those_of_the_routes(folder, unit):
 
 
 def test_route_is_shown_below_without_colours_and_in_them_on_a_terminal(folder, monkeypatch, capsys):
-    words = ("--raw", "--prompt=Once", "--max_new_tokens=10", "--show_route", f"--routers={folder / 'token.safetensors'}")
+    routers = folder / "token.safetensors"
+    words = ("--raw", "--prompt=Once", "--max_new_tokens=10", "--show_route", f"--routers={routers}")
     plain = say(folder, monkeypatch, capsys, *words)
     assert "\x1b" not in plain and len(re.findall(r" [01]\.\d\d(?=  |\n)", plain)) == 9
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
@@ -138,7 +139,12 @@ def test_rows_lose_their_last_answer(folder, tmp_path, monkeypatch, capsys):
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d"}]}]
     path, seen, real = write_jsonl(tmp_path / "rows.jsonl", rows), [], sample.encode_chat
-    monkeypatch.setattr(sample, "encode_chat", lambda tok, turns, **more: seen.append(turns) or real(tok, turns, **more))
+
+    def noted(tok, turns, **more):
+        seen.append(turns)
+        return real(tok, turns, **more)
+
+    monkeypatch.setattr(sample, "encode_chat", noted)
     say(folder, monkeypatch, capsys, f"--prompts={path}", "--max_new_tokens=2", "--chat=plain")
     assert [turns[-1]["content"] for turns in seen] == ["one", "c"]
 

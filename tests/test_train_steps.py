@@ -139,7 +139,10 @@ def broken_from(monkeypatch, first: int, last: int) -> None:
     def broken(run, *rest):
         with monkeypatch.context() as patch:
             if first <= run.state.step <= last:
-                spoil = lambda *a, **k: tuple(part * float("nan") for part in passes.head_gradient(*a, **k))  # noqa: E731
+
+                def spoil(*a, **k):
+                    return tuple(part * float("nan") for part in passes.head_gradient(*a, **k))
+
                 patch.setattr(train, "head_gradient", spoil)
             return accumulate(run, *rest)
 
