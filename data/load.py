@@ -2,7 +2,7 @@
 
     data = load(Request(...), form, rt)     # data.train, data.select, data.held: sequences of data/records.py's Example
 
-Two passes over the files, row by row: the first says what every row is (data/draw.py: 17 bytes each), the second
+Two passes over the files, row by row: the first says what every row is (data/draw.py: 16 bytes each), the second
 encodes those in use into a store (data/store.py). A store is known again by the content of the files, the tokenizer and
 the settings; where any of them differs it is made anew. One rank makes it, the others wait and open it.
 """
@@ -147,7 +147,7 @@ def build(request: Request, form: Form, identity: dict) -> Iterator[None]:
     if not parts.are_enough:
         settle_bad(bad, request.skip_bad, print0)  # more to the point
         raise too_few(parts)
-    wanted = np.zeros(len(rows.sides), np.int8)  # 1: tuned on; 2: held out
+    wanted = np.zeros(len(rows), np.int8)  # 1: tuned on; 2: held out
     for side, numbers in ((1, parts.train), (1, parts.select), (2, parts.held)):
         wanted[numbers] = side
     if np.count_nonzero(wanted) > FEW and not request.skip_bad:
@@ -169,7 +169,7 @@ def build(request: Request, form: Form, identity: dict) -> Iterator[None]:
 def scan(request: Request, rows: Rows, bad: Tally) -> Iterator[None]:
     """The first pass: what every row is. Faults go to `bad`."""
     for path in request.paths:
-        rows.begins.append(len(rows.sides))
+        rows.begins.append(len(rows))
         faults = bad.counts.total()
         for place, row in runtime.track(read_rows(path, bad), f"read {path.name}"):
             content = None
@@ -179,7 +179,7 @@ def scan(request: Request, rows: Rows, bad: Tally) -> Iterator[None]:
                 bad.append(error)
             rows.add(row, content)
             yield
-        if rows.begins[-1] == len(rows.sides) and bad.counts.total() > faults + 1:
+        if rows.begins[-1] == len(rows) and bad.counts.total() > faults + 1:
             refuse_object(path)
 
 
@@ -259,41 +259,39 @@ def joined(first: Tally, second: Tally) -> Tally:
 
 def finish(writer: Writer, parts: Parts, report: dict) -> None:
     """Turn numbers of rows into numbers of examples, count what stands on two sides, and complete the store."""
-    rows = np.frombuffer(writer.close(), np.int64)
-    numbers = {}
+    writer.close()
+    store, numbers = Store(writer.folder, {"parts": []}), {}
+    rows = np.asarray(store.arrays["rows"])  # in order; one that was left out has no example
     for name, chosen in (("train", parts.train), ("select", parts.select), ("heldout", parts.held)):
-        at = np.searchsorted(rows, chosen)  # rows are in order; one that was left out has no example
-        there = rows[np.minimum(at, len(rows) - 1)] == chosen if len(rows) else np.zeros(len(chosen), bool)
-        numbers[name] = at[there].astype(np.int32)
+        at = np.searchsorted(rows[:-1], chosen).astype(np.int32)
+        numbers[name] = at[rows[at] == chosen] if len(rows) else at[:0]
     if not all(len(found) for found in numbers.values()):
         raise ValueError("no answer is left in the training, selection or held-out examples, expected some in each: "
                          "raise --max_length, or add data")
-    store = Store(writer.folder, {"parts": []})
     report["leaked"] = leaked(store, numbers)
-    report["tokens"] = sum(Examples(store, numbers["train"].tolist()).lengths())
+    report["tokens"] = sum(Examples(store, memoryview(numbers["train"])).lengths())
     writer.finish(numbers, report | {name: len(found) for name, found in numbers.items()})
 
 
 def leaked(store: Store, numbers: dict[str, np.ndarray]) -> int:
     """How many held-out texts are tuned on, too: only a user's own split can do that."""
     held = [bytes(store[number].tokens) for number in numbers["heldout"]]
-    sizes, tuned = {len(text) // 4 for text in held}, set()
-    for number in np.unique(np.concatenate([numbers["train"], numbers["select"]])).tolist():
-        if store.length(number) in sizes:
-            tuned.add(hash(bytes(store[number].tokens)))
-    return sum(hash(text) in tuned for text in held)
+    texts, sizes, found = set(held), {len(text) // 4 for text in held}, set()
+    for number in memoryview(np.unique(np.concatenate([numbers["train"], numbers["select"]]))):
+        if store.length(number) in sizes and (text := bytes(store[number].tokens)) in texts:
+            found.add(text)
+    return sum(text in found for text in held)
 
 
 def report_of(request: Request, rows: Rows, parts: Parts, bad: Tally, done: Encoding) -> dict:
     """What summary.json says of the data: rows = used + left out, by reason."""
-    ends = [*rows.begins[1:], len(rows.sides)]
-    files = []
-    for number, (path, begin, end) in enumerate(zip(request.paths, rows.begins, ends)):
-        sides = rows.sides[begin:end]
-        files.append({"file": str(path), "rows": end - begin, "has_split": TRAIN in sides or HELDOUT in sides})
+    files, sides = [], rows.sides
+    for number, (path, begin, end) in enumerate(zip(request.paths, rows.begins, rows.ends)):
+        has_split = np.isin(sides[begin:end], (TRAIN, HELDOUT)).any().item()
+        files.append({"file": str(path), "rows": end - begin, "has_split": has_split})
         if number < len(request.sources):
             files[-1]["portion"] = float(request.sources[number].portion)
-    n_read = len(rows.sides) + bad.counts.total() - rows.sides.count(UNUSABLE)  # with what was no row at all
+    n_read = int((sides != UNUSABLE).sum()) + bad.counts.total()  # with what was no row at all
     left_out = parts.left_out + bad.counts + done.bad.counts + Counter({NO_ANSWER: done.no_answer})
     return {"files": files, "rows": n_read, "used": n_read - left_out.total(),
             "left_out": dict(left_out.most_common()), "cut": done.cut, "bare": done.bare}

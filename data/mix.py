@@ -183,10 +183,10 @@ def add_copies(order: array, places: array, begin: int, portion: Fraction) -> tu
     """
     heldout = array("I", (number for number in range(begin, len(places)) if places[number] & 1))
     train = array("I", (number for number in range(begin, len(places)) if not places[number] & 1))
-    order.extend(heldout)
-    copies = repeat(train, portion)
-    order.extend(copies)
-    return len(copies), len(heldout)
+    pieces = repeat(train, portion)
+    for piece in (heldout, *pieces):
+        order.extend(piece)
+    return sum(map(len, pieces)), len(heldout)
 
 
 def mix(files: dict[str, Path], portions: dict[str, Fraction], settings: Settings, output: Path) -> dict:

@@ -3,7 +3,7 @@
 A portion's whole part repeats every row, its fraction is a draw of them.
 """
 
-from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -38,7 +38,7 @@ def source_of(word: str) -> Source:
     return Source(Path(path), portion)
 
 
-def repeat(rows: array, portion: Fraction) -> array:
-    """Of n rows floor(portion * n): all of them floor(portion) times, and the first ones once more."""
+def repeat(rows: Sequence, portion: Fraction) -> list[Sequence]:
+    """Of n rows floor(portion * n), in pieces: all of them floor(portion) times, and the first ones once more."""
     whole = int(portion)
-    return rows * whole + rows[: int(portion * len(rows)) - whole * len(rows)]
+    return [rows] * whole + [rows[: int(portion * len(rows)) - whole * len(rows)]]

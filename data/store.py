@@ -172,14 +172,13 @@ class Writer:
             os.fsync(file.fileno())
         runtime.write_json(self.folder / PROGRESS, {"identity": self.identity, "files": self.files, "notes": notes})
 
-    def close(self) -> array:
-        """Bring all to the disk; the rows of the examples, which rise."""
+    def close(self) -> None:
+        """Bring all to the disk."""
         for file in self.open.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
         self.open = {}
-        return array("q", _path(self.folder, "rows").read_bytes())
 
     def finish(self, parts: dict[str, Sequence[int]], report: dict) -> None:
         """Write the parts, numbers of examples each, and last of all what makes this a store."""
