@@ -401,7 +401,8 @@ def main() -> None:
         print(table(result["report"]))
         return
     tuning = dataclasses.replace(settings, model=str(folder), out=str(Path(cfg.out) / "tuned"), budget=cfg.budget,
-                                 granularity="expert_token", kv=None, lr=None, layers="all", report=cfg.report)
+                                 granularity="expert_token", kv=None, lr=None, reads=None, layers="all",
+                                 report=cfg.report)
     summary = train.train(tuning)
     result = report(cfg, folder, summary, data.held)
     runtime.write_json(Path(cfg.out) / "table.json", result)
