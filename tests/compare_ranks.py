@@ -2,14 +2,15 @@
 
     python tests/compare_ranks.py --model=DIR --data=FILE [--dtype=float32,bfloat16] [--steps=6] [--batch_size=16]
 
-Prints, for each dtype, how far the routers moved and the largest difference between the two runs.
+Prints, for each dtype, how far the routers moved and the largest difference between the two runs, which cut a batch
+into the same parts; beside it what another --micro_batch does on one process, where the parts have other shapes.
 """
 
 import os
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ class Settings:
     steps: int = setting(6, "optimizer steps")
     batch_size: int = setting(16, "examples per step, over all ranks")
     micro_batch: int = setting(4, "examples per forward pass and rank")
+    other_micro_batch: int | None = setting(None, "the same of a third run, on one process; none: no such run")
     lr: float = setting(2e-4, "learning rate")
     layers: str = setting("deep:16", "routed layers")
     max_length: int = setting(96, "longest example in tokens")
@@ -87,18 +89,26 @@ def tuned(cfg: train.TrainConfig, ranks: int, out: Path) -> tuple[torch.Tensor, 
     return torch.load(out)
 
 
+def compare(settings: Settings, dtype: str, folder: Path) -> None:
+    cfg = config_of(settings, dtype, str(folder))
+    one, losses = tuned(cfg, 1, folder / "1.pt")
+    others = {"2 ranks": tuned(cfg, 2, folder / "2.pt")[0]}
+    if settings.other_micro_batch:
+        other = replace(cfg, micro_batch=settings.other_micro_batch)
+        others[f"micro-batches of {other.micro_batch}"] = tuned(other, 1, folder / "other.pt")[0]
+    shown = ", ".join(f"{loss:.4f}" for loss in losses)
+    print(f"{dtype}: losses {shown}; largest weight {one[-1].abs().max():.3g}")
+    for name, routers in others.items():
+        apart = (one - routers).abs().flatten(1).amax(1).tolist()
+        print(f"largest difference from {name} after each step: {', '.join(f'{value:.2g}' for value in apart)}", flush=True)
+
+
 def main() -> None:
     settings = runtime.cli(Settings)
     torch.set_num_threads(1)
     for dtype in settings.dtype:
         with tempfile.TemporaryDirectory() as folder:
-            cfg = config_of(settings, dtype, folder)
-            (one, losses), (two, _) = (tuned(cfg, ranks, Path(folder) / f"{ranks}.pt") for ranks in (1, 2))
-        apart = (one - two).abs().flatten(1).amax(1).tolist()
-        shown = ", ".join(f"{loss:.4f}" for loss in losses)
-        print(f"{dtype}: losses {shown}; largest weight {one[-1].abs().max():.3g}")
-        print(f"largest difference between 1 and 2 ranks after each step: "
-              f"{', '.join(f'{value:.2g}' for value in apart)}", flush=True)
+            compare(settings, dtype, Path(folder))
 
 
 if __name__ == "__main__":

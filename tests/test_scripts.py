@@ -18,7 +18,7 @@ CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkp
     "compare_lora": "--model={base} --data={data} --layers=auto:2 --samples=16 --heldout=4 --seeds=1 --chat=plain "
                     "--rank=2 --out={out}/lora",
     "compare_ranks": "--model={base} --data={data} --dtype=float32 --steps=2 --batch_size=4 --micro_batch=2 "
-                     "--layers=deep:2",
+                     "--other_micro_batch=1 --layers=deep:2",
     "compare_training": "--model={base} --data={data} --layers=deep:2 --heldout=4 --timed=1 --out={out}/training.json",
     "expert_ceilings": "",
     "large_data": "--model={base} --rows={rows} --megabytes=1 --max_samples=40 --out={out}/large",
