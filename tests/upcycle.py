@@ -6,12 +6,12 @@ One command, seeded, no weights kept in the repository: the mixture (OUT/base, i
 skip share of 25 % of the pairs of a token and one of its experts (OUT/tuned), OUT/table.json and, with matplotlib,
 OUT/load.png. Needs a CPU for about an hour.
 
-The mixture, of Qwen2-MoE's form: each MLP's strongest neurons make the shared expert; the others are told apart by
-balanced k-means of when they are active, one group an expert, of which a token runs the half whose outputs a ridge
-regression of the MLP's input expects to be the longest. The gate is that regression, on so small a scale that the
-weights hardly differ from 1 / k (the down projections carry the k). The down projections are refitted by least squares,
-layer by layer, which makes up for the experts that do not run. Then experts and gates are trained on the dense model's
-own predictions until the mixture is close to it.
+The mixture, of Qwen2-MoE's form: each MLP's strongest neurons make the shared expert and the next ones an expert that
+most tokens choose; the others are told apart by balanced k-means of when they are active, one group an expert. A token
+runs the experts whose outputs a ridge regression of the MLP's input expects to be the longest; nothing balances their
+use. The gate is that regression, on so small a scale that the weights hardly differ from 1 / k (the down projections
+carry the k). The down projections are refitted by least squares, layer by layer, which makes up for the experts that do
+not run. Then experts and gates are trained on the dense model's own predictions until the mixture is close to it.
 """
 
 import dataclasses
@@ -63,8 +63,8 @@ class UpcycleConfig:
     out: str = setting("out/upcycled", "folder for everything that is written")
     layers: str = setting("all", "layers whose MLPs become mixtures, as train.py's --layers")
     experts: int = setting(8, "experts of each layer")
-    active: int = setting(4, "experts that a token runs")
-    shared: int = setting(512, "neurons, the strongest ones, of the expert that every token runs beside them")
+    active: int = setting(3, "experts that a token runs")
+    shared: int = setting(768, "neurons, the strongest ones, of the expert that every token runs beside them")
     tokens: int = setting(8192, "tokens on which neurons are told apart")
     minutes: float = setting(20.0, "longest training")
     gap: float = setting(0.15, "training ends where the loss is this close to the dense model's")
@@ -104,17 +104,17 @@ def told_apart(activity: Tensor, n: int, rounds: int = 10) -> Tensor:
 @torch.no_grad()
 def split(mlp: FeedForward, x: Tensor, y: Tensor, mixture: Experts) -> None:
     """Fill a mixture from an MLP, its inputs x and its outputs y (N,D): the strongest neurons into the shared expert,
-    the others told apart, and a gate that expects the long sums."""
+    the next ones into the first, the others told apart, and a gate that expects the long sums."""
     active = F.silu(mlp.w1(x)) * mlp.w3(x)  # (N,F)
     strength = (active * mlp.w2.weight.norm(dim=0)).abs()
-    shared, n = len(mixture.shared.w1.weight), len(mixture.experts)
     order = (strength / y.norm(dim=1, keepdim=True)).square().mean(0).argsort(descending=True)
-    rest = order[shared:]
-    group, spans = told_apart(strength[:, rest], n), []
-    fill(mixture.shared, mlp, order[:shared], 2.0)  # its gate's weights are 0, and sigmoid(0) = 1 / 2
+    n, width, shared = len(mixture.experts), len(mixture.experts[0].w1.weight), len(mixture.shared.w1.weight)
+    shared, first, rest = order.split([shared, width, (n - 1) * width])
+    group = told_apart(strength[:, rest], n - 1)
+    groups, spans = [first, *(rest[group == e] for e in range(n - 1))], []
+    fill(mixture.shared, mlp, shared, 2.0)  # its gate's weights are 0, and sigmoid(0) = 1 / 2
     mixture.shared_gate.weight.zero_()
-    for e, expert in enumerate(mixture.experts):
-        mine = rest[group == e]
+    for expert, mine in zip(mixture.experts, groups):
         fill(expert, mlp, mine, mixture.k)
         spans.append((active[:, mine] @ mlp.w2.weight[:, mine].T).norm(dim=1))
     target = torch.stack(spans, dim=1).clamp(min=1e-9).log()  # (N,E)
@@ -239,8 +239,6 @@ def fit(mixture: Transformer, dense: Transformer, data: train.Data, cfg: Upcycle
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-
-
 
 
 def write(mixture: Transformer, cfg: UpcycleConfig, folder: Path) -> None:
