@@ -46,6 +46,7 @@ def fidelity_figure(rows: list[dict]):
                                   ha="right", va="bottom", color="0.3")
         axis.set_title(granularity)
         axis.set_xlabel("skipped, % of the model's attentions" if granularity.startswith("attn") else "skipped, %")
+        axis.set_xlim(0, 105 * max(map(skipped, rows)))
         axis.set_yscale("log")
     axes[0].set_ylabel("KL to the dense model, nats a token")
     axes[0].legend(fontsize=8)
