@@ -88,6 +88,7 @@ MIN_PREFIX = 16  # tokens that must be common to all items before computing them
 MIN_BATCH, MIN_BATCHES = 4096, 8  # small tasks are cut too, to give every rank a batch, but not below so many tokens
 MIN_TOKENS, FULL = 512, 0.8  # from so many tokens on, a batch ends before an item of which a fifth would be pads
 CALIBRATION_ROUNDS = 4  # how often routes and cuts follow each other
+MISSED = 0.05  # capacity this far from --budget is told
 STOPS = ("Question:", "</s>", "<|im_end|>")  # lm-eval tasks/gsm8k/gsm8k.yaml
 STOP_TAIL = 16  # last tokens of an answer that are searched for a stop text
 STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")  # the same file
@@ -803,6 +804,23 @@ def say_notes(ready: Sequence[ReadyTask], limit: int, data: str) -> None:
         )
 
 
+def say_missed(cfg: EvalConfig, run: Scorer, results: dict) -> None:
+    """Tasks whose routers ran another share than --budget, and how to hold it: cuts come from other texts."""
+    if cfg.budget is None or cfg.control != "none" or run.route == "off" or cfg.budget_per == "sequence":
+        return
+    far = [(name, r["capacity"]) for name, r in results.items() if name != NAMES[1]]
+    far = [f"{name} {capacity:.3f}" for name, capacity in far if abs(capacity - cfg.budget) > MISSED]
+    if not far:
+        return
+    routing, ways = run.model.routing, []
+    if routing.reads == "first":
+        ways.append("--budget_per=sequence")
+    elif routing.unit == "token" and not routing.experts and not cfg.hold_budget:
+        ways.append("--hold_budget")
+    say(f"note: the capacity is not the --budget={cfg.budget:g} that was asked for ({', '.join(far)}), since the cuts "
+        f"were calibrated on other texts; to hold it: {' or '.join([*ways, '--calibrate=N'])}")
+
+
 # -----------------------------------------------------------------------------
 # Running
 
@@ -1125,6 +1143,7 @@ def evaluate(cfg: EvalConfig, rt: runtime.Runtime) -> dict:
 
     weights = run.model.place_weights().tolist() if run.model.routing else ()
     results = results_by_task(cfg, ready, records, weights)
+    say_missed(cfg, run, results)
     domains = {name: r for own in ready for name, r in domain_results(own, records[own.name], weights).items()}
     items = {own.name: outcomes(own, records[own.name]) for own in ready}
     report = {"model": cfg.model, "fingerprint": run.model.fingerprint, "route": run.route, "results": results}

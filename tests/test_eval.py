@@ -771,6 +771,18 @@ def test_standard_errors_and_pooling():
     assert group["acc_stderr"] == pytest.approx(math.sqrt((3 * 0.25**2 * 4 + 2 * (1 / 3) ** 2 * 3) / 5 / 7))
 
 
+@pytest.mark.parametrize("granularity, way", [("attn_token", "--hold_budget or "), ("attn_sequence", "")])
+def test_a_missed_budget_is_told(base, tok, capsys, granularity, way):
+    run = Scorer(routed(base, granularity), tok, "gather")
+    found = {"piqa": {"capacity": 0.4}, "boolq": {"capacity": 0.52}, "perplexity_dense": {"capacity": 1.0}}
+    scoring.say_missed(settings(base, budget=0.5), run, found)
+    said = capsys.readouterr().err
+    assert "--budget=0.5" in said and "(piqa 0.400)" in said and said.endswith(f"to hold it: {way}--calibrate=N\n")
+    for other in (settings(base, budget=0.5, budget_per="sequence"), settings(base, budget=0.5, control="random:1")):
+        scoring.say_missed(other, run, found)
+    assert not capsys.readouterr().err
+
+
 def test_paired_comparison_counts_flips():
     ours = {
         "piqa": {"sha": "x", "acc": "1101", "gold_logprob": [-1.0, -2.0, -3.0, -4.0]},
