@@ -22,13 +22,12 @@ from typing import Literal
 import torch
 
 import runtime
-from model import (
-    KVCache, ModelConfig, Transformer, compile_model, fill, kernels, load_routers, routing_of,
-)
+from model import KVCache, ModelConfig, Transformer, compile_model, fill, kernels, load_routers
 from recipe.base import load_base
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from recipe.int8 import rounded
-from router import RouterConfig, capacity, cuts_for, parse_layers, random_route, set_cuts
+from recipe.places import parse_layers, random_route, routing_of
+from router import RouterConfig, capacity, cuts_for, set_cuts
 from runtime import setting
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from router import (
-    EXPERT_GRANULARITIES,
     Router,
     RouterConfig,
     RouterMeta,
@@ -181,19 +180,6 @@ class ModelConfig:
         """Hidden width that a token runs in one layer's MLP."""
         experts = self.experts_per_token * self.expert_dim + self.shared_dim
         return experts if self.has_experts(layer) else self.hidden_dim
-
-
-def routing_of(config: ModelConfig, granularity: str, layers, **more) -> RouterConfig:
-    """Routers of a named granularity at these layers of a model, of experts at those that have any.
-
-    Raises ValueError for an unknown name, or where no layer has experts.
-    """
-    if granularity in EXPERT_GRANULARITIES:
-        layers = [layer for layer in layers if config.has_experts(layer)]
-        if not layers:
-            raise ValueError(f"granularity is {granularity!r}, and no layer that was asked for has experts; expected "
-                             "a mixture of experts: choose another granularity, model or --layers")
-    return RouterConfig.of(granularity, layers, n_experts=config.n_experts, **more)
 
 
 # -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Routers of Router-Tuning: score, gate, pooling, capacity, cuts, routes that no router made, and the router file.
+"""Routers of Router-Tuning: where they stand, score, gate, capacity, cuts, and the router file.
 
 A router is one linear map d -> 1 without bias, kept in fp32, beside a layer of a frozen model. Its logit z = w . x
 decides whether the layer's target (attention, MLP or the whole block) runs: gate = sigmoid(z) >= threshold, held here
@@ -18,8 +18,8 @@ import os
 import re
 import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,36 +151,6 @@ class RouterConfig:
         return replace(self, places=places, kv=kv)
 
 
-def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
-    """The deepest n layers except the last one: the paper's choice (arXiv 2410.13184, section 4)."""
-    if not 1 <= n <= n_layers - 1:
-        raise ValueError(f"deep:{n} asks for {n} layers; a model of {n_layers} layers has 1 to {n_layers - 1} before "
-                         "its last one")
-    return tuple(range(n_layers - 1 - n, n_layers - 1))
-
-
-def parse_layers(text: str, n_layers: int) -> tuple[tuple[int, ...], int | None]:
-    """Layers that a `--layers` setting names: 'deep:16', 'auto:16', '3,5,8-12' or 'all'.
-
-    Beside them how many are to be chosen of these, for auto:N, whose are all; None: they are chosen.
-    """
-    kind, _, number = text.partition(":")
-    if kind in ("deep", "auto") and number.isdigit():
-        if not 1 <= int(number) <= n_layers:
-            raise ValueError(f"layers is {text!r}; this model has {n_layers} layers: ask for 1 to {n_layers}")
-        return (deep_layers(int(number), n_layers), None) if kind == "deep" else (tuple(range(n_layers)), int(number))
-    if text == "all":
-        return tuple(range(n_layers)), None
-    try:
-        spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
-        layers = sorted({layer for span in spans for layer in range(span[0], span[-1] + 1)})
-    except ValueError:
-        raise ValueError(f"layers is {text!r}; expected deep:N, auto:N, all, or numbers such as 3,5,8-12") from None
-    if not layers or layers[-1] >= n_layers:
-        raise ValueError(f"layers is {text!r}; this model has layers 0 to {n_layers - 1}")
-    return tuple(layers), None
-
-
 # -----------------------------------------------------------------------------
 # Score, gate, capacity
 
@@ -234,20 +204,6 @@ def routers_of(model: nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def freeze_all_but_routers(model: nn.Module) -> tuple[int, int]:
-    """Let only the routers require gradients. Returns the numbers of (trainable, frozen) parameters."""
-    model.requires_grad_(False)
-    for router in routers_of(model):
-        router.requires_grad_(True)
-    count = sum(p.numel() for p in trainable(model).values())
-    return count, sum(p.numel() for p in model.parameters()) - count
-
-
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters that require gradients, by name: what an optimizer and a checkpoint see."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def capacity(gates: Tensor, real: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """Share of (place, unit) pairs that execute: ONE number over all places and units.
 
@@ -278,29 +234,6 @@ def threshold_of(cut: float) -> float:
     return 1.0 / (1.0 + math.exp(-cut)) if abs(cut) < 700 else float(cut > 0)
 
 
-def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None) -> list[float]:
-    """For each budget the cut that lets this share of the logits z (R,...) through, midway between its neighbours.
-
-    weights (R,): what a logit of each place counts; None: all the same. A logit of -inf, which never runs, counts
-    nothing.
-    """
-    ordered, index = z.flatten().double().sort(descending=True)
-    weight = torch.ones_like(ordered)
-    if weights is not None:
-        weight = weights.double().repeat_interleave(z[0].numel())[index]
-    weight = weight.masked_fill(ordered == -math.inf, 0.0)
-    middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
-    wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
-    ends = [math.inf, *ordered.tolist(), -math.inf]
-    through = torch.searchsorted(middles, wanted, right=True).tolist()
-    return [(ends[k] + ends[k + 1]) / 2 for k in through]
-
-
-def quantile_cut(z: Tensor, budget: float, weights: Tensor | None = None) -> float:
-    """The cut of `quantile_cuts` for one budget."""
-    return quantile_cuts(z, [budget], weights)[0]
-
-
 def cuts_for(budget: float, calibration: dict) -> list[float]:
     """Cut of each place that realises `budget`, from {"budgets": [...], "thresholds": [[per place] per budget]}.
 
@@ -312,17 +245,16 @@ def cuts_for(budget: float, calibration: dict) -> list[float]:
     if not calibration.get("budgets"):
         raise ValueError("this router file carries no calibration table, so a budget cannot be set; leave --budget "
                          "away or tune with train.py")
-    low, high, part = _rows_around(budget, calibration, "thresholds")
     if budget in (0.0, 1.0):
-        return [cut_of(1.0 - budget)] * len(low)
-    return [between(cut_of(a), cut_of(b), part) for a, b in zip(low, high)]
+        return [cut_of(1.0 - budget)] * len(calibration["thresholds"][0])
+    return _row_at(budget, calibration, "thresholds", cut_of)
 
 
-def _rows_around(budget: float, calibration: dict, name: str) -> tuple[list[float], list[float], float]:
-    """Rows of a table for the nearest budgets below and above, and how far between them `budget` lies."""
+def _row_at(budget: float, calibration: dict, name: str, value: Callable = float) -> list[float]:
+    """The row of a table at a budget: the values of the entries at the nearest ones below and above, interpolated."""
     rows = dict(zip(calibration["budgets"], calibration[name]))
     low, high, part = around(rows, budget)
-    return rows[low], rows[high], part
+    return [between(value(a), value(b), part) for a, b in zip(rows[low], rows[high])]
 
 
 def around(points: Iterable[float], budget: float) -> tuple[float, float, float]:
@@ -336,6 +268,19 @@ def around(points: Iterable[float], budget: float) -> tuple[float, float, float]
 def between(a: float, b: float, share: float) -> float:
     """a + share (b - a), and a where an end is infinite."""
     return a if a == b or math.isinf(a) or math.isinf(b) else a + share * (b - a)
+
+
+def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
+    """Share to skip of each place (R) when everyone skips places in order, until `skip` of all they count is skipped.
+
+    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one where that ends, 0 for the rest.
+    """
+    shares = [0.0] * len(order)
+    for place in order:
+        share = min(max(skip / weights[place].item(), 0.0), 1.0)
+        shares[place] = 0.0 if share < 1e-6 else 1.0 if share > 1 - 1e-6 else share
+        skip -= weights[place].item()
+    return shares
 
 
 def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
@@ -373,8 +318,7 @@ def shares_for(budget: float, calibration: dict, weights: Tensor) -> list[float]
     """Share of its tokens that each place runs at a budget, as calibrated; by weight (R,) they sum to the budget."""
     if budget in (0.0, 1.0):
         return [budget] * len(weights)
-    low, high, part = _rows_around(budget, calibration, "shares")
-    shares = torch.tensor([between(a, b, part) for a, b in zip(low, high)], dtype=torch.float64)
+    shares = torch.tensor(_row_at(budget, calibration, "shares"), dtype=torch.float64)
     total = (weights @ shares).item()
     if total > budget:
         return (shares * (budget / total)).tolist()
@@ -428,52 +372,6 @@ def cut_of_chunk(past: Tensor, begin: Tensor, end: Tensor, cut: Tensor, share: f
     own = least - 1e-4 * least.abs()  # equal logits stay on one side, whatever their last bits
     own = own.masked_fill(count == 0, math.inf).masked_fill(wanted >= 1, -math.inf)
     return torch.where(begin == 0, cut, own)
-
-
-# -----------------------------------------------------------------------------
-# Routes that no router made: the controls
-
-
-def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
-    """Share to skip of each place (R) when everyone skips places in order, until `skip` of all they count is skipped.
-
-    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one where that ends, 0 for the rest.
-    """
-    shares = [0.0] * len(order)
-    for place in order:
-        share = min(max(skip / weights[place].item(), 0.0), 1.0)
-        shares[place] = 0.0 if share < 1e-6 else 1.0 if share > 1 - 1e-6 else share
-        skip -= weights[place].item()
-    return shares
-
-
-def skipped_places(order: list[int], weights: Tensor, skip: float) -> tuple[int, ...]:
-    """The places that `skipped_shares` skips, to the nearest whole one, ascending."""
-    return tuple(place for place, share in enumerate(skipped_shares(order, weights, skip)) if share >= 0.5)
-
-
-def static_route(order: list[int], weights: Tensor, budget: float, rng: torch.Generator) -> Tensor:
-    """Gates (R,) of one sequence under a static list: the same places are skipped for everyone.
-
-    The place at which the list ends is skipped by chance, so that the average over sequences is the budget.
-    """
-    chance = torch.rand((), generator=rng).item()
-    return torch.tensor([float(share <= chance) for share in skipped_shares(order, weights, 1 - budget)])
-
-
-def random_route(weights: Tensor, budget: float, rng: torch.Generator, tokens: int | None = None) -> Tensor:
-    """Gates (R,) of one sequence, or (R,T) of its tokens, by chance: the control that knows nothing.
-
-    A sequence skips places in a random order until the budget is met; a token skips each place by chance.
-    """
-    if tokens is None:
-        return static_route(torch.randperm(len(weights), generator=rng).tolist(), weights, budget, rng)
-    return (torch.rand(tokens, len(weights), generator=rng) < budget).float().T  # (T,R) -> (R,T)
-
-
-def mean_order(shares: list[float]) -> list[int]:
-    """The mean route as an order: places by the share of units that ran them, rarest first. shares (R)."""
-    return sorted(range(len(shares)), key=lambda place: (shares[place], place))
 
 
 # -----------------------------------------------------------------------------
@@ -534,19 +432,15 @@ class RouterMeta:
             found = meta.get("format") if isinstance(meta, dict) else meta
             raise ValueError(f"has format {found!r:.60}; this code reads {FILE_FORMAT!r} and {OLD_FORMAT!r}")
         old = meta["format"] == OLD_FORMAT
-        settings = ("pool", "kv") if old else ("unit", "pool", "kv", "reads")
-        needed = [*(("granularity", "layers") if old else ("places",)), *settings, "thresholds", "base_fingerprint"]
-        if missing := [repr(name) for name in needed if name not in meta]:
+        needed = ("granularity", "layers", "pool", "kv") if old else ("places", "unit", "pool", "kv", "reads")
+        if missing := [repr(name) for name in (*needed, "thresholds", "base_fingerprint") if name not in meta]:
             raise ValueError(f"lacks {', '.join(missing)}")
-        places = _old_places(meta) if old else meta["places"]
+        meta = _upgraded(meta) if old else meta
+        places = meta["places"]
         if not isinstance(places, list) or not all(map(_is_place, places)):
             raise ValueError(f"places is {places!r:.60}; expected a list of [layer, target, null]")
-        unit = {"unit": meta["granularity"].split("_")[1]} if old else {}
-        unit |= {"renormalise": meta["renormalise"]} if "renormalise" in meta else {}
-        routing = RouterConfig(tuple(map(tuple, places)), **unit, **{name: meta[name] for name in settings})
-        own = ("thresholds", "base_fingerprint", "calibration", "recipe", "step", "config", "orders", "loads",
-               "report")
-        read = cls(routing, **{name: meta[name] for name in own if name in meta})
+        routing, own = ({f.name: meta[f.name] for f in fields(kind) if f.name in meta} for kind in (RouterConfig, cls))
+        read = cls(**own | {"routing": RouterConfig(**routing)})
         read.orders = {name: list(map(str, order)) for name, order in read.orders.items()}
         if old:
             return read
@@ -573,16 +467,17 @@ def _is_place(place) -> bool:
     return type(layer) is int and isinstance(target, str) and (expert is None or type(expert) is int)
 
 
-def _old_places(meta: dict) -> list:
-    """Places of a file of format 1: a granularity, the layers of its target, of `both` the MLPs' layers beside them."""
+def _upgraded(meta: dict) -> dict:
+    """Metadata of format 1 as format 2 has them. It named a granularity, the layers of its target, and beside those of
+    `both` the layers of MLPs."""
     granularity, layers, mlps = meta["granularity"], meta["layers"], meta.get("mlp_layers", [])
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity is {granularity!r:.60}; expected one of {', '.join(GRANULARITIES)}")
     if not isinstance(layers, list) or not isinstance(mlps, list):
         raise ValueError(f"layers is {layers!r:.60} and mlp_layers {mlps!r:.60}; expected lists of numbers")
-    target = TARGETS[granularity.split("_")[0]][0]
-    places = [[layer, target, None] for layer in layers]
-    return places + [[layer, "mlp", None] for layer in mlps]
+    target, unit = granularity.split("_")
+    places = [[layer, TARGETS[target][0], None] for layer in layers] + [[layer, "mlp", None] for layer in mlps]
+    return meta | {"places": places, "unit": unit, "reads": "own"}
 
 
 def _key(place: Place, routing: RouterConfig) -> str:
@@ -652,11 +547,6 @@ def read_router_file(path: str | Path, *, official: bool = False) -> tuple[dict[
     if meta.routing.target == "mlp":  # format 1 named them so where `both` had chosen MLPs alone
         tensors = {key.replace(".mlp_router.", ".router."): tensor for key, tensor in tensors.items()}
     return tensors, meta
-
-
-def official_layers(tensors: dict[str, Tensor]) -> list[int]:
-    """Layers of a router file of the official code, ascending."""
-    return sorted(int(key.split(".")[2]) for key in tensors)
 
 
 def load_router_weights(path: str | Path, model: nn.Module, tensors: dict[str, Tensor], routing: RouterConfig) -> None:

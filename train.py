@@ -44,12 +44,14 @@ from recipe.cost import step_flops, trunk_flops
 from recipe.finish import finish, keep_changes, next_command
 from recipe.lora import TARGETS, LoRAConfig, add_lora
 from recipe.needs import announce, plan
-from recipe.passes import Batch, Workload, collate, head_gradient, n_units, real_logits, states, under_budget
+from recipe.passes import (
+    Batch, Workload, collate, head_gradient, n_units, quantile_cut, real_logits, states, under_budget,
+)
 from recipe.report import describe, show, show_step, verdict
 from recipe.run import Job, Run, State, put
 from recipe.shard import average, even
 from recipe.start import begin, standing, try_out
-from router import EXPERT_GRANULARITIES, GRANULARITIES, quantile_cut, set_cuts
+from router import EXPERT_GRANULARITIES, GRANULARITIES, set_cuts
 from runtime import ALONE, Runtime, collect, generator, mine, print0, setting, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 

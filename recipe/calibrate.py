@@ -5,8 +5,8 @@ import math
 from torch import Tensor
 
 from recipe.controls import Controls
-from recipe.passes import Workload, evaluate, route_logits, settle
-from router import around, between, capacity, quantile_cut, quantile_cuts, set_cuts, skipped_shares, threshold_of
+from recipe.passes import Workload, evaluate, quantile_cut, quantile_cuts, route_logits, settle
+from router import around, between, capacity, set_cuts, skipped_shares, threshold_of
 from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import Transformer
 from recipe.passes import Workload, collate, evaluate, real_logits, settle, states
-from router import RouterConfig, mean_order, set_cuts
+from router import RouterConfig, set_cuts
 
 
 ROUNDS = 3  # in which the smallest gates' cut is found
@@ -60,7 +60,7 @@ def mean_route(model: Transformer, shares: list[float]) -> tuple[list[int], floa
     if reads_gates(model):
         given = (model.place_shares() / weights).clamp(min=1e-12)  # share of the tokens that an expert is given
     ran = [share / load for share, load in zip(shares, given.tolist())]
-    return mean_order(ran), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
+    return sorted(range(len(ran)), key=ran.__getitem__), (weights @ torch.tensor(shares, dtype=torch.float64)).item()
 
 
 def gate_start(model: Transformer, inputs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn as nn
 import runtime
 from model import ModelConfig, Transformer, load_routers
 from recipe.experts import mean_route
-from router import skipped_places
+from recipe.places import skipped_places
 
 ENDS = {"attn": "attention.wo", "mlp": "feed_forward.w2"}  # what a sublayer ends with
 Skipped = set[tuple[int, str]]  # layer, and attn or mlp

@@ -10,7 +10,7 @@ import runtime
 from model import Transformer
 from recipe.experts import mean_route, read_gates, reads_gates
 from recipe.orders import GATE_NORM, gate_norm_order
-from router import parse_layers, random_route, static_route
+from recipe.places import parse_layers, random_route, static_route
 from runtime import generator
 
 SMALLEST_GATE = "smallest_gate"

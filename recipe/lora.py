@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import Block, Experts, Transformer
 from recipe.int8 import plain_weight
-from router import freeze_all_but_routers
+from router import routers_of
 
 # peft's name of a projection -> where it stands in a Block. Both keep q and k half-split, so rows need no permutation
 PROJECTIONS = {
@@ -111,15 +111,18 @@ def add_lora(model: Transformer, config: LoRAConfig) -> None:
 
 def let_train(model: Transformer, what: str) -> None:
     """Let routers, lora, routers+lora or full (everything) require gradients, and nothing else."""
-    freeze_all_but_routers(model)
-    if what == "full":
-        model.requires_grad_(True)
-    if what == "lora":
-        model.requires_grad_(False)
+    model.requires_grad_(what == "full")
+    for router in routers_of(model):
+        router.requires_grad_(what != "lora")
     if "lora" in what:
         for lora in changes(model).values():
             lora.lora_A.requires_grad_(True)
             lora.lora_B.requires_grad_(True)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters that require gradients, by name: what an optimizer and a checkpoint see."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()

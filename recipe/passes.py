@@ -11,8 +11,9 @@ from torch import Tensor
 from data.records import Example
 from model import Transformer, pad
 from recipe.journal import once
+from recipe.places import random_route
 from recipe.trunk import TrunkCache
-from router import RouterConfig, capacity, quantile_cut, random_route, set_cuts
+from router import RouterConfig, capacity, set_cuts
 from runtime import Runtime, collect, generator, mine, sum_over_ranks, track
 
 NEVER = -1e30  # a logit below every other
@@ -272,6 +273,29 @@ def route_logits(work: Workload) -> Tensor:
     for number, group in track(work.groups(), "routes"):
         parts.append((number, once(lambda: [group_logits(work, group)])[0]))
     return torch.cat(collect(parts, work.rt), dim=1)
+
+
+def quantile_cuts(z: Tensor, budgets: list[float], weights: Tensor | None = None) -> list[float]:
+    """For each budget the cut that lets this share of the logits z (R,...) through, midway between its neighbours.
+
+    weights (R,): what a logit of each place counts; None: all the same. A logit of -inf, which never runs, counts
+    nothing.
+    """
+    ordered, index = z.flatten().double().sort(descending=True)
+    weight = torch.ones_like(ordered)
+    if weights is not None:
+        weight = weights.double().repeat_interleave(z[0].numel())[index]
+    weight = weight.masked_fill(ordered == -math.inf, 0.0)
+    middles = weight.cumsum(0) - weight / 2  # what is through when half of this logit is
+    wanted = torch.tensor(budgets, dtype=torch.float64) * weight.sum()
+    ends = [math.inf, *ordered.tolist(), -math.inf]
+    through = torch.searchsorted(middles, wanted, right=True).tolist()
+    return [(ends[k] + ends[k + 1]) / 2 for k in through]
+
+
+def quantile_cut(z: Tensor, budget: float, weights: Tensor | None = None) -> float:
+    """The cut of `quantile_cuts` for one budget."""
+    return quantile_cuts(z, [budget], weights)[0]
 
 
 def settle(

@@ -21,11 +21,10 @@ from data.load import Data
 from model import Transformer
 from recipe.fit import RidgeDescent
 from recipe.journal import Journal
-from recipe.lora import let_train
+from recipe.lora import let_train, trainable
 from recipe.passes import Batch, Workload, dense_states, prompts_of, states
 from recipe.shard import everything, shared
 from recipe.trunk import TrunkCache
-from router import trainable
 from runtime import Runtime
 
 

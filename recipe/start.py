@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from model import ModelConfig, routing_of
+from model import ModelConfig
 from recipe.calibrate import settle
 from recipe.controls import Controls
 from recipe.fit import benefit_prior, order_prior, token_prior
@@ -14,11 +14,9 @@ from recipe.measure import Measured, first_inputs, measure_benefits, measure_cos
 from recipe.experts import gate_start
 from recipe.orders import search_orders
 from recipe.passes import EVAL_BATCH, Workload, by_length, evaluate
+from recipe.places import parse_layers, routing_of, skipped_places
 from recipe.run import Job, Run, State, build, copied, put
-from router import (
-    RouterConfig, RouterMeta, check_fingerprint, load_router_weights, official_layers, parse_layers,
-    read_router_file, set_cuts, skipped_places,
-)
+from router import RouterConfig, RouterMeta, check_fingerprint, load_router_weights, read_router_file, set_cuts
 from runtime import permutation, print0
 
 INPUT_SAMPLES = 512  # router inputs on which RidgeDescent measures its steps
@@ -68,7 +66,8 @@ def standing(job: Job) -> tuple[Workload, State]:
     cfg, model, orders = job.cfg, job.model, {}
     if cfg.import_official:
         tensors, _ = read_router_file(cfg.import_official, official=True)
-        model.add_routers(RouterConfig.of(cfg.granularity, official_layers(tensors), **cfg.routes))
+        layers = [int(key.split(".")[2]) for key in tensors]  # its names of tensors are ours
+        model.add_routers(RouterConfig.of(cfg.granularity, layers, **cfg.routes))
         load_router_weights(cfg.import_official, model, tensors, model.routing)
     else:
         orders, names = read_router_file(cfg.recalibrate)[1].orders, model.routing.names

@@ -36,7 +36,8 @@ import runtime  # noqa: E402
 from bench import Point, itemsize_of, random_model, run_decode, run_prefill  # noqa: E402
 from model import KVCache, load_model  # noqa: E402
 from recipe.cost import decode_ceiling, prefill_ceiling  # noqa: E402
-from router import RouterConfig, deep_layers, random_route  # noqa: E402
+from recipe.places import deep_layers, random_route  # noqa: E402
+from router import RouterConfig  # noqa: E402
 from runtime import setting  # noqa: E402
 
 VARIANTS = ("attn_sequence", "attn_token kv=all", "mlp_token", "block_token", "both_sequence")

@@ -27,7 +27,8 @@ import runtime  # noqa: E402
 from bench import forced_gates, run_decode, run_prefill, timed  # noqa: E402
 from convert_hf import KEY_MAP_TO_HF, config_to_hf, rename  # noqa: E402
 from model import KVCache, Transformer, compile_model, generate, load_model  # noqa: E402
-from router import RouterConfig, deep_layers  # noqa: E402
+from recipe.places import deep_layers  # noqa: E402
+from router import RouterConfig  # noqa: E402
 
 
 @dataclass

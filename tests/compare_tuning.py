@@ -34,7 +34,8 @@ import train  # noqa: E402
 from recipe import passes  # noqa: E402
 from model import load_config, load_model  # noqa: E402
 from recipe.run import build  # noqa: E402
-from router import RouterConfig, deep_layers, pool, ste_gate  # noqa: E402
+from recipe.places import deep_layers  # noqa: E402
+from router import RouterConfig, pool, ste_gate  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 

@@ -27,7 +27,9 @@ from recipe.cost import (
     prefill_flops,
     step_flops,
 )
-from router import GRANULARITIES, RouterConfig, freeze_all_but_routers, random_route
+from recipe.lora import let_train
+from recipe.places import random_route
+from router import GRANULARITIES, RouterConfig
 
 CONFIG = replace(tiny.CONFIG, n_layers=6, vocab_size=61)
 UNTIED = replace(CONFIG, family="mistral", tie_embeddings=False, sliding_window=7, n_kv_heads=1, head_dim=12)
@@ -120,7 +122,7 @@ def test_a_tuning_step_costs_what_torch_counts(distill, recompute):
     """
     routing, rows, n = RouterConfig.of("attn_sequence", range(CONFIG.n_layers)), 3, 3 * (WIDTH - 1)
     model, tokens = build(routing).train(), tokens_of(rows, WIDTH)
-    freeze_all_but_routers(model)
+    let_train(model, "routers")
     with FlopCounterMode(display=False) as counter:
         if distill:
             with torch.no_grad():

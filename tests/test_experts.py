@@ -17,13 +17,14 @@ import eval as scoring
 import runtime
 import train
 from data.records import Example
-from model import Experts, KVCache, ModelConfig, Transformer, generate, load_model, load_routers, routing_of
+from model import Experts, KVCache, ModelConfig, Transformer, generate, load_model, load_routers
 from recipe import fidelity
 from recipe.controls import Controls
 from recipe.cost import DENSE, Executed, ItemSize, decode_bytes, layer_elements, mlp_elements, prefill_flops
 from recipe.experts import loads, mean_route, reading_gates, smallest_gate
 from recipe.forced import make_control
 from recipe.passes import Workload, evaluate, random_routes, skip_everywhere
+from recipe.places import routing_of
 from router import RouterConfig, RouterMeta, cuts_for, read_router_file, save_routers, set_cuts
 
 CONFIG = replace(

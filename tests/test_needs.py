@@ -12,7 +12,8 @@ import train
 from model import Transformer
 from recipe.needs import disk_needed, kept_elements, seconds_per_example
 from recipe.passes import Workload
-from router import RouterConfig, freeze_all_but_routers
+from recipe.lora import let_train
+from router import RouterConfig
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -20,7 +21,7 @@ from router import RouterConfig, freeze_all_but_routers
 def test_kept_elements_are_what_autograd_keeps(first, recompute):
     config, kept = replace(tiny.CONFIG, n_layers=8, dim=64, hidden_dim=160, head_dim=16), {}
     model = Transformer(config, RouterConfig.of("attn_sequence", range(first, 8)))
-    freeze_all_but_routers(model)
+    let_train(model, "routers")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     x = torch.randn(3, 40, config.dim)
 

@@ -21,7 +21,7 @@ from tokenizer import load_tokenizer
 @pytest.mark.parametrize("budget, count", [(0.5, 3), (0.34, 2), (0.0, 0), (1.0, 6)])
 def test_quantile_cut_opens_the_asked_share(budget, count):
     z = torch.tensor([[3.0, -1.0, 0.5], [2.0, 9.0, -4.0]])
-    assert (z >= router.quantile_cut(z, budget)).sum() == count
+    assert (z >= passes.quantile_cut(z, budget)).sum() == count
 
 
 def test_losses_in_blocks_equal_losses_at_once(base, monkeypatch):
@@ -259,7 +259,7 @@ def test_order_prior_is_the_static_order():
     weights = fit.order_prior(order, inputs)
     z = torch.einsum("rnd,rd->rn", inputs, weights)
     for skipped in range(1, 4):
-        executed = z >= router.quantile_cut(z, 1 - skipped / 4)
+        executed = z >= passes.quantile_cut(z, 1 - skipped / 4)
         assert (
             set(order[:skipped]) == {place for place in range(4) if not executed[place].any()}
             and executed[order[skipped:]].all()

@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import router as router_module
+from recipe.lora import let_train
+from recipe.passes import quantile_cut
+from recipe.places import deep_layers, parse_layers, random_route, skipped_places, static_route
 from router import (
     GRANULARITIES,
     Place,
@@ -28,23 +31,14 @@ from router import (
     check_fingerprint,
     cut_of,
     cuts_for,
-    deep_layers,
     describe,
     fill_budget,
-    freeze_all_but_routers,
     load_router_weights,
-    mean_order,
-    official_layers,
-    parse_layers,
     pool,
-    quantile_cut,
-    random_route,
     read_router_file,
     save_routers,
     set_cuts,
-    skipped_places,
     skipped_shares,
-    static_route,
     ste_gate,
     threshold_of,
 )
@@ -101,7 +95,7 @@ def test_new_router_executes_everything():
 
 def test_only_routers_train_and_they_are_found_by_type():
     toy = Toy(3, 6)
-    assert freeze_all_but_routers(toy) == (18, 28)
+    let_train(toy, "routers")
     assert [name for name, p in toy.named_parameters() if p.requires_grad] == [f"parts.{i}.weight" for i in range(3)]
 
 
@@ -197,10 +191,6 @@ def test_lists_and_chance_realise_the_budget_on_average(weights, budget, seed):
     assert set(whole) <= set(skipped_places(order, weights, 1 - budget))
     tokens = random_route(weights, budget, rng, tokens=4000)
     assert tokens.shape == (len(weights), 4000) and abs(tokens.mean().item() - budget) < 0.04
-
-
-def test_a_mean_route_skips_what_ran_least_first():
-    assert mean_order([0.5, 0.1, 1.0, 0.1]) == [1, 3, 0, 2]
 
 
 @given(st.floats(0, 1))
@@ -371,7 +361,7 @@ def test_official_file_is_read_when_asked_for(tmp_path):
     """The official code writes the same names and shapes without metadata."""
     save_file({"model.layers.14.router.weight": torch.ones(1, 6, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     weights, meta = read_router_file(tmp_path / "model.safetensors", official=True)
-    assert meta is None and official_layers(weights) == [14]
+    assert meta is None and list(weights) == ["model.layers.14.router.weight"]
     with pytest.raises(ValueError, match="no router_tuning metadata"):
         read_router_file(tmp_path / "model.safetensors")
 

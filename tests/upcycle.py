@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 import runtime  # noqa: E402
 import train  # noqa: E402
-from model import Experts, FeedForward, Transformer, load_config, load_model, load_routers, routing_of  # noqa: E402
+from model import Experts, FeedForward, Transformer, load_config, load_model, load_routers  # noqa: E402
 from recipe.calibrate import settle  # noqa: E402
 from recipe.controls import Controls  # noqa: E402
 from recipe.experts import gate_start, loads, reading_gates  # noqa: E402
@@ -46,7 +46,8 @@ from recipe.measure import measure_costs, typical_costs  # noqa: E402
 from recipe.passes import Workload, collate, evaluate, head_gradient, head_losses, states  # noqa: E402
 from recipe.report import table  # noqa: E402
 from recipe.trunk import TrunkCache  # noqa: E402
-from router import parse_layers, set_cuts  # noqa: E402
+from recipe.places import parse_layers, routing_of  # noqa: E402
+from router import set_cuts  # noqa: E402
 from runtime import ALONE as CPU, print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
