@@ -440,7 +440,8 @@ class RouterMeta:
         if not isinstance(places, list) or not all(map(_is_place, places)):
             raise ValueError(f"places is {places!r:.60}; expected a list of [layer, target, null]")
         routing, own = ({f.name: meta[f.name] for f in fields(kind) if f.name in meta} for kind in (RouterConfig, cls))
-        read = cls(**own | {"routing": RouterConfig(**routing)})
+        routing = RouterConfig(**routing)
+        read = cls(**own | {"routing": routing})
         read.orders = {name: list(map(str, order)) for name, order in read.orders.items()}
         if old:
             return read

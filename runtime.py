@@ -341,12 +341,12 @@ def spread_signal(came: list[int], rt: Runtime) -> bool:
 class _Parser(argparse.ArgumentParser):
     """argparse with our --help and with a ValueError for every error."""
 
-    def __init__(self, cls: type):
+    def __init__(self, cls: type, about: str | None):
         super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        self.cls = cls
+        self.cls, self.about = cls, about
 
     def format_help(self) -> str:
-        return usage(self.cls) + "\n"
+        return usage(self.cls, self.about) + "\n"
 
     def error(self, message: str):
         raise ValueError(f"{message.removeprefix('argument ')}; --help lists all settings")
@@ -357,19 +357,20 @@ def setting(default, text: str):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-def cli(cls: type, argv: list[str] | None = None):
+def cli(cls: type, argv: list[str] | None = None, about: str | None = None):
     """Build the flat dataclass `cls` from --name=value, --name value and, for a bool, --name; the last one counts.
 
     Values follow the annotations: bool, int, float, str, Literal, X | None ("none"), tuple[X, ...] and list[X] by
     comma. A field whose metadata says {"positional": True} also takes a bare argument, in the order of the fields; one
     without default must be given. A field that would be a Python keyword ends in an underscore, which its setting does
-    not show: lambda_ is --lambda. --help prints every setting with its default and metadata["help"].
+    not show: lambda_ is --lambda. --help prints `about` (None: the docstring of the module that cls stands in) and every
+    setting with its default and metadata["help"].
     Raises ValueError for what it does not understand.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls) if f.init}
     kinds = {name: hints[f.name] for name, f in fields.items()}
-    parser = _Parser(cls)
+    parser = _Parser(cls, about)
     for name, f in fields.items():
         parser.add_argument(f"--{name}", dest=f.name, type=_converter(kinds[name]))
     given, rest = parser.parse_known_args(_words(sys.argv[1:] if argv is None else argv, kinds))
@@ -410,9 +411,10 @@ def _words(argv: list[str], kinds: dict[str, object]) -> list[str]:
     return words
 
 
-def usage(cls: type) -> str:
-    """The text of --help: the script's docstring, then one line per setting with type, default and meaning."""
-    lines = [(sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip(), "", "Settings, as --name=value:"]
+def usage(cls: type, about: str | None = None) -> str:
+    """The text of --help: what a script is about, then one line per setting with type, default and meaning."""
+    about = about or sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
+    lines = [about.strip(), "", "Settings, as --name=value:"]
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default

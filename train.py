@@ -21,12 +21,10 @@ A place is where a router stands (`RouterConfig.places`); an order lists the num
 import contextlib
 import json
 import math
-import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,159 +34,26 @@ from data.draw import Draw
 from data.load import Data, Request, load
 from data.portions import source_of
 from data.records import Example, Form
-from model import Experts, Transformer, load_config, unpack_weights
-from recipe.base import load_base
-from recipe.check import check_run, check_settings
+from model import Experts, load_config, unpack_weights
+from recipe.check import check_run
 from recipe.checkpoint import claim, clean_up, resume, save_checkpoint, stored_dtype
 from recipe.cost import step_flops, trunk_flops
 from recipe.finish import finish, keep_changes, next_command
-from recipe.lora import TARGETS, LoRAConfig, add_lora
 from recipe.needs import announce, plan
 from recipe.passes import (
     Batch, Workload, collate, head_gradient, n_units, quantile_cut, real_logits, states, under_budget,
 )
 from recipe.report import describe, show, show_step, verdict
-from recipe.run import Job, Run, State, put
+from recipe.run import Job, Run, State, count_bad, put, what_is_bad
+from recipe.settings import DEMO_MODEL, TrainConfig
 from recipe.shard import average, even
-from recipe.start import begin, standing, try_out
-from router import EXPERT_GRANULARITIES, GRANULARITIES, set_cuts
-from runtime import ALONE, Runtime, collect, generator, mine, print0, setting, sum_over_ranks, wait_for_all
+from recipe.speed import speed_of
+from recipe.start import begin, prepared, standing, try_out
+from router import set_cuts
+from runtime import ALONE, Runtime, collect, generator, mine, print0, sum_over_ranks, wait_for_all
 from tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).resolve().parent
-DEMO_MODEL = os.path.relpath(ROOT / "checkpoints" / "smollm2-135m-instruct")
-DEMO_DATA = os.path.relpath(ROOT / "data" / "demo" / "instructions.jsonl")
-
-NAMED = (*GRANULARITIES, *EXPERT_GRANULARITIES)
-
-# What a setting left at `none` means under each recipe, and under each effort.
-RECIPES = {
-    "default": {"layers": "auto:16", "objective": "ce", "lambda_": 0.0},
-    "paper": {"layers": "deep:16", "objective": "ce", "lambda_": 0.1, "lr": 2e-4},
-}
-EFFORTS = {
-    "quick": dict(cost_samples=12, benefit_samples=40, select_samples=16, calibrate_samples=64, evaluations=1),
-    "default": dict(cost_samples=24, benefit_samples=80, select_samples=32, calibrate_samples=128, evaluations=1),
-    "thorough": dict(cost_samples=96, benefit_samples=320, select_samples=96, calibrate_samples=384, evaluations=4),
-}
-# Settings that may differ between a run and its continuation; what `effort` stands for is compared instead of its name.
-FREE = ("out", "save_every", "overwrite", "trunk_gb", "effort", "skip_bad", "shard", "rank_timeout", "max_bad_steps")
-
 CUT_MEMORY = 0.5  # share of the running cut that a step keeps: more is steadier, but lags while all logits rise
-
-
-@dataclass
-class TrainConfig:
-    """Every setting of a run; `none` leaves the choice to the recipe, or to the effort."""
-
-    model: str = setting(DEMO_MODEL, "checkpoint folder written by convert_hf.py")
-    data: tuple[str, ...] = setting(
-        (DEMO_DATA,), "files of rows, in any form that data/records.py names; FILE:2.9 takes its rows 2.9 times"
-    )
-    out: str = setting("out/demo", "folder for routers.safetensors, log.jsonl, summary.json, checkpoint.safetensors")
-    train: Literal["routers", "lora", "routers+lora", "full"] = setting(
-        "routers", "what is trained; lora: on the dense model; full: all weights of the base, with routers"
-    )
-    recipe: Literal["default", "paper"] = setting("default", "default: measured start, ridge; paper: AdamW, penalty")
-    effort: Literal["quick", "default", "thorough"] = setting("default", "examples that the recipe measures on")
-    granularity: str = setting("attn_sequence", "what a gate skips, and for what: " + ", ".join(NAMED))
-    layers: str | None = setting(None, "routed layers: auto:N (N cheapest places), deep:N (paper), all, or 3,5,8-12")
-    budget: float = setting(0.5, "share of (place, unit) pairs that execute; both_*: of their compute")
-    objective: Literal["ce", "distill"] | None = setting(
-        None, "ce: cross-entropy of answers; distill: KL to the dense model"
-    )
-    pool: Literal["prompt", "all"] = setting("prompt", "what a sequence router averages over; all: as the paper does")
-    reads: Literal["first", "own"] | None = setting(
-        None, "sequence routers: first, all decide at the first routed layer; own, each at its layer; none: by recipe"
-    )
-    renormalise: bool = setting(False, "experts: a token's remaining weights keep their sum; the paper: they stay")
-    kv: Literal["routed", "all"] | None = setting(None, "keys and values of skipped tokens; none: all for attn_token")
-    max_samples: int | None = setting(None, "training examples to use; none: all")
-    max_length: int | None = setting(None, "longest example in tokens; none: the model's context")
-    truncate: bool = setting(False, "cut longer examples instead of refusing them")
-    skip_bad: bool = setting(False, "leave out rows that cannot be used, instead of stopping")
-    heldout: float | str = setting(0.1, 'held-out share, or file; data with "split" fields decide themselves')
-    heldout_samples: int = setting(64, "most held-out examples that are scored")
-    chat: str | None = setting(None, "plain, chatml, llama3, mistral, or one of the model's templates; none: its own")
-    bare: float = setting(0.0, "share of the conversations tuned on that stand without a chat form")
-    loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
-    batch_size: int = setting(16, "examples per step, over all ranks")
-    micro_batch: int = setting(4, "most examples of a forward pass and rank; does not change the result")
-    batch_tokens: int = setting(8192, "most tokens of a forward pass and rank, pads included; one example at least")
-    epochs: float | None = setting(None, "passes over the training examples; none: 0.1 for routers alone, else 1")
-    steps: int | None = setting(None, "optimizer steps; none: from epochs")
-    lr: float | None = setting(
-        None, "learning rate; default recipe: how far a step moves the logits (root mean square)"
-    )
-    lambda_: float | None = setting(None, "weight of the capacity penalty ReLU(capacity - budget)")
-    warmup: float = setting(0.03, "share of the steps with rising learning rate")
-    schedule: Literal["cosine", "constant"] = setting("cosine", "learning rate after the warm-up")
-    lora_first: bool = setting(True, "routers+lora: LoRA first, then routers on the result; false: both in each step")
-    lora_rank: int = setting(8, "rank of each projection's change")
-    lora_alpha: float = setting(16.0, "changes are scaled by alpha / rank")
-    lora_dropout: float = setting(0.0, "share of a change's inputs that a step leaves out")
-    lora_targets: tuple[str, ...] = setting(TARGETS, "projections that are changed")
-    lora_lr: float | None = setting(None, "learning rate of LoRA, none: 1e-3; with full of the base, none: 2e-5")
-    adapter: str | None = setting(None, "adapter folder, ours or peft's: LoRA goes on from it, routers stand on it")
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
-    clip: float = setting(1.0, "greatest gradient norm")
-    cost_samples: int | None = setting(None, "training examples that price places and (96 at most) search orders")
-    benefit_samples: int | None = setting(None, "training examples scored with each place toggled; 0: none")
-    select_samples: int | None = setting(None, "training examples set aside to choose the best router")
-    calibrate_samples: int | None = setting(None, "examples whose prompts calibrate the cuts, those first")
-    evaluations: int | None = setting(None, "times during tuning that the router is tried on those; the best is kept")
-    report: tuple[float, ...] = setting(
-        (0.75, 0.5, 0.25), "budgets at which the routers are compared with their controls, beside the run's own"
-    )
-    trunk_gb: float = setting(1.0, "most disk space (GB, in --out) for activations below the first routed layer")
-    max_bad_steps: int = setting(10, "steps in a row without finite gradient after which the run stops")
-    save_every: int = setting(5, "steps between checkpoints")
-    rank_timeout: float = setting(runtime.RANK_TIMEOUT, "minutes that a rank waits for another before it gives up")
-    overwrite: bool = setting(False, "begin anew in an --out that holds another run")
-    init: str | None = setting(None, "router file of train.py whose routers begin this run, instead of fitted ones")
-    import_official: str | None = setting(None, "router file of the official code: calibrate and write it as ours")
-    recalibrate: str | None = setting(None, "router file of train.py: calibrate it on these data and write it again")
-    seed: int = setting(1337, "seed of data order and label samples")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = setting("auto", "of the frozen model: auto, float32, bfloat16, float16; routers are float32")
-    base_dtype: Literal["int8"] | None = setting(None, "int8: frozen weights rounded to a byte each; none: in dtype")
-    compile: bool | None = setting(None, "torch.compile each block; none: on CUDA only")
-    shard: bool = setting(False, "under torchrun, share each block's weights out over the ranks (FSDP2): less memory")
-    checkpoint_activations: bool = setting(False, "compute each block again in the backward pass: less memory")
-
-    def __post_init__(self):
-        if self.layers is None and self.granularity in EXPERT_GRANULARITIES:
-            self.layers = "all"
-        for name, value in {**RECIPES[self.recipe], **EFFORTS[self.effort]}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.lr is None:  # many tokens vote on a token router's step, few sequences on a sequence router's
-            self.lr = 0.1 if self.granularity.endswith("token") else 0.01
-        if self.train == "lora":  # there is no capacity to hold
-            self.lambda_ = 0.0
-        if self.lora_lr is None:
-            self.lora_lr = 2e-5 if self.train == "full" else 1e-3
-        if self.kv is None:
-            self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
-        if self.reads is None:
-            together = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
-            self.reads = "first" if together and self.recipe == "default" and not self.import_official else "own"
-        check_settings(self)
-
-    @property
-    def routes(self) -> dict:
-        """How routers decide."""
-        return {"pool": self.pool, "kv": self.kv, "reads": self.reads, "renormalise": self.renormalise}
-
-    @property
-    def measures(self) -> bool:
-        """Routers are tried, chosen and held to the budget by what is measured of them."""
-        return self.recipe == "default" and self.train != "lora"
-
-    @property
-    def decisive(self) -> dict:
-        """Settings that decide what comes out: a continuation must agree on them."""
-        return {name: value for name, value in asdict(self).items() if name not in FREE}
 
 
 # -----------------------------------------------------------------------------
@@ -344,27 +209,6 @@ def accumulate(run: Run, batches: list[tuple[int, Batch]], n_targets: int, units
     return loss, executed, logits
 
 
-def what_is_bad(run: Run, loss: float, norm: float) -> str | None:
-    """What is not finite in a step, in words; None: nothing."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return None
-    grads = {name: w.grad for name, w in run.weights.items() if w.grad is not None}
-    names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
-    return f"loss {loss}, gradient norm {norm}; not finite: {', '.join(names) or 'the loss alone'}"
-
-
-def count_bad(state: State, bad: str | None, most: int) -> None:
-    """Count a step that was skipped because something in it was not finite. Raises ValueError after `most` in a row."""
-    state.bad_in_row = 0 if bad is None else state.bad_in_row + 1
-    if bad is None:
-        return
-    state.bad_steps, state.last_bad = state.bad_steps + 1, f"step {state.step + 1}: {bad}"
-    if state.bad_in_row >= most:
-        raise ValueError(f"{most} steps in a row had no finite gradient ({state.last_bad}), and the last good "
-                         "checkpoint stays; expected finite numbers: lower --lr, or use --dtype=float32 or "
-                         "bfloat16, in another --out")
-
-
 def move(optimizer: torch.optim.Optimizer, step: int, cfg: TrainConfig):
     """One step of an optimizer at the learning rate of this step; returns what it returns."""
     for group in optimizer.param_groups:
@@ -436,13 +280,6 @@ def hold_budget(run: Run, z: Tensor, rise: float) -> None:
     set_cuts(run.model, state.cut)
 
 
-def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
-    """What a step's line says of its speed. mfu: share of the device's peak, None where that is unknown."""
-    peak = runtime.peak_flops(runtime.device_name(run.rt.device))
-    mfu = flops / seconds / (peak * run.rt.world_size) if peak else None
-    return {"milliseconds": seconds * 1e3, "tokens_per_second": tokens / seconds, "mfu": mfu}
-
-
 # -----------------------------------------------------------------------------
 # From settings to a router file
 
@@ -503,18 +340,6 @@ def run_job(job: Job) -> dict:
     return summary
 
 
-def prepared(cfg: TrainConfig, rt: Runtime) -> Transformer:
-    """The model as it stands before its first step, with LoRA where that is trained or given."""
-    model = load_base(cfg.model, rt, routers=cfg.recalibrate, base_dtype=cfg.base_dtype, shard=cfg.shard,
-                      adapter=cfg.adapter)
-    if cfg.adapter is None and "lora" in cfg.train:
-        add_lora(model, LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets))
-    if cfg.train == "full":  # weights are mapped from their file
-        for weight in model.parameters():
-            weight.data = weight.data.clone()
-    return model
-
-
 def fetch_demo(cfg: TrainConfig, rt: Runtime) -> None:
     """Get the demo's model, where it is asked for and not there."""
     if cfg.model == DEMO_MODEL and not (Path(DEMO_MODEL) / "config.json").exists():
@@ -526,7 +351,7 @@ def fetch_demo(cfg: TrainConfig, rt: Runtime) -> None:
 
 
 def main() -> None:
-    cfg = runtime.cli(TrainConfig)
+    cfg = runtime.cli(TrainConfig, about=__doc__)
     summary = train(cfg)
     if "prefill_speedup" in summary:  # the master's
         print0(show(summary))

@@ -8,8 +8,9 @@
 4. Move the logits by ridge steps, with a running quantile as the cut; keep the best router (fit, train.py).
 5. Calibrate cuts for every budget; where a static list wins, the table holds it (calibrate, controls).
 
-Around the loop of train.py stand check (settings that cannot be), run (what its steps work on), start (how they begin),
-needs (what a run will take), checkpoint (how it goes on) and finish (calibration, files, the summary).
+Around the loop of train.py stand settings, check (those that cannot be), places (those that settings name, and routes
+by lists and chance), run (what steps work on), start (how they begin), needs (what a run will take), checkpoint (how it
+goes on) and finish (calibration, files, the summary).
 
 What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
 examples in passes, those of static lists, which share layers, in lists, stored activations in trunk, answers of phases

@@ -19,7 +19,7 @@ LEAST = {  # least value of each number
 
 
 def check_settings(cfg) -> None:
-    """Raise ValueError for a setting that is out of range, or that contradicts another. cfg: train.py's TrainConfig."""
+    """Raise ValueError for a setting that is out of range, or that contradicts another. cfg: a TrainConfig."""
     RouterConfig.of(cfg.granularity, (0,), n_experts=1, **cfg.routes)  # raises for what cannot be, as the next does
     LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     refuse(out_of_range(cfg))

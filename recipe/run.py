@@ -53,7 +53,7 @@ class State:
 class Job:
     """What a router file is made from, whichever way."""
 
-    cfg: Any  # train.py's TrainConfig
+    cfg: Any  # TrainConfig, whose checks know this module
     rt: Runtime
     model: Transformer
     data: Data
@@ -159,6 +159,27 @@ def build(job: Job, work: Workload, state: State, inputs: Tensor | None) -> Run:
         student=student,
         best=copied(weights) if job.cfg.measures else {},
     )
+
+
+def what_is_bad(run: Run, loss: float, norm: float) -> str | None:
+    """What is not finite in a step, in words; None: nothing."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    grads = {name: w.grad for name, w in run.weights.items() if w.grad is not None}
+    names = [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
+    return f"loss {loss}, gradient norm {norm}; not finite: {', '.join(names) or 'the loss alone'}"
+
+
+def count_bad(state: State, bad: str | None, most: int) -> None:
+    """Count a step that was skipped because something in it was not finite. Raises ValueError after `most` in a row."""
+    state.bad_in_row = 0 if bad is None else state.bad_in_row + 1
+    if bad is None:
+        return
+    state.bad_steps, state.last_bad = state.bad_steps + 1, f"step {state.step + 1}: {bad}"
+    if state.bad_in_row >= most:
+        raise ValueError(f"{most} steps in a row had no finite gradient ({state.last_bad}), and the last good "
+                         "checkpoint stays; expected finite numbers: lower --lr, or use --dtype=float32 or "
+                         "bfloat16, in another --out")
 
 
 def optimizers_of(cfg, model: Transformer, inputs: Tensor | None, counts: Tensor) -> list:

@@ -1,4 +1,4 @@
-"""The measured speed-up of prompts, beside its ceiling."""
+"""Measured speed: of a tuning step, and of prompts, beside their ceiling."""
 
 import statistics
 import time
@@ -6,14 +6,23 @@ import time
 import torch
 from torch import Tensor
 
+import runtime
 from model import KVCache, Transformer
 from recipe.cost import prefill_ceiling
 from recipe.passes import Workload
+from recipe.run import Run
 from router import capacity, set_cuts
 from runtime import synchronize
 
 CONTEXT = 512  # tokens of a prompt, or what the model takes
 TRIALS = 6  # prompts, of which the first warms up
+
+
+def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
+    """What a step's line says of its speed. mfu: share of the device's peak, None where that is unknown."""
+    peak = runtime.peak_flops(runtime.device_name(run.rt.device))
+    mfu = flops / seconds / (peak * run.rt.world_size) if peak else None
+    return {"milliseconds": seconds * 1e3, "tokens_per_second": tokens / seconds, "mfu": mfu}
 
 
 @torch.no_grad()

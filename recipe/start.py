@@ -1,4 +1,4 @@
-"""What tuning begins with: where routers stand, and their first weights."""
+"""What tuning begins with: the model, where its routers stand, and their first weights."""
 
 import math
 import time
@@ -6,10 +6,12 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from model import ModelConfig
+from model import ModelConfig, Transformer
+from recipe.base import load_base
 from recipe.calibrate import settle
 from recipe.controls import Controls
 from recipe.fit import benefit_prior, order_prior, token_prior
+from recipe.lora import LoRAConfig, add_lora
 from recipe.measure import Measured, first_inputs, measure_benefits, measure_costs, typical_costs
 from recipe.experts import gate_start
 from recipe.orders import search_orders
@@ -17,10 +19,22 @@ from recipe.passes import EVAL_BATCH, Workload, by_length, evaluate
 from recipe.places import parse_layers, routing_of, skipped_places
 from recipe.run import Job, Run, State, build, copied, put
 from router import RouterConfig, RouterMeta, check_fingerprint, load_router_weights, read_router_file, set_cuts
-from runtime import permutation, print0
+from runtime import Runtime, permutation, print0
 
 INPUT_SAMPLES = 512  # router inputs on which RidgeDescent measures its steps
 SEARCH_SAMPLES = 96  # examples, at most, on which orders are searched
+
+
+def prepared(cfg, rt: Runtime) -> Transformer:
+    """The model as it stands before its first step, with LoRA where that is trained or given."""
+    model = load_base(cfg.model, rt, routers=cfg.recalibrate, base_dtype=cfg.base_dtype, shard=cfg.shard,
+                      adapter=cfg.adapter)
+    if cfg.adapter is None and "lora" in cfg.train:
+        add_lora(model, LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets))
+    if cfg.train == "full":  # weights are mapped from their file
+        for weight in model.parameters():
+            weight.data = weight.data.clone()
+    return model
 
 
 def begin(job: Job) -> Run:

@@ -44,19 +44,21 @@ def commands() -> list[tuple[str, str | None]]:
 
 def settings_name(script: Path) -> str | None:
     """The name of the dataclass that a script gives to runtime.cli; None: it is no script."""
-    used = re.search(r"= runtime\.cli\((\w+)\)$", script.read_text(), re.M)
+    used = re.search(r"= runtime\.cli\((\w+)(, about=__doc__)?\)$", script.read_text(), re.M)
     return used and used[1]
 
 
 @cache
-def names_of(script: Path) -> set[str]:
+def names_of(script: Path, kind: str | None = None) -> set[str]:
     """Its settings, read from the source: some scripts import packages that are not there."""
-    kind = settings_name(script)
+    kind = kind or settings_name(script)
     for node in ast.parse(script.read_text()).body if kind else ():
+        if isinstance(node, ast.ImportFrom) and kind in [name.name for name in node.names]:
+            return names_of(ROOT / f"{node.module.replace('.', '/')}.py", kind)
         if isinstance(node, ast.ClassDef) and node.name == kind:
             fields = [part.target.id for part in node.body if isinstance(part, ast.AnnAssign)]
-            bases = [base.value.id for base in node.bases if isinstance(base, ast.Attribute)]  # settings of a script
-            inherited = [names_of(ROOT / f"{base}.py") for base in bases]
+            bases = [base for base in node.bases if isinstance(base, ast.Attribute)]  # settings of a script
+            inherited = [names_of(ROOT / f"{base.value.id}.py", base.attr) for base in bases]
             return {"help", *(name.rstrip("_") for name in fields)}.union(*inherited)
     return set()
 

@@ -26,6 +26,7 @@ from model import load_model
 from recipe import controls, passes
 from recipe.base import load_base
 from recipe.passes import Workload
+from recipe.settings import EFFORTS
 from router import capacity
 from tokenizer import load_tokenizer
 
@@ -401,10 +402,10 @@ def test_a_resumed_run_keeps_the_dtype_that_auto_stood_for(base, tmp_path, monke
     assert train.train(settings(base, tmp_path / "run", dtype="auto", steps=1))["steps"] == 1
 
 
-@pytest.mark.parametrize("effort", train.EFFORTS)
+@pytest.mark.parametrize("effort", EFFORTS)
 def test_effort_sets_what_is_not_set(base, tmp_path, effort):
     cfg = train.TrainConfig(effort=effort, cost_samples=5)
-    assert cfg.cost_samples == 5 and cfg.benefit_samples == train.EFFORTS[effort]["benefit_samples"]
+    assert cfg.cost_samples == 5 and cfg.benefit_samples == EFFORTS[effort]["benefit_samples"]
 
 
 def test_not_finite_outputs_of_the_base_are_told_with_a_remedy(tmp_path, base):
