@@ -22,11 +22,12 @@ from typing import Literal
 import torch
 
 import runtime
-from model import KVCache, ModelConfig, Transformer, compile_model, fill, kernels, load_routers
+from model import KVCache, ModelConfig, Transformer, fill, kernels, load_routers
 from recipe.base import load_base
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from recipe.int8 import rounded
 from recipe.places import parse_layers, random_route, routing_of
+from recipe.speed import compile_model
 from router import RouterConfig, capacity, cuts_for, set_cuts
 from runtime import setting
 

@@ -34,21 +34,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from router import (
-    Router,
-    RouterConfig,
-    RouterMeta,
-    check_fingerprint,
-    cut_of,
-    cuts_for,
-    fill_budget,
-    load_router_weights,
-    pool,
-    read_router_file,
-    routers_of,
-    running_cuts,
-    set_cuts,
-    shares_for,
-    ste_gate,
+    Router, RouterConfig, RouterMeta, check_fingerprint, cut_of, cuts_for, fill_budget, load_router_weights, pool,
+    read_router_file, routers_of, running_cuts, set_cuts, shares_for, ste_gate,
 )
 
 ROUTES = ("off", "mask", "gather")
@@ -58,12 +45,7 @@ ROPE_TYPES = {  # kinds of scaling, and the keys that each cannot do without
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
-DTYPES = {  # of weights, by safetensors' names
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}  # in safetensors
 NOWHERE = 2**31 - 1  # position of a slot that holds no token: later than every query
 QUERY_BLOCK = 256  # queries whose mask exists at once
 ROWS_MULTIPLE = 64  # see Selection.tokens
@@ -73,6 +55,10 @@ PACKED_LEAST, PACKED_LEAST_ALONE = 2**18, 2**19  # entries of the smallest weigh
 
 # -----------------------------------------------------------------------------
 # Sizes
+
+
+def is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -105,46 +91,40 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()  # layers without experts
 
     def __post_init__(self):
-        sizes = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len".split()
-        for name in sizes:
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value < NOWHERE:
-                raise ValueError(f"config: {name} is {value!r:.60}; expected a positive integer")
-        for name in ("qkv_bias", "qk_norm", "qk_norm_whole", "tie_embeddings", "norm_topk"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"config: {name} is {getattr(self, name)!r:.60}; expected true or false")
-        for name in ("window_layers", "dense_layers"):
-            layers = getattr(self, name)
-            if name == "window_layers" and layers is None:
+        for field in fields(self):
+            value, kind, optional = getattr(self, field.name), field.type, field.default is None
+            if field.name in ("family", "rope_scaling") or optional and value is None:
                 continue
-            if not isinstance(layers, (list, tuple)) or not all(type(layer) is int for layer in layers):
-                raise ValueError(f"config: {name} is {layers!r:.60}; expected layer numbers"
-                                 f"{', or null' * (name == 'window_layers')}")
-            object.__setattr__(self, name, tuple(layers))
-        self._check_experts()
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"config: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one")
-        scaling, window = self.rope_scaling, self.sliding_window
-        numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+            if kind is bool:
+                good, expected = type(value) is bool, "true or false"
+            elif kind is float:
+                good, expected = is_positive(value), "a positive number"
+            elif kind in (int, int | None):
+                least = int(field.default != 0)
+                good, expected = type(value) is int and least <= value < NOWHERE, f"an integer of {least} or more"
+            else:
+                good = isinstance(value, (list, tuple)) and all(type(layer) is int for layer in value)
+                expected = "layer numbers"
+            if not good:
+                raise ValueError(f"config: {field.name} is {value!r:.60}; expected {expected}{', or null' * optional}")
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+        self._check_together()
+
+    def _check_together(self):
+        """Raise ValueError for sizes that do not go together."""
+        scaling = self.rope_scaling
         if scaling is not None:
             kind = scaling.get("type") if isinstance(scaling, dict) else None
             if not isinstance(kind, str) or kind not in ROPE_TYPES:
                 raise ValueError(f"config: rope_scaling type is {kind!r}; supported: {', '.join(ROPE_TYPES)}, or null")
-            numbers |= {f"rope_scaling {key}": scaling.get(key) for key in ROPE_TYPES[kind]}
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"config: {name} is {value!r}; expected a positive number")
-        if window is not None and (type(window) is not int or window < 1):
-            raise ValueError(f"config: sliding_window is {window!r}; expected a positive integer or null")
-
-    def _check_experts(self):
-        """Raise ValueError for a mixture of experts that cannot be."""
-        for name in ("n_experts", "experts_per_token", "expert_dim", "shared_dim"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < NOWHERE:
-                raise ValueError(f"config: {name} is {value!r:.60}; expected an integer, 0 where there are no experts")
+            for key in ROPE_TYPES[kind]:
+                if not is_positive(scaling.get(key)):
+                    raise ValueError(f"config: rope_scaling {key} is {scaling.get(key)!r}; expected a positive number")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"config: {self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one")
         if self.n_experts and not (1 <= self.experts_per_token <= self.n_experts and self.expert_dim):
             raise ValueError(f"config: a token runs {self.experts_per_token} of {self.n_experts} experts of width "
                              f"{self.expert_dim}; expected 1 to {self.n_experts}, of a positive width")
@@ -391,21 +371,13 @@ class KVCache:
         self.lengths = [start + count for start, count in zip(call.starts, call.counts)]
         return gates, scores
 
-    def bytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return sum(2 * layer.k.nbytes for layer in self.layers if layer.k is not None)
-
     def row_bytes(self) -> list[int]:
         """Bytes of the slots that hold a real token, per batch row."""
         total = [0] * len(self.lengths)
         for layer in self.layers:
-            if layer.k is None:
-                continue
-            _, heads, _, width = layer.k.shape
-            slot = 2 * heads * width * layer.k.element_size()
             rows = range(len(total)) if layer.rows is None else layer.rows
             for row, used in zip(rows, layer.used):
-                total[row] += used * slot
+                total[row] += used * 2 * layer.k.shape[1] * layer.k.shape[3] * layer.k.element_size()
         return total
 
     def used_bytes(self) -> int:
@@ -475,7 +447,6 @@ class Selection:
         self.starts, self.counts = call.starts, call.counts  # of packed rows
         self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens are packed
         self.single = False  # single tokens were asked: what they leave in a cache has gaps
-        self.lone: list[int] | None = None  # batch rows of lone tokens that run, where some do not
         self.everything: Tensor | None = None  # (B*T,D) everybody's input, where all leave keys and values (kv=all)
 
     @classmethod
@@ -520,7 +491,6 @@ class Selection:
         self.turn = call.turn.index_select(1, self.index)
         self.counts = opened.sum(1).tolist()
         if width == 1:  # every row has its place, whether it runs or not
-            self.lone = [row for row, count in enumerate(self.counts) if count]
             self.table = torch.tensor([[at if n else NOWHERE] for at, n in zip(call.starts, self.counts)])
             self.slot, self.position = self.index, self.table.to(device)
             return
@@ -584,27 +554,7 @@ class Selection:
 
 
 # -----------------------------------------------------------------------------
-# Kernels: what replaces a plain operator on the CPU because it pays there
-#
-# Plain time / time here, on one thread of an AMD EPYC (Zen 3, AVX2) with torch 2.13 and float32, sizes of SmolLM2-135M,
-# medians of 21 alternated pairs:
-#   RMSNorm               6.9 at 512 tokens, 6.4 at 2,048; but 0.7 at 8, hence torch's own for few
-#   SwiGLU, in place      1.08 at 512 tokens
-#   Product.packed        head 2.0 to 2.7 at 2 to 16 rows, 1.7 at 64, 1.3 at 512; w1, w3 1.1 to 1.4; w2, wq, wo 0.8 to
-#                         1.1; wk, wv 0.7 to 1.0: hence larger weights alone on one thread. On two 1.3 to 2.5 at 2 to 16
-#                         rows, 0.9 to 1.2 from 64 on; at 1 row head 1.7, w1, w3 1.5, wq, wo 1.2. With
-#                         AVX-512 (another EPYC, two threads) 2.4 at 512 rows, 3.7 for one row of the head
-#                         float32 w2 stays torch's own: oneDNN adds its 1,536 products in one chain, and the logits of
-#                         a massive activation were off by 4.0e-4 from float64 in place of 1.0e-4
-#   fused_linear          1.27 for a compiled decode step of 30 layers, batch 1; torch.mv in eager code 0.97: left out
-#   sdpa, lone query      1.04 at batch 8 over 256 slots, 1.08 over 1,024
-#   apply_rope            1.8 at 512 tokens
-#   Selection.add         1.6 at 512 tokens; index_add_ for half of them 4.0 beside index_copy_ of sums
-#   Selection.rows        rows met before in a call: 1 us in place of 57
-#   Selection.take        index_select: 4.3 beside x[index] at 512 tokens
-#   Selection.add         addcmul: 3.9 beside x + gate * out at 512 tokens
-#   lone_queries          2.6 at batch 8 over 520 slots where half of the rows run, 1.6 where 6 do; 1.0 where all do
-# One mask for all layers of a call (16 us a layer, 0.4 % of a decode step of batch 8) does not pay and is left out.
+# Kernels: what replaces a plain operator on the CPU because it pays there (figures: tests/compare_kernels.py)
 
 
 class Costs(NamedTuple):
@@ -730,7 +680,8 @@ class Product(nn.Module):
         """Whether a product of so many rows is to take a copy of a frozen weight: on a CPU where that is faster."""
         threads = torch.get_num_threads()
         small = PACKED_LEAST if threads > 1 else PACKED_LEAST_ALONE
-        long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]  # see above
+        # oneDNN adds a row's products in one chain: 4.0e-4 off float64 in logits after w2, where torch is off by 1.0e-4
+        long_sums = weight.dtype == torch.float32 and weight.shape[1] > weight.shape[0]
         if weight.device.type != "cpu" or weight.numel() < small or long_sums or weight.is_inference():
             return False  # an inference tensor counts no changes
         least = rows_to_pack(weight.dtype, threads)
@@ -933,8 +884,8 @@ class Attention(nn.Module):
         if not call.fresh:
             key = None if cache.position is None else cache.position[:, :slots]
             near = window is None or max(call.starts) < window
-            if longest == 1 and near and who.lone is not None and q.device.type == "cpu":
-                return lone_queries(q, k, v, who.lone, cache.used)
+            if longest == 1 and near and who.slot is not None and q.device.type == "cpu":
+                return lone_queries(q, k, v, [row for row, count in enumerate(who.counts) if count], cache.used)
             if longest == 1 and near and min(cache.used) == slots:
                 return sdpa(q, k, v)  # the latest token sees all that is held
         elif who.everything is None or who.table is None:
@@ -1239,16 +1190,14 @@ class Transformer(nn.Module):
             block.routing, block.whole, block.n_routers = routing, False, 0
             block.router = block.mlp_router = block.expert_routers = None
         for place in places:
-            block = self.layers[place.layer]
+            block, router = self.layers[place.layer], Router(self.config.dim, device=self.tok_embeddings.weight.device)
+            block.n_routers += 1
+            block.whole = place.target == "block"
             if place.target == "expert":
                 block.expert_routers = block.expert_routers or ExpertRouters()
-                block.expert_routers.append(Router(self.config.dim, device=self.tok_embeddings.weight.device))
-                block.n_routers += 1
-                continue
-            router = Router(self.config.dim, device=self.tok_embeddings.weight.device)
-            setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
-            block.whole = place.target == "block"
-            block.n_routers += 1
+                block.expert_routers.append(router)
+            else:
+                setattr(block, "mlp_router" if place.target == "mlp" else "router", router)
 
     def _check_experts(self, routing: RouterConfig) -> None:
         """Raise ValueError unless routers stand at every expert of a routed layer."""
@@ -1302,13 +1251,6 @@ class Transformer(nn.Module):
             return self.place_weights()
         loads = self.loads or [1.0] * len(self.routing.places)
         return torch.tensor(loads, dtype=torch.float64) / sum(loads)
-
-    def asked(self) -> list[nn.Module]:
-        """What the inputs of routers are given to, in the order of `routing.places`; ExpertRouters are several. Where
-        all read the same (reads=first) it is one of them."""
-        modules = [part for block in self.layers for part in (block.router, block.expert_routers, block.mlp_router)]
-        modules = [part for part in modules if part is not None]
-        return modules[:1] if self.routing.reads == "first" else modules
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B,T) -> activations (B,T,D) that enter the first layer."""
@@ -1414,35 +1356,6 @@ class Transformer(nn.Module):
         if self.budget_each is None:
             return ste_gate(z, cuts), z
         return fill_budget(z - cuts, self.place_weights(), self.budget_each), z
-
-    @torch.no_grad()
-    def trunk(self, tokens: Tensor) -> Tensor:
-        """Activations (B,T,D) that enter the first routed layer: they depend on no router, so they may be kept."""
-        x, call = self.begin(tokens)
-        for layer in range(self.routing.places[0].layer):
-            x = self.layers[layer](x, call)[0]
-        return x
-
-
-def compile_model(model: Transformer, **options) -> Transformer:
-    """Compile in place, lazily: blocks as one graph for routes off and mask, their static parts for gather and caches.
-
-    Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token has its own.
-    Of a layer with experts the parts alone, since how many tokens an expert has is known to the host only when it runs.
-    Names and weights stay as they are. The first calls take minutes. Returns the model.
-    """
-    unpack_weights(model)
-    options = dict(fullgraph=True, dynamic=True, **options)
-    model.head = torch.compile(model.head, **options)
-    for block in model.layers:
-        packed = isinstance(block.feed_forward, Experts)
-        if not packed:
-            block.compile(**options)
-        block.attention.project = torch.compile(block.attention.project, **options)
-        parts = block.feed_forward.experts if packed else [block.feed_forward]
-        for part in (block.attention_norm, block.ffn_norm, *parts):
-            part.compile(**options)
-    return model
 
 
 # -----------------------------------------------------------------------------

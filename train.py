@@ -127,7 +127,7 @@ def tune(run: Run, out: Path) -> None:
             row = step(run)
             seconds = time.perf_counter() - started
             tried = try_out(run)[0] if cfg.measures and state.step in tries else None
-            row |= {"select_loss": tried, **speed_of(run, row.pop("tokens"), row.pop("flops"), seconds)}
+            row |= {"select_loss": tried, **speed_of(rt, row.pop("tokens"), row.pop("flops"), seconds)}
             state.step_seconds += seconds
             state.seconds = time.perf_counter() - begun
             show_step(row, cfg.steps, state.best_step == state.step)

@@ -44,13 +44,16 @@ class Measured:
 
 
 @contextlib.contextmanager
-def inputs_of(modules: list[nn.Module]):
-    """A list that collects, for a while, what each of these modules is given, in the order in which they run; routers
-    of experts, which are asked together, one by one."""
+def inputs_of(model: Transformer):
+    """A list that collects, for a while, what each router is given, in the order of places; where all read the same
+    (reads=first) once."""
+    parts = [part for block in model.layers for part in (block.router, block.expert_routers, block.mlp_router)]
+    modules = [part for part in parts if part is not None][: 1 if model.routing.reads == "first" else None]
     given = []
 
     def keep(module: nn.Module, args: tuple) -> None:
-        given.extend([args[0].detach()] * (len(module) if isinstance(module, ExpertRouters) else 1))
+        several = len(module) if isinstance(module, ExpertRouters) else 1  # those of experts are asked together
+        given.extend([args[0].detach()] * several)
 
     hooks = [module.register_forward_pre_hook(keep) for module in modules]
     try:
@@ -120,7 +123,7 @@ def batch_costs(model: Transformer, batch: Batch, draws: list[Tensor], at: tuple
     device, routing = batch.tokens.device, model.routing
     shape = batch.tokens.shape if routing.unit == "token" else batch.tokens.shape[:1]
     gates = torch.ones(len(routing.places), *shape, device=device, requires_grad=True)
-    with inputs_of(model.asked()) as inputs, sublayers_of(model) as seen:
+    with inputs_of(model) as inputs, sublayers_of(model) as seen:
         h, ran, _ = states(model, batch, route="mask", gates=gates)
     costs = torch.zeros_like(gates)
     for gradient in drawn_gradients(model, h, draws):
@@ -212,7 +215,7 @@ def first_inputs(work: Workload) -> Tensor:
     """What routers read (1,N,D) that all decide at the first routed layer."""
 
     def given(group: list[Example]) -> list[Tensor]:
-        with inputs_of(work.model.asked()) as inputs:
+        with inputs_of(work.model) as inputs:
             group_logits(work, group)
         return inputs
 
@@ -263,7 +266,7 @@ def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], disti
         return losses.new_zeros(len(batch.examples)).index_add_(0, batch.at // batch.tokens.shape[1], losses)
 
     def beside_the_list() -> list[Tensor]:
-        with inputs_of(model.asked()) as inputs:
+        with inputs_of(model) as inputs:
             return [by_row(set(skipped)), torch.stack(inputs)]
 
     now, inputs = once(beside_the_list)

@@ -12,7 +12,7 @@ from data.records import Example
 from model import Transformer, pad
 from recipe.journal import once
 from recipe.places import random_route
-from recipe.trunk import TrunkCache
+from recipe.trunk import TrunkCache, trunk
 from router import RouterConfig, capacity, set_cuts
 from runtime import Runtime, collect, generator, mine, sum_over_ranks, track
 
@@ -47,7 +47,7 @@ class Workload:
         if self.moving:
             return self.model.embed(batch.tokens)
         if self.trunk is None:
-            return self.model.trunk(batch.tokens)
+            return trunk(self.model, batch.tokens)
         return self.trunk(self.model, batch.examples, batch.tokens)
 
     @property

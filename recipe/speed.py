@@ -1,4 +1,4 @@
-"""Measured speed: of a tuning step, and of prompts, beside their ceiling."""
+"""Speed: a model compiled for its calls, the measured speed of a step, and of prompts beside their ceiling."""
 
 import statistics
 import time
@@ -7,21 +7,41 @@ import torch
 from torch import Tensor
 
 import runtime
-from model import KVCache, Transformer
+from model import Experts, KVCache, Transformer, unpack_weights
 from recipe.cost import prefill_ceiling
 from recipe.passes import Workload
-from recipe.run import Run
 from router import capacity, set_cuts
-from runtime import synchronize
+from runtime import Runtime, synchronize
 
 CONTEXT = 512  # tokens of a prompt, or what the model takes
 TRIALS = 6  # prompts, of which the first warms up
 
 
-def speed_of(run: Run, tokens: int, flops: float, seconds: float) -> dict:
+def compile_model(model: Transformer, **options) -> Transformer:
+    """Compile in place, lazily: blocks as one graph for routes off and mask, their static parts for gather and caches.
+
+    Code is compiled once for all layers, and for any number of rows and tokens but one: a lone token has its own.
+    Of a layer with experts the parts alone, since how many tokens an expert has is known to the host only when it runs.
+    Names and weights stay as they are. The first calls take minutes. Returns the model.
+    """
+    unpack_weights(model)
+    options = dict(fullgraph=True, dynamic=True, **options)
+    model.head = torch.compile(model.head, **options)
+    for block in model.layers:
+        packed = isinstance(block.feed_forward, Experts)
+        if not packed:
+            block.compile(**options)
+        block.attention.project = torch.compile(block.attention.project, **options)
+        parts = block.feed_forward.experts if packed else [block.feed_forward]
+        for part in (block.attention_norm, block.ffn_norm, *parts):
+            part.compile(**options)
+    return model
+
+
+def speed_of(rt: Runtime, tokens: int, flops: float, seconds: float) -> dict:
     """What a step's line says of its speed. mfu: share of the device's peak, None where that is unknown."""
-    peak = runtime.peak_flops(runtime.device_name(run.rt.device))
-    mfu = flops / seconds / (peak * run.rt.world_size) if peak else None
+    peak = runtime.peak_flops(runtime.device_name(rt.device))
+    mfu = flops / seconds / (peak * rt.world_size) if peak else None
     return {"milliseconds": seconds * 1e3, "tokens_per_second": tokens / seconds, "mfu": mfu}
 
 

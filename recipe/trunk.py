@@ -15,6 +15,15 @@ from data.records import Example
 from model import Transformer
 
 
+@torch.no_grad()
+def trunk(model: Transformer, tokens: Tensor) -> Tensor:
+    """Activations (B,T,D) of tokens (B,T) that enter the first routed layer."""
+    x, call = model.begin(tokens)
+    for block in model.layers[: model.routing.places[0].layer]:
+        x = block(x, call)[0]
+    return x
+
+
 class TrunkCache:
     """Activations (T,D) that enter the first routed layer, by example, in a file of bounded size.
 
@@ -59,7 +68,7 @@ class TrunkCache:
         slots = [self.slots.get(tuple(example.tokens)) for example in examples]
         if any(slot is None for slot in slots):
             self.computed += [len(example.tokens) for example in examples]
-            return model.trunk(tokens)
+            return trunk(model, tokens)
         if self.data is None:
             return self.alone(model, examples, tokens)
         lengths = [len(example.tokens) * model.config.dim for example in examples]
@@ -77,7 +86,7 @@ class TrunkCache:
 
     def alone(self, model: Transformer, examples: list[Example], tokens: Tensor) -> Tensor:
         """The same, each example computed alone, so that no other one has a part in its rounding."""
-        rows = [model.trunk(tokens[row : row + 1, : len(example.tokens)])[0] for row, example in enumerate(examples)]
+        rows = [trunk(model, tokens[row : row + 1, : len(example.tokens)])[0] for row, example in enumerate(examples)]
         self.computed += map(len, rows)
         return torch.stack([F.pad(x, (0, 0, 0, tokens.shape[1] - len(x))) for x in rows])  # B x (t,D) -> (B,T,D)
 

@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime  # noqa: E402
 from bench import forced_gates, run_decode, run_prefill, timed  # noqa: E402
 from convert_hf import KEY_MAP_TO_HF, config_to_hf, rename  # noqa: E402
-from model import KVCache, Transformer, compile_model, generate, load_model  # noqa: E402
+from model import KVCache, Transformer, generate, load_model  # noqa: E402
 from recipe.places import deep_layers  # noqa: E402
+from recipe.speed import compile_model  # noqa: E402
 from router import RouterConfig  # noqa: E402
 
 

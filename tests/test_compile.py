@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model import KVCache, ModelConfig, Transformer, compile_model, generate
+from model import KVCache, ModelConfig, Transformer, generate
+from recipe.speed import compile_model
 from router import GRANULARITIES, RouterConfig
 
 CONFIG = ModelConfig(family="llama", dim=32, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,

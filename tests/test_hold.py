@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import eval as scoring
 import sample
-from model import KVCache, compile_model, generate, hold_shares, load_model
+from model import KVCache, generate, hold_shares, load_model
+from recipe.speed import compile_model
 from router import RouterConfig, RouterMeta, chunk_starts, running_cuts, save_routers, shares_for
 from test_model import CASES, build, rows, tokens_of
 from tiny import write_base, write_jsonl

@@ -19,6 +19,7 @@ from tiny import CONFIG, write_base
 
 import model as core
 from model import KVCache, Linear, Product, Transformer, load_model, rows_to_pack
+from recipe.speed import compile_model
 from router import RouterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,7 +273,7 @@ def test_a_packed_model_can_be_compiled(packing, folder):
     torch._dynamo.reset()
     converted = load_model(folder, dtype=torch.float64).float()
     converted(tokens)
-    core.compile_model(converted, backend="eager")  # takes the copies away
+    compile_model(converted, backend="eager")  # takes the copies away
     torch.testing.assert_close(converted(tokens)[0], wanted)
     assert not copies(converted)
     torch._dynamo.reset()

@@ -347,11 +347,11 @@ def test_trunk_cache_reads_what_was_computed(base, tmp_path, limit, stored):
     cache = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit)
     group = run.data.train[:5]
     batch = passes.collate(group, torch.device("cpu"))
-    fresh = run.model.trunk(batch.tokens)
+    fresh = trunk.trunk(run.model, batch.tokens)
     computed = cache(run.model, group, batch.tokens)
     again = trunk.TrunkCache(tmp_path / "trunk.bin", run.model, run.data.train, limit)  # another run in the same folder
     mixed = passes.collate(run.data.train[3:9], torch.device("cpu"))  # some stored, some not
-    found, expected = again(run.model, run.data.train[3:9], mixed.tokens), run.model.trunk(mixed.tokens)
+    found, expected = again(run.model, run.data.train[3:9], mixed.tokens), trunk.trunk(run.model, mixed.tokens)
     for row, length in enumerate(mixed.lengths):
         torch.testing.assert_close(found[row, :length], expected[row, :length])
     read = again(run.model, group, batch.tokens)
