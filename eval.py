@@ -67,6 +67,7 @@ from recipe.base import load_base
 from recipe.cost import kv_bytes
 from recipe.fidelity import ANSWER_TOKENS, GROUP, TASK, Variant, fidelity, fidelity_lines, rounded, with_controls
 from recipe.forced import SMALLEST_GATE, Control, make_control
+from recipe.hold import hold
 from recipe.passes import Workload, finite, settle
 from recipe.shard import everything
 from recipe.results import (
@@ -1032,8 +1033,10 @@ def prepare_all(cfg: EvalConfig, rt: runtime.Runtime) -> tuple[Scorer, list[Read
     model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, shard=cfg.shard, adapter=cfg.adapter)
     tok = load_tokenizer(cfg.model)
     needless = cfg.control.startswith("random:") or cfg.control == SMALLEST_GATE  # of a table of cuts
-    how = None if needless else cfg.budget, cfg.budget_per, cfg.hold_budget
-    meta = load_routers(model, cfg.routers, *how) if cfg.routers else None
+    budget = None if needless else cfg.budget
+    meta = load_routers(model, cfg.routers, budget, cfg.budget_per) if cfg.routers else None
+    if meta is not None and cfg.hold_budget:
+        hold(model, meta, budget)
     if meta is not None and lacks_adapter(model, meta):
         say(f"note: {cfg.routers} was tuned on LoRA that this model lacks: give the --adapter beside it")
     orders = meta.orders if meta is not None else {}

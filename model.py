@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from router import (
     Router, RouterConfig, RouterMeta, check_fingerprint, cut_of, cuts_for, fill_budget, load_router_weights, pool,
-    read_router_file, routers_of, running_cuts, set_cuts, shares_for, ste_gate,
+    read_router_file, routers_of, set_cuts, ste_gate,
 )
 
 ROUTES = ("off", "mask", "gather")
@@ -1062,11 +1062,11 @@ class Block(nn.Module):
     def cut(self, name: str, z: Tensor, call: Call, cache: LayerCache | None) -> Tensor:
         """The cut () of the router of this name, or running cuts (B,T) for its logits z (B,T)."""
         router = getattr(self, name)
-        if router.share is None:
+        if router.running is None:
             return router.cut
         past = {} if cache is None else cache.past
         starts = call.starts or [0] * len(z)
-        cuts, past[name] = running_cuts(z.detach(), starts, router.cut, router.share, past.get(name))
+        cuts, past[name] = router.running(z.detach(), starts, router.cut, past.get(name))
         return cuts
 
     def keep(self, name: str, gate: Tensor, cache: LayerCache | None) -> list[int] | None:
@@ -1163,7 +1163,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.routing = config, None
         self.loads: list[float] | None = None  # of each place that is an expert: its share of the pairs
-        self.holds_budget = False  # routers have a share of the tokens, and running cuts that hold it
+        self.holds_budget = False  # routers have running cuts
         self.budget_each: float | None = None  # share of the places that each sequence runs; None: what cuts say
         self.fingerprint = self.exact_fingerprint = self.parent = None  # where it came from a checkpoint
         weight = torch.empty(config.vocab_size, config.dim)
@@ -1625,14 +1625,13 @@ def fill(model: Transformer, tensors: Iterable[tuple[str, Tensor]]) -> Transform
 @torch.inference_mode(False)  # its weights count their changes wherever it is called
 def load_model(folder: str | Path, routers: str | Path | None = None, budget: float | None = None, device=None,
                dtype: torch.dtype | None = None, read: Callable | None = None,
-               budget_per: str = "workload", hold_budget: bool = False) -> Transformer:
+               budget_per: str = "workload") -> Transformer:
     """Load a checkpoint folder, frozen and in eval mode, and a router file where one is given.
 
     Weights are mapped from disk: on the CPU in their own dtype nothing is copied. device None: CPU; dtype None: the one
     in which most values are stored, for all of them. budget sets the routers' cuts by their calibration table (0 skips
     every routed unit, 1 none); None keeps the thresholds of the file. budget_per "workload": sequences run this share
     on average, some more, some less; "sequence" (routers with reads=first): each as much of it as fits, on any source.
-    hold_budget: token routers hold the budget within each sequence, on any source (router.running_cuts).
     read(model, folder, device, dtype): what fills the model, still on the meta device, in place of the tensors as they
     are. Raises FileNotFoundError or ValueError for a missing, truncated or mismatched file, or routers of another base.
     """
@@ -1648,23 +1647,16 @@ def load_model(folder: str | Path, routers: str | Path | None = None, budget: fl
     model.fingerprint, model.exact_fingerprint = fingerprint(folder, tensors), exact_fingerprint(folder, tensors)
     model.parent = read_config(folder).get("parent")
     if routers is not None:
-        load_routers(model, routers, budget, budget_per, hold_budget)
-    elif budget is not None or hold_budget:
+        load_routers(model, routers, budget, budget_per)
+    elif budget is not None:
         raise ValueError(f"budget is {budget} but there are no routers to hold it; give routers=FILE as well")
     return model
 
 
-def load_routers(
-    model: Transformer, path: str | Path, budget: float | None = None, budget_per: str = "workload",
-    hold_budget: bool = False,
-) -> RouterMeta:
+def load_routers(model: Transformer, path: str | Path, budget: float | None = None,
+                 budget_per: str = "workload") -> RouterMeta:
     """Give a loaded base the routers of a file, strictly: same base, same places, same shapes. Returns what it says."""
     tensors, meta = read_router_file(path)
-    if hold_budget and (budget is None or meta.routing.unit == "sequence" or "shares" not in meta.calibration):
-        raise ValueError(f"hold_budget with budget {budget} and the {meta.routing.granularity} routers of {path}; "
-                         "expected a budget, and token routers whose file holds shares of places: give a budget, add "
-                         "the shares by train.py --recalibrate=FILE (there are none for experts), or hold the budget "
-                         "of sequence routers by budget_per=sequence")
     if budget_per not in BUDGET_PER:
         raise ValueError(f"budget_per is {budget_per!r}; expected one of {', '.join(BUDGET_PER)}")
     if budget_per == "sequence" and (budget is None or meta.routing.reads != "first"):
@@ -1684,13 +1676,4 @@ def load_routers(
     model.budget_each = budget if budget_per == "sequence" else None
     for router in model.routers():
         router.requires_grad_(False)
-    if hold_budget:
-        hold_shares(model, shares_for(budget, meta.calibration, model.place_weights()))
     return meta
-
-
-def hold_shares(model: Transformer, shares: list[float]) -> None:
-    """Let each place (R) run this share of every sequence's tokens, by running cuts that begin at the routers' own."""
-    model.holds_budget = True
-    for router, share in zip(model.routers(), shares, strict=True):
-        router.share = share

@@ -184,7 +184,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, dim, dtype=torch.float32, device=device))
         cut = torch.zeros((), dtype=torch.float32, device=device)  # logit(threshold)
         self.register_buffer("cut", cut, persistent=False)
-        self.share: float | None = None  # of each sequence's tokens that `running_cuts` lets through; None: as cut says
+        self.running: Callable | None = None  # (z, starts, cut, past) -> cuts for logits z in place of `cut`, and past
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of pooled sequences (B,D) -> (B,) or of tokens (B,T,D) -> (B,T), fp32."""
@@ -247,10 +247,10 @@ def cuts_for(budget: float, calibration: dict) -> list[float]:
                          "away or tune with train.py")
     if budget in (0.0, 1.0):
         return [cut_of(1.0 - budget)] * len(calibration["thresholds"][0])
-    return _row_at(budget, calibration, "thresholds", cut_of)
+    return row_at(budget, calibration, "thresholds", cut_of)
 
 
-def _row_at(budget: float, calibration: dict, name: str, value: Callable = float) -> list[float]:
+def row_at(budget: float, calibration: dict, name: str, value: Callable = float) -> list[float]:
     """The row of a table at a budget: the values of the entries at the nearest ones below and above, interpolated."""
     rows = dict(zip(calibration["budgets"], calibration[name]))
     low, high, part = around(rows, budget)
@@ -305,73 +305,6 @@ def fill_budget(margins: Tensor, weights: Tensor, budget: float) -> Tensor:
         left = left - weights[place] * runs
         gates.scatter_(0, place[None], runs[None].to(gates))
     return gates
-
-
-# -----------------------------------------------------------------------------
-# Running cuts: a budget held within each sequence of tokens, on any source
-
-
-CHUNK = 8  # tokens that share a running cut; later more, so that an octave of positions has CHUNK cuts
-
-
-def shares_for(budget: float, calibration: dict, weights: Tensor) -> list[float]:
-    """Share of its tokens that each place runs at a budget, as calibrated; by weight (R,) they sum to the budget."""
-    if budget in (0.0, 1.0):
-        return [budget] * len(weights)
-    shares = torch.tensor(_row_at(budget, calibration, "shares"), dtype=torch.float64)
-    total = (weights @ shares).item()
-    if total > budget:
-        return (shares * (budget / total)).tolist()
-    return (1 - (1 - shares) * ((1 - budget) / max(1 - total, 1e-12))).tolist()
-
-
-def chunk_starts(end: int) -> list[int]:
-    """Positions at which running cuts change, from 0 on; the last one is `end` or later."""
-    starts = [0]
-    while starts[-1] < end:
-        starts.append(starts[-1] + max(CHUNK, (1 << starts[-1].bit_length()) // (2 * CHUNK)))
-    return starts
-
-
-def running_cuts(z: Tensor, starts: list[int], cut: Tensor, share: float, past: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cuts (B,T) under which every row runs `share` of its tokens at one place; z (B,T): logits from positions `starts`
-    on. Beside them what the next call is given as `past`: logits and gates by position (2,B,S).
-
-    The tokens of a chunk share a cut. The first chunk's is `cut`; a later one's lets as many of the row's own earlier
-    logits through as brings what it has run, by the chunk's end, to `share`. So it depends on the row's past alone: not
-    on a calibration set, other rows, or how calls part the sequence. No host sync.
-    """
-    (rows, width), device, ends = z.shape, z.device, chunk_starts(max(starts) + z.shape[1])
-    at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # (B,T)
-    past = z.new_zeros(2, rows, 0) if past is None else past
-    past = F.pad(past, (0, max(0, max(starts) + width - past.shape[2])))  # a copy
-    past[0].scatter_(1, at, z)
-    firsts = [bisect_right(ends, start) - 1 for start in starts]
-    cuts, gates = torch.zeros_like(z), torch.zeros_like(z)
-    for step in range(max(bisect_left(ends, start + width) - first for start, first in zip(starts, firsts))):
-        chunks = [min(first + step, len(ends) - 2) for first in firsts]
-        begin, end = (torch.tensor([[ends[chunk + i]] for chunk in chunks], device=device) for i in (0, 1))
-        own = cut_of_chunk(past[..., : ends[max(chunks)]], begin, end, cut, share)  # (B,1)
-        here = (at >= begin) & (at < end)
-        cuts = torch.where(here, own, cuts)
-        gates = torch.where(here, ((z >= own) | (at == 0)).to(z), gates)
-        past[1].scatter_(1, at, gates)
-    return cuts, past
-
-
-def cut_of_chunk(past: Tensor, begin: Tensor, end: Tensor, cut: Tensor, share: float) -> Tensor:
-    """The cut of each row's chunk from position begin (B,1) to end (B,1), by what came before it; past (2,B,S)."""
-    if past.shape[2] == 0:
-        return cut.expand_as(begin).to(past)
-    before = torch.arange(past.shape[2], device=past.device) < begin  # (B,S)
-    wanted = (share * end - (past[1] * before).sum(1, keepdim=True)) / (end - begin)  # share of this chunk
-    before[:, 0] = False  # the first token runs in any case
-    ordered = past[0].masked_fill(~before, -math.inf).sort(dim=1, descending=True).values
-    count = (wanted.clamp(0, 1) * before.sum(1, keepdim=True)).round().long()
-    least = ordered.gather(1, (count - 1).clamp(min=0))  # of those that would have run
-    own = least - 1e-4 * least.abs()  # equal logits stay on one side, whatever their last bits
-    own = own.masked_fill(count == 0, math.inf).masked_fill(wanted >= 1, -math.inf)
-    return torch.where(begin == 0, cut, own)
 
 
 # -----------------------------------------------------------------------------

@@ -363,8 +363,8 @@ def cli(cls: type, argv: list[str] | None = None, about: str | None = None):
     Values follow the annotations: bool, int, float, str, Literal, X | None ("none"), tuple[X, ...] and list[X] by
     comma. A field whose metadata says {"positional": True} also takes a bare argument, in the order of the fields; one
     without default must be given. A field that would be a Python keyword ends in an underscore, which its setting does
-    not show: lambda_ is --lambda. --help prints `about` (None: the docstring of the module that cls stands in) and every
-    setting with its default and metadata["help"].
+    not show: lambda_ is --lambda. --help prints `about` (None: the docstring of cls's module) and every setting with
+    its default and metadata["help"].
     Raises ValueError for what it does not understand.
     """
     hints = typing.get_type_hints(cls)

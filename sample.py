@@ -27,6 +27,7 @@ import runtime
 from data.records import read_records, to_messages
 from model import Sampling, Step, Transformer, load_routers, stream
 from recipe.base import load_base
+from recipe.hold import hold
 from runtime import setting
 from tokenizer import Tokenizer, encode_chat, load_tokenizer
 
@@ -313,7 +314,9 @@ def main() -> None:
         torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
     model = load_base(cfg.model, rt, base_dtype=cfg.base_dtype, adapter=cfg.adapter)
     if cfg.routers is not None:
-        load_routers(model, cfg.routers, cfg.budget, cfg.budget_per, cfg.hold_budget)
+        meta = load_routers(model, cfg.routers, cfg.budget, cfg.budget_per)
+        if cfg.hold_budget:
+            hold(model, meta, cfg.budget)
     speaker = Speaker(cfg, model, load_tokenizer(cfg.model), Screen(cfg.show_route))
     speaker.screen.legend()
     if cfg.prompts is not None:

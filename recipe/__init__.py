@@ -15,8 +15,8 @@ goes on) and finish (calibration, files, the summary).
 What routers of experts need beside that stands in experts. FLOPs, bytes and ceilings stand in cost, passes over
 examples in passes, those of static lists, which share layers, in lists, stored activations in trunk, answers of phases
 in journal, timings in speed, what is printed in report. forced, fidelity and results serve eval.py: routes by
---control, distances from the dense model, and what its records say. lora, adapter, fixed, int8 and shard change the
-base itself: LoRA, its files, fixed routes built in, a byte a weight, blocks shared out over ranks; base loads and
-writes what comes of it.
+--control, distances from the dense model, and what its records say; hold keeps a budget within each sequence. lora,
+adapter, fixed, int8 and shard change the base itself: LoRA, its files, fixed routes built in, a byte a weight, blocks
+shared out over ranks; base loads and writes what comes of it.
 Nothing here imports a script.
 """

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import eval as scoring
 import sample
-from model import KVCache, generate, hold_shares, load_model
+from model import KVCache, generate, load_model
+from recipe.hold import chunk_starts, hold, hold_shares, running_cuts, shares_for
 from recipe.speed import compile_model
-from router import RouterConfig, RouterMeta, chunk_starts, running_cuts, save_routers, shares_for
+from router import RouterConfig, RouterMeta, read_router_file, save_routers
 from test_model import CASES, build, rows, tokens_of
 from tiny import write_base, write_jsonl
 
@@ -30,7 +31,7 @@ def held(granularity: str, kv: str = "routed", shares=(0.25, 0.5, 0.75), **more)
 
 
 def gates_of(z: torch.Tensor, cut: float, share: float) -> torch.Tensor:
-    cuts, past = running_cuts(z, [0] * len(z), torch.tensor(cut), share, None)
+    cuts, past = running_cuts(z, [0] * len(z), torch.tensor(cut), None, share)
     gates = (z >= cuts).float()
     gates[:, 0] = 1.0
     assert torch.equal(past[0], z) and torch.equal(past[1], gates)
@@ -82,12 +83,12 @@ def test_cuts_depend_on_a_rows_own_past_alone(lengths, steps, share, seed):
     rng, cut = torch.Generator().manual_seed(seed), torch.tensor(0.1)
     total = [length + sum(steps) for length in lengths]
     whole = torch.randn(len(lengths), max(total), generator=rng).mul(3).round().div(3)  # with equal ones among them
-    alone = [running_cuts(whole[row : row + 1, :n], [0], cut, share, None)[0][0] for row, n in enumerate(total)]
-    found, past = running_cuts(whole[:, : max(lengths)], [0] * len(lengths), cut, share, None)
+    alone = [running_cuts(whole[row : row + 1, :n], [0], cut, None, share)[0][0] for row, n in enumerate(total)]
+    found, past = running_cuts(whole[:, : max(lengths)], [0] * len(lengths), cut, None, share)
     parts, starts = [[found[row, :length]] for row, length in enumerate(lengths)], list(lengths)
     for step in steps:
         z = torch.stack([whole[row, start : start + step] for row, start in enumerate(starts)])
-        found, past = running_cuts(z, starts, cut, share, past)
+        found, past = running_cuts(z, starts, cut, past, share)
         starts = [start + step for start in starts]
         for row, part in enumerate(parts):
             part.append(found[row])
@@ -95,7 +96,7 @@ def test_cuts_depend_on_a_rows_own_past_alone(lengths, steps, share, seed):
         assert torch.equal(torch.cat(part), alone[row])
     other = whole[:1].clone()
     other[:, lengths[0] :] = 9.0
-    changed = running_cuts(other[:, : total[0]], [0], cut, share, None)[0][0]
+    changed = running_cuts(other[:, : total[0]], [0], cut, None, share)[0][0]
     assert torch.equal(changed[: lengths[0] + 1], alone[0][: lengths[0] + 1])
 
 
@@ -206,6 +207,13 @@ def saved(folder, granularity: str = "attn_token", table=TABLE):
     return base, folder / "routers"
 
 
+def holding(base, routers, budget):
+    """The model of a folder, whose routers hold a budget."""
+    model = load_model(base, routers, budget)
+    hold(model, read_router_file(routers)[1], budget)
+    return model
+
+
 @given(st.floats(0, 1), st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
 def test_shares_of_places_sum_to_the_budget(budget, weights):
     weights = torch.tensor(weights, dtype=torch.float64)
@@ -217,15 +225,15 @@ def test_shares_of_places_sum_to_the_budget(budget, weights):
 
 def test_a_loaded_model_holds_its_budget_and_answers(tmp_path):
     base, routers = saved(tmp_path)
-    model, tokens = load_model(base, routers, budget=0.5, hold_budget=True), tokens_of(6, 100)
+    model, tokens = holding(base, routers, 0.5), tokens_of(6, 100)
     shares = model(tokens, route="gather")[1].mean((1, 2)).tolist()
     assert shares == pytest.approx(shares_for(0.5, TABLE, model.place_weights()), abs=0.04)
     assert sum(shares) / 3 == pytest.approx(0.5, abs=0.02)
     prompts = [tokens[0, :30].tolist(), tokens[1, :7].tolist()]
     assert generate(model, prompts, 12) == [generate(model, [prompt], 12)[0] for prompt in prompts]
-    assert load_model(base, routers, budget=0.5).routers()[0].share is None
+    assert load_model(base, routers, budget=0.5).routers()[0].running is None
     for budget in (0.0, 1.0):
-        whole = load_model(base, routers, budget=budget, hold_budget=True)
+        whole = holding(base, routers, budget)
         ran = whole(tokens, route="gather")[1]
         assert (ran[..., 1:] == budget).all() and (ran[..., 0] == 1).all()
 
@@ -233,15 +241,13 @@ def test_a_loaded_model_holds_its_budget_and_answers(tmp_path):
 def test_what_cannot_hold_a_budget_is_refused_with_the_remedy(tmp_path):
     base, routers = saved(tmp_path)
     with pytest.raises(ValueError, match="budget None and .*: give a budget"):
-        load_model(base, routers, hold_budget=True)
-    with pytest.raises(ValueError, match="give routers=FILE"):
-        load_model(base, hold_budget=True)
+        holding(base, routers, None)
     base, sequences = saved(tmp_path / "sequence", "attn_sequence")
     with pytest.raises(ValueError, match="the attn_sequence routers .* sequence routers by budget_per=sequence"):
-        load_model(base, sequences, budget=0.5, hold_budget=True)
+        holding(base, sequences, 0.5)
     base, old = saved(tmp_path / "old", table={name: TABLE[name] for name in ("budgets", "thresholds")})
     with pytest.raises(ValueError, match="file holds shares of places: .* --recalibrate"):
-        load_model(base, old, budget=0.5, hold_budget=True)
+        holding(base, old, 0.5)
     with pytest.raises(ValueError, match="expected thresholds and shares for each of its budgets"):
         RouterMeta(load_model(base, old).routing, [0.5] * 3, "x", TABLE | {"shares": [[0.5] * 3]})
 
