@@ -1032,7 +1032,7 @@ class Block(nn.Module):
         router, norm = getattr(self, name), self.attention_norm if name == "router" else self.ffn_norm
         if router is None or call.route == "off":
             return Selection(call), norm(x.flatten(0, 1)), []
-        ahead, rows = self.routing.reads == "first", None
+        ahead = self.routing.reads == "first"
         held = not call.fresh and name in cache.kept
         if held or ahead and call.route == "gather":
             rows = cache.kept[name] if held else self.keep(name, forced[0], cache)
@@ -1088,24 +1088,20 @@ class Block(nn.Module):
         """
         opened = gate.detach().bool().cpu()  # the host sync
         costs = costs_of(h.device.type, self.attention.wq.stored)
-        who = Selection.tokens(call, opened, h.dtype)
-        n_run, n_all = who.n, opened.numel()
+        who, n = Selection.tokens(call, opened, h.dtype), opened.numel()
         if name == "mlp_router":
             if who.index is None or isinstance(self.feed_forward, Experts):
                 return who
             flops = 6 * h.shape[-1] * self.feed_forward.w1.out_features
-            if cheaper_whole(n_run, n_all, flops, 2 * h.shape[-1], costs):
-                return Selection(call, gate.detach().to(h.dtype)[..., None])
-            return who
-        if self.routing.kv == "routed":
-            who.pack_tokens(opened)
-            return who
-        who.everything = h.flatten(0, 1)
-        scores = 2 * call.position.shape[1] * self.attention.wq.out_features  # of a query that sees half of all keys
-        if call.fresh and cheaper_whole(n_run, n_all, scores, 0, costs):
-            who.keep_columns()
-        else:
-            who.pack_tokens(opened)
+            whole = cheaper_whole(who.n, n, flops, 2 * h.shape[-1], costs)
+            return Selection(call, gate.detach().to(h.dtype)[..., None]) if whole else who
+        if self.routing.kv == "all":
+            who.everything = h.flatten(0, 1)
+            flops = 2 * call.position.shape[1] * self.attention.wq.out_features  # of a query that sees half of all keys
+            if call.fresh and cheaper_whole(who.n, n, flops, 0, costs):
+                who.keep_columns()
+                return who
+        who.pack_tokens(opened)
         return who
 
     def ask_experts(self, h: Tensor, call: Call, cache: LayerCache | None, forced: list):

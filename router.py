@@ -31,12 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 UNITS = ("sequence", "token")
-TARGETS = {  # what the name of a granularity gates
-    "attn": ("attn",),
-    "mlp": ("mlp",),
-    "block": ("block",),
-    "both": ("attn", "mlp"),
-}
+TARGETS = {"attn": ("attn",), "mlp": ("mlp",), "block": ("block",), "both": ("attn", "mlp")}  # what a name gates
 GRANULARITIES = tuple(f"{target}_{unit}" for target in TARGETS for unit in UNITS)
 EXPERT_GRANULARITIES = tuple(f"expert_{unit}" for unit in UNITS)  # of mixtures of experts alone
 FILE_FORMAT = "router-tuning/2"
