@@ -93,7 +93,7 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value, kind, optional = getattr(self, field.name), field.type, field.default is None
-            if field.name in ("family", "rope_scaling") or optional and value is None:
+            if kind in (str, dict | None) or optional and value is None:
                 continue
             if kind is bool:
                 good, expected = type(value) is bool, "true or false"
