@@ -98,7 +98,7 @@ class ModelConfig:
             if kind is bool:
                 good, expected = type(value) is bool, "true or false"
             elif kind is float:
-                good, expected = is_positive(value), "a positive number"
+                good, expected = value == field.default or is_positive(value), "a positive number"
             elif kind in (int, int | None):
                 least = int(field.default != 0)
                 good, expected = type(value) is int and least <= value < NOWHERE, f"an integer of {least} or more"
