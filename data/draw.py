@@ -36,8 +36,8 @@ PIECE = 1 << 13  # rows that are looked up at once
 class Rows:
     """Names of prompt and text and the side of every row, in order of the files; 16 bytes a row.
 
-    A name is a hash of 62 bits, shifted by two; those of a text hold the row's side. begins: number of each file's first
-    row. unknown: splits that are neither train nor heldout, with their counts.
+    A name is a hash of 62 bits, shifted by two; a text's holds the row's side as well. begins: number of each file's
+    first row. unknown: splits that are neither train nor heldout, with their counts.
     """
 
     prompts: array = field(default_factory=lambda: array("Q"))

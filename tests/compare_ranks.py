@@ -100,7 +100,8 @@ def compare(settings: Settings, dtype: str, folder: Path) -> None:
     print(f"{dtype}: losses {shown}; largest weight {one[-1].abs().max():.3g}")
     for name, routers in others.items():
         apart = (one - routers).abs().flatten(1).amax(1).tolist()
-        print(f"largest difference from {name} after each step: {', '.join(f'{value:.2g}' for value in apart)}", flush=True)
+        shown = ", ".join(f"{value:.2g}" for value in apart)
+        print(f"largest difference from {name} after each step: {shown}", flush=True)
 
 
 def main() -> None:

@@ -24,8 +24,9 @@ CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkp
     "large_data": "--model={base} --rows={rows} --megabytes=1 --max_samples=40 --out={out}/large",
     "profile_phases": "--narrow --model={base} --data={data} --layers=auto:2 --steps=2 --out={out}/phases",
     "torture": "--trials=1 --launcher=0",
-    "upcycle": "--model={base} --data={data} --heldout={data} --layers=2-3 --experts=4 --active=2 --shared=16 --tokens=256 "
-               "--minutes=0.01 --gap=0 --samples=4 --steps=1 --heldout_samples=4 --speed=false --out={out}/upcycled",
+    "upcycle": "--model={base} --data={data} --heldout={data} --layers=2-3 --experts=4 --active=2 --shared=16 "
+               "--tokens=256 --minutes=0.01 --gap=0 --samples=4 --steps=1 --heldout_samples=4 --speed=false "
+               "--out={out}/upcycled",
 }
 
 
