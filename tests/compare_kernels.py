@@ -10,8 +10,8 @@ last token's logits, and a decode step. `ratio` is the median over rounds of pla
 choice, whose `low` and `high` hold 95 % of such medians (by order statistics); where the choice is the plain operator
 itself it is about 1. The last line is JSON.
 
-Plain seconds / the model's, on one thread of an AMD EPYC (Zen 3, AVX2) with torch 2.13 and float32, sizes of SmolLM2-135M,
-medians of 21 alternated pairs:
+Plain seconds / the model's, on one thread of an AMD EPYC (Zen 3, AVX2) with torch 2.13 and float32, sizes of
+SmolLM2-135M, medians of 21 alternated pairs:
   RMSNorm               6.9 at 512 tokens, 6.4 at 2,048; but 0.7 at 8, hence torch's own for few
   SwiGLU, in place      1.08 at 512 tokens
   Product.packed        head 2.0 to 2.7 at 2 to 16 rows, 1.7 at 64, 1.3 at 512; w1, w3 1.1 to 1.4; w2, wq, wo 0.8 to

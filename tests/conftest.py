@@ -17,6 +17,13 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+@pytest.fixture(autouse=True)
+def one_thread_again():
+    """Scripts set the number of threads, which moves last bits of whatever this process computes later."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint folder of four layers, which differ in how much they matter, with data.jsonl in it."""

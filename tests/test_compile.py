@@ -1,8 +1,10 @@
-"""torch.compile and host syncs: one graph per block, few compilations whatever the route, the same results, and no hidden wait for the device.
+"""torch.compile and host syncs: one graph per block, few compilations whatever the route, the same results, and no
+hidden wait for the device.
 
 Run: python -m pytest tests/test_compile.py
 
-Graphs are counted with the backend "eager" (tracing only); one test builds real code with inductor and needs a C++ compiler.
+Graphs are counted with the backend "eager" (tracing only); one test builds real code with inductor and needs a C++
+compiler.
 """
 
 import shutil
@@ -15,13 +17,32 @@ from model import KVCache, ModelConfig, Transformer, generate
 from recipe.speed import compile_model
 from router import GRANULARITIES, RouterConfig
 
-CONFIG = ModelConfig(family="llama", dim=32, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
-                     rope_theta=10000.0, tie_embeddings=True)
+CONFIG = ModelConfig(
+    family="llama",
+    dim=32,
+    n_layers=6,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    vocab_size=61,
+    max_seq_len=128,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_embeddings=True,
+)
 LAYERS = (1, 2, 3, 4)
 KEEPS = ("attn_token", "both_token")
 CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in KEEPS else ("routed",))]
-CASES += [(g, "first") for g in ("attn_sequence", "both_sequence")]  # kv routed, all routers decide at the first routed layer
-FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True, tie_embeddings=False)}
+CASES += [
+    (g, "first") for g in ("attn_sequence", "both_sequence")
+]  # kv routed, all routers decide at the first routed layer
+FAMILIES = {
+    "llama": {},
+    "mistral": dict(sliding_window=5),
+    "qwen2": dict(qkv_bias=True),
+    "qwen3": dict(qk_norm=True, tie_embeddings=False),
+}
 
 
 def build(granularity: str, kv: str = "routed", family: str = "llama") -> Transformer:
@@ -51,16 +72,22 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Graphs and compilations
 
 
 @pytest.mark.parametrize("granularity, kv", CASES)
 def test_mask_is_one_graph_per_block_for_any_shape(granularity, kv):
-    """fullgraph=True forbids breaks; the counter shows that layers share code: two kinds of block, with and without padding."""
+    """fullgraph=True forbids breaks; the counter shows that layers share code: two kinds of block, with and without
+    padding.
+    """
     model, counter = build(granularity, kv), CompileCounterWithBackend("eager")
-    calls = [(tokens_of(3, 16), {}), (tokens_of(2, 9), {}), (tokens_of(5, 12), dict(lengths=torch.tensor([3, 12, 5, 9, 1]))),
-             (tokens_of(2, 7), dict(lengths=torch.tensor([7, 2])))]
+    calls = [
+        (tokens_of(3, 16), {}),
+        (tokens_of(2, 9), {}),
+        (tokens_of(5, 12), dict(lengths=torch.tensor([3, 12, 5, 9, 1]))),
+        (tokens_of(2, 7), dict(lengths=torch.tensor([7, 2]))),
+    ]
     wanted = [model(tokens, route="mask", **settings) for tokens, settings in calls]
     for block in model.layers:
         block.compile(fullgraph=True, dynamic=True, backend=counter)
@@ -73,7 +100,9 @@ def test_mask_is_one_graph_per_block_for_any_shape(granularity, kv):
     assert counts[1] == counts[0] == 2 and counts[3] == counts[2] <= 4
 
 
-@pytest.mark.parametrize("granularity, kv", [("attn_sequence", "routed"), ("both_sequence", "first"), ("block_token", "routed")])
+@pytest.mark.parametrize(
+    "granularity, kv", [("attn_sequence", "routed"), ("both_sequence", "first"), ("block_token", "routed")]
+)
 def test_mask_keeps_its_gradient(granularity, kv):
     """The training path: gradient through the routers, ahead-of-time autograd; equal to eager."""
     gradients = []
@@ -93,14 +122,18 @@ def test_mask_keeps_its_gradient(granularity, kv):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_compiles_a_bounded_number_of_times(family):
-    """Routes, batches, prompt lengths and steps change; after one run with several rows and one with a single row nothing is compiled again."""
+    """Routes, batches, prompt lengths and steps change; after one run with several rows and one with a single row
+    nothing is compiled again.
+    """
     model, counter = build("attn_sequence", family=family), CompileCounterWithBackend("eager")
     runs = [([5, 5], 1), ([4], 2), ([9, 3, 6], 3), ([7, 7, 7, 7], 4), ([2], 5), ([11, 4], 6), ([3, 3, 8, 1, 5], 7)]
 
     def run(lengths: list[int], seed: int) -> list[list[int]]:
         prompts = [tokens_of(1, length, seed).tolist()[0] for length in lengths]
         gates = gates_of(model, len(lengths), 0, seed)
-        return generate(model, prompts, 5, gates=lambda rows, starts, width: None if starts[0] else gates, route="gather")
+        return generate(
+            model, prompts, 5, gates=lambda rows, starts, width: None if starts[0] else gates, route="gather"
+        )
 
     wanted = [run(*settings) for settings in runs]
     compile_model(model, backend=counter)
@@ -115,12 +148,17 @@ def test_generation_compiles_a_bounded_number_of_times(family):
 @pytest.mark.parametrize("granularity, kv", CASES)
 def test_gather_compiles_the_same_code_for_every_route(granularity, kv):
     model, counter = build(granularity, kv), CompileCounterWithBackend("eager")
-    calls = [(tokens_of(3, 12, seed), gates_of(model, 3, 12, seed, share)) for seed, share in enumerate((0.5, 0.5, 0.2, 0.8, 1.0, 0.0, 0.5))]
+    calls = [
+        (tokens_of(3, 12, seed), gates_of(model, 3, 12, seed, share))
+        for seed, share in enumerate((0.5, 0.5, 0.2, 0.8, 1.0, 0.0, 0.5))
+    ]
     with torch.inference_mode():
         wanted = [model(tokens, route="gather", gates=gates)[0] for tokens, gates in calls]
         compile_model(model, backend=counter)
         for (tokens, gates), logits in zip(calls, wanted):
-            torch.testing.assert_close(model(tokens, route="gather", gates=gates)[0], logits, rtol=1e-4, atol=1e-4)  # sums in another order
+            torch.testing.assert_close(
+                model(tokens, route="gather", gates=gates)[0], logits, rtol=1e-4, atol=1e-4
+            )  # sums in another order
     assert counter.frame_count <= 8
 
 
@@ -143,22 +181,40 @@ def test_compiling_changes_no_name_and_no_weight():
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Host syncs
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that counts how often the host would wait for it. What is computed from one is one; a copy on the host is not."""
+    """A tensor that counts how often the host would wait for it. What is computed from one is one; a copy on the host
+    is not.
+    """
 
     waits = 0
-    WAITING = {"tolist", "item", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "__bool__", "__int__", "__float__",
-               "__index__"}
+    WAITING = {
+        "tolist",
+        "item",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "argwhere",
+        "masked_select",
+        "unique",
+        "equal",
+        "allclose",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    }
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         by_mask = name in ("__getitem__", "__setitem__") and any(
-            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], tuple) else (args[1],)))
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
         to_host = name == "to" and any(str(value) == "cpu" for value in (*args[1:], *(kwargs or {}).values()))
         if name in cls.WAITING or by_mask or to_host:
             OnDevice.waits += 1
@@ -176,15 +232,27 @@ def waits(fn) -> int:
 
 def test_the_counter_counts():
     x = torch.ones(3).as_subclass(OnDevice)
-    assert [waits(fn) for fn in (x.sum().item, x.tolist, x.cpu, x.nonzero, lambda: x[x > 0], lambda: bool(x.sum()), lambda: (x.cpu() + 1).tolist(),
-                                 lambda: (x + 1).exp() * torch.ones(3))] == [1, 1, 1, 1, 1, 1, 1, 0]
+    assert [
+        waits(fn)
+        for fn in (
+            x.sum().item,
+            x.tolist,
+            x.cpu,
+            x.nonzero,
+            lambda: x[x > 0],
+            lambda: bool(x.sum()),
+            lambda: (x.cpu() + 1).tolist(),
+            lambda: (x + 1).exp() * torch.ones(3),
+        )
+    ] == [1, 1, 1, 1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("granularity, kv", CASES)
 @pytest.mark.parametrize("lengths", [None, [9, 4, 6]])
 def test_host_waits(granularity, kv, lengths):
-    """None for off and mask; for gather one per router and prompt (one where all decide together), and for later tokens none where one decision
-    serves a sequence."""
+    """None for off and mask; for gather one per router and prompt (one where all decide together), and for later tokens
+    none where one decision serves a sequence.
+    """
     model, tokens = build(granularity, kv), tokens_of(3, 9).as_subclass(OnDevice)
     routers, by_token = 1 if kv == "first" else len(model.routing.places), granularity.endswith("token")
     assert waits(lambda: model(tokens, lengths=lengths)) == 0

@@ -174,7 +174,8 @@ def test_decode_bytes_are_the_tensors_that_a_step_touches(granularity, kv, budge
     read = sum(n for n, share in zip(cached, executed.attn) if share)
     if routing.unit == "token" and kv == "routed":
         executed = replace(executed, held=Executed.by(CONFIG, routing, realised).attn)
-    assert decode_bytes(CONFIG, 1, WIDTH, itemsize, executed) == pytest.approx(weights * itemsize.weight + read, rel=1e-6)
+    found = decode_bytes(CONFIG, 1, WIDTH, itemsize, executed)
+    assert found == pytest.approx(weights * itemsize.weight + read, rel=1e-6)
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED])

@@ -715,8 +715,8 @@ def test_controls_of_both_count_compute(base, tok, tmp_path):
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
 def test_calibration_holds_the_budget_over_the_tasks(base, tok, granularity):
-    """Cuts move together, and a place that everyone skips stays so; capacity is that of all tasks' contexts, of a single
-    task it may differ.
+    """Cuts move together, and a place that everyone skips stays so; capacity is that of all tasks' contexts, of a
+    single task it may differ.
     """
     model = routed(base, granularity)
     generator = random.Random(0)

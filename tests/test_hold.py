@@ -79,7 +79,8 @@ def test_the_share_is_held_whatever_the_calibrated_cut_lets_through(source, shar
 @given(st.lists(st.integers(1, 170), min_size=1, max_size=4), st.lists(st.integers(1, 60), min_size=1, max_size=6),
        st.floats(0, 1), st.integers(0, 99))
 def test_cuts_depend_on_a_rows_own_past_alone(lengths, steps, share, seed):
-    """Rows of any lengths in calls of any sizes, against each row alone in one call; and no logit moves an earlier cut."""
+    """Rows of any lengths in calls of any sizes, against each row alone in one call; and no logit moves an earlier cut.
+    """
     rng, cut = torch.Generator().manual_seed(seed), torch.tensor(0.1)
     total = [length + sum(steps) for length in lengths]
     whole = torch.randn(len(lengths), max(total), generator=rng).mul(3).round().div(3)  # with equal ones among them
@@ -161,7 +162,8 @@ def test_the_budget_is_held_on_text_of_another_kind(granularity, budget):
     weights, free = model.place_weights(), torch.linspace(0.5, 1.5, len(model.routing.places))
     wanted = (free * budget * 0.6).double()
     wanted = (wanted * (budget / (weights @ wanted))).clamp(max=0.98)
-    for router, share in zip(model.routers(), wanted.tolist()):  # places from the first on, as routes change what is seen
+    # places from the first on, as routes change what is seen
+    for router, share in zip(model.routers(), wanted.tolist()):
         z = model.hidden(text, route="mask", return_scores=True)[2]
         place = next(n for n, own in enumerate(model.routers()) if own is router)
         router.cut.fill_(z[place].flatten().quantile(1 - share).item())

@@ -89,6 +89,12 @@ def test_top_level_holds_only_what_it_should():
     ]
 
 
+def test_lines_have_at_most_120_columns():
+    files = [file for part in ("*.py", "recipe/*.py", "data/**/*.py", "tests/*.py") for file in ROOT.glob(part)]
+    lines = [(file.name, line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    assert not [pair for pair in lines if len(pair[1]) > 120]
+
+
 def test_runtime_requirements_are_exactly_five():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert sorted(line.split("==")[0] for line in lines) == [

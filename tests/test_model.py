@@ -1,4 +1,5 @@
-"""The model's own properties: mask = gather, prefill + decode = one pass, rows alone = rows in a batch, and skipped work leaves no trace.
+"""The model's own properties: mask = gather, prefill + decode = one pass, rows alone = rows in a batch, and skipped
+work leaves no trace.
 
 Run: python -m pytest tests/test_model.py
 """
@@ -16,19 +17,46 @@ from safetensors.torch import load_file, save_file
 
 import model as model_module
 from model import (
-    KVCache, ModelConfig, Sampling, Transformer, exact_fingerprint, fill, fingerprint, generate, load_model, stream
+    KVCache,
+    ModelConfig,
+    Sampling,
+    Transformer,
+    exact_fingerprint,
+    fill,
+    fingerprint,
+    generate,
+    load_model,
+    stream,
 )
 from recipe.int8 import rounded
 from recipe.trunk import trunk
 from router import GRANULARITIES, Place, RouterConfig, RouterMeta, save_routers
 
-BASE = dict(family="llama", dim=32, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, max_seq_len=128, norm_eps=1e-5,
-            rope_theta=10000.0, tie_embeddings=True)
-FAMILIES = {"llama": {}, "mistral": dict(sliding_window=5), "qwen2": dict(qkv_bias=True, sliding_window=6, window_layers=(1, 3)),
-            "qwen3": dict(qk_norm=True, head_dim=16, tie_embeddings=False)}
+BASE = dict(
+    family="llama",
+    dim=32,
+    n_layers=4,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden_dim=48,
+    vocab_size=61,
+    max_seq_len=128,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_embeddings=True,
+)
+FAMILIES = {
+    "llama": {},
+    "mistral": dict(sliding_window=5),
+    "qwen2": dict(qkv_bias=True, sliding_window=6, window_layers=(1, 3)),
+    "qwen3": dict(qk_norm=True, head_dim=16, tie_embeddings=False),
+}
 KEEPS = ("attn_token", "both_token")  # granularities that may leave the keys and values of skipped tokens
 CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in KEEPS else ("routed",))]
-CASES += [(g, "first") for g in GRANULARITIES if g.endswith("sequence")]  # kv routed, all routers decide at the first routed layer
+CASES += [
+    (g, "first") for g in GRANULARITIES if g.endswith("sequence")
+]  # kv routed, all routers decide at the first routed layer
 
 
 def reserved(cache: KVCache) -> int:
@@ -46,8 +74,15 @@ def routing_of(granularity: str, kv: str = "routed", layers=(1, 2, 3)) -> Router
     return RouterConfig(tuple(places), whole.unit, **more)
 
 
-def build(family: str = "llama", granularity: str | None = None, kv: str = "routed", layers=(1, 2, 3), seed: int = 0, dtype=torch.float32,
-          base_dtype: str | None = None) -> Transformer:
+def build(
+    family: str = "llama",
+    granularity: str | None = None,
+    kv: str = "routed",
+    layers=(1, 2, 3),
+    seed: int = 0,
+    dtype=torch.float32,
+    base_dtype: str | None = None,
+) -> Transformer:
     """A tiny random model whose routers split their inputs about evenly."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**{**BASE, "family": family, **FAMILIES[family]}))
@@ -80,10 +115,17 @@ def rows(logits: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return torch.cat([logits[row, :length] for row, length in enumerate(lengths)])
 
 
-pattern = st.fixed_dictionaries(dict(
-    case=st.sampled_from(CASES), family=st.sampled_from(sorted(FAMILIES)), lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
-    share=st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0, None]), seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    base_dtype=st.sampled_from([None, "int8"])))
+pattern = st.fixed_dictionaries(
+    dict(
+        case=st.sampled_from(CASES),
+        family=st.sampled_from(sorted(FAMILIES)),
+        lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+        share=st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0, None]),
+        seed=st.integers(0, 10_000),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+        base_dtype=st.sampled_from([None, "int8"]),
+    )
+)
 
 
 @settings(max_examples=250, deadline=None)
@@ -107,7 +149,9 @@ def test_mask_equals_gather(p):
 @settings(max_examples=250, deadline=None)
 @given(pattern, st.integers(1, 4), st.booleans())
 def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
-    """A prompt of ragged rows, then chunks of `step` tokens: the same logits as one uncached pass that pools over the same prompts."""
+    """A prompt of ragged rows, then chunks of `step` tokens: the same logits as one uncached pass that pools over the
+    same prompts.
+    """
     (granularity, kv), prompts = p["case"], p["lengths"]
     model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64, base_dtype=p["base_dtype"])
     more, batch = 7, len(prompts)
@@ -121,7 +165,9 @@ def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
     token_gates = forced is not None and model.routing.unit == "token"
     cache = KVCache(model, batch, max_len=max(full) if reserve else None)
     width = max(prompts)
-    logits, gates = model(tokens[:, :width], prompts, cache=cache, route="gather", gates=forced[:, :, :width] if token_gates else forced)
+    logits, gates = model(
+        tokens[:, :width], prompts, cache=cache, route="gather", gates=forced[:, :, :width] if token_gates else forced
+    )
     got = [[logits[row, :length]] for row, length in enumerate(prompts)]
     held = gates.clone()
     for at in range(0, more, step):
@@ -138,13 +184,26 @@ def test_prefill_and_cached_steps_equal_one_pass(p, step, reserve):
     assert cache.lengths == full and cache.used_bytes() <= reserved(cache)
 
 
-sizes = st.fixed_dictionaries(dict(flops=st.floats(0, 1e9), moved=st.floats(0, 1e5), costs=st.builds(
-    model_module.Costs, call=st.floats(0, 1e-3), move=st.floats(0, 1e-8), flop=st.floats(0, 1e-9), tile=st.integers(1, 64))))
+sizes = st.fixed_dictionaries(
+    dict(
+        flops=st.floats(0, 1e9),
+        moved=st.floats(0, 1e5),
+        costs=st.builds(
+            model_module.Costs,
+            call=st.floats(0, 1e-3),
+            move=st.floats(0, 1e-8),
+            flop=st.floats(0, 1e-9),
+            tile=st.integers(1, 64),
+        ),
+    )
+)
 
 
 @given(st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 5000), sizes)
 def test_the_choice_between_picking_and_computing_everybody(n_all, first, second, given):
-    """Nobody runs: picked, that is nothing. Everybody: everybody. Between them it turns once, and later where picking costs less."""
+    """Nobody runs: picked, that is nothing. Everybody: everybody. Between them it turns once, and later where picking
+    costs less.
+    """
     few, many = sorted((min(first, n_all), min(second, n_all)))
     assert not model_module.cheaper_whole(0, n_all, **given)
     assert model_module.cheaper_whole(n_all, n_all, **given)
@@ -160,7 +219,9 @@ def test_the_choice_between_picking_and_computing_everybody(n_all, first, second
 @settings(max_examples=25, deadline=None)
 @given(p=pattern, step=st.sampled_from([1, 1, 3]))
 def test_either_choice_is_the_same_function(choice, p, step):
-    """Computing everybody and picking who runs: a prompt of ragged rows and later tokens are those of one masked pass, the cache is as compact."""
+    """Computing everybody and picking who runs: a prompt of ragged rows and later tokens are those of one masked pass,
+    the cache is as compact.
+    """
     (granularity, kv), prompts, width = p["case"], p["lengths"], max(p["lengths"]) + 6
     model = build(p["family"], granularity, kv, seed=p["seed"] % 5, dtype=torch.float64)
     tokens, full = tokens_of(len(prompts), width, p["seed"]), [length + 6 for length in prompts]
@@ -171,12 +232,22 @@ def test_either_choice_is_the_same_function(choice, p, step):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "cheaper_whole", choice)
         width = max(prompts)
-        got.append(model(tokens[:, :width], prompts, cache=cache, route="gather", gates=gates[:, :, :width] if by_token else gates)[0])
+        got.append(
+            model(
+                tokens[:, :width],
+                prompts,
+                cache=cache,
+                route="gather",
+                gates=gates[:, :, :width] if by_token else gates,
+            )[0]
+        )
         for at in range(0, 6, step):
             columns = torch.tensor([[length + at + i for i in range(step)] for length in prompts])
             later = gates.gather(2, columns.expand(len(gates), -1, -1)) if by_token else None
             got.append(model(tokens.gather(1, columns), cache=cache, route="gather", gates=later)[0])
-    together = torch.cat([torch.cat([got[0][row, :length], *(piece[row] for piece in got[1:])]) for row, length in enumerate(prompts)])
+    together = torch.cat(
+        [torch.cat([got[0][row, :length], *(piece[row] for piece in got[1:])]) for row, length in enumerate(prompts)]
+    )
     torch.testing.assert_close(together, rows(masked, full), atol=1e-9, rtol=1e-9)
     slot, ran = 2 * model.config.n_kv_heads * model.config.head_dim * 8, 4 * sum(full)
     for place, gate in zip(model.routing.places, realised):
@@ -186,7 +257,9 @@ def test_either_choice_is_the_same_function(choice, p, step):
     assert cache.used_bytes() == slot * ran
 
 
-@pytest.mark.parametrize("granularity, kv", [case for case in CASES if case[0] in ("attn_token", "both_token", "block_token")])
+@pytest.mark.parametrize(
+    "granularity, kv", [case for case in CASES if case[0] in ("attn_token", "both_token", "block_token")]
+)
 def test_a_row_that_skips_a_step_takes_no_part_in_it(granularity, kv):
     """Whatever its cache holds in the layers that it skips is not read."""
     model, tokens = build("llama", granularity, kv), tokens_of(3, 8)
@@ -206,7 +279,9 @@ def test_a_row_that_skips_a_step_takes_no_part_in_it(granularity, kv):
 
 @pytest.mark.parametrize("granularity", [g for g in GRANULARITIES if g.endswith("sequence")])
 def test_a_route_that_is_decided_at_the_first_routed_layer_depends_on_no_route(granularity):
-    """Every router reads the same mean, so logits are those of one linear map of it, whatever runs; a call that begins above must bring gates."""
+    """Every router reads the same mean, so logits are those of one linear map of it, whatever runs; a call that begins
+    above must bring gates.
+    """
     model, tokens, lengths = build("llama", granularity, "first"), tokens_of(3, 9), [9, 4, 7]
     x = trunk(model, tokens)
     h = model.layers[1].attention_norm(x)
@@ -229,7 +304,11 @@ def test_a_route_that_is_decided_at_the_first_routed_layer_depends_on_no_route(g
 
 
 @settings(max_examples=60, deadline=None)
-@given(pattern, st.sampled_from([g for g in GRANULARITIES if g.endswith("sequence")]), st.sampled_from([0.0, 0.2, 0.4, 0.55, 0.8, 1.0]))
+@given(
+    pattern,
+    st.sampled_from([g for g in GRANULARITIES if g.endswith("sequence")]),
+    st.sampled_from([0.0, 0.2, 0.4, 0.55, 0.8, 1.0]),
+)
 def test_a_budget_per_sequence_holds_for_every_row_of_any_batch(p, granularity, budget):
     """mask = gather = prompt and cached steps = the row alone, and each row runs as much as fits, whatever the cuts."""
     model, prompts = build(p["family"], granularity, "first", seed=p["seed"] % 5, dtype=torch.float64), p["lengths"]
@@ -243,7 +322,7 @@ def test_a_budget_per_sequence_holds_for_every_row_of_any_batch(p, granularity, 
     used = weights @ ran.double()
     assert (used <= budget + 2e-6).all() and ((used + weights[:, None] > budget) | ran.bool()).all()
     cache = KVCache(model, len(prompts))
-    got = [model(tokens[:, :max(prompts)], prompts, cache=cache, route="gather")[0]]
+    got = [model(tokens[:, : max(prompts)], prompts, cache=cache, route="gather")[0]]
     for at in range(3):
         column = torch.tensor([[length + at] for length in prompts])
         logits, held = model(tokens.gather(1, column), cache=cache, route="gather")
@@ -251,8 +330,8 @@ def test_a_budget_per_sequence_holds_for_every_row_of_any_batch(p, granularity, 
         assert torch.equal(held, ran)
     for row, length in enumerate(prompts):
         together = torch.cat([got[0][row, :length], *(piece[row] for piece in got[1:])])
-        torch.testing.assert_close(together, expected[row, :full[row]], atol=1e-9, rtol=1e-9)
-        alone, own = model(tokens[row:row + 1, :full[row]], prompt_lengths=[length], route="gather")
+        torch.testing.assert_close(together, expected[row, : full[row]], atol=1e-9, rtol=1e-9)
+        alone, own = model(tokens[row : row + 1, : full[row]], prompt_lengths=[length], route="gather")
         torch.testing.assert_close(alone[0], together, atol=1e-9, rtol=1e-9)
         assert torch.equal(own[:, 0], ran[:, row])
 
@@ -266,7 +345,7 @@ def test_batch_equals_rows_alone(p):
     for route in ("mask", "gather"):
         together, gates = model(tokens, lengths, route=route)
         for row, length in enumerate(lengths):
-            alone, own = model(tokens[row:row + 1, :length], route=route)
+            alone, own = model(tokens[row : row + 1, :length], route=route)
             torch.testing.assert_close(alone[0], together[row, :length], atol=1e-10, rtol=1e-10)
             assert torch.equal(own[:, 0], gates[:, row, :length] if model.routing.unit == "token" else gates[:, row])
 
@@ -274,7 +353,9 @@ def test_batch_equals_rows_alone(p):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("case", CASES)
 def test_new_routers_change_nothing(case, family):
-    """Zero routers at threshold 0.5 execute everything: step 0 of training is the base model, bit for bit in mask and gather for attn and mlp."""
+    """Zero routers at threshold 0.5 execute everything: step 0 of training is the base model, bit for bit in mask and
+    gather for attn and mlp.
+    """
     model = build(family, *case)
     for router in model.routers():
         router.weight.data.zero_()
@@ -293,7 +374,11 @@ def test_all_off_leaves_no_work_and_no_cache(granularity):
     model = build("llama", granularity)
     calls = []
     for layer in (1, 2, 3):
-        for part in (model.layers[layer].attention.wq, model.layers[layer].attention.wo, model.layers[layer].feed_forward.w1):
+        for part in (
+            model.layers[layer].attention.wq,
+            model.layers[layer].attention.wo,
+            model.layers[layer].feed_forward.w1,
+        ):
             part.register_forward_hook(lambda module, args, out: calls.append(module))
     cache = KVCache(model, 2)
     gates = torch.zeros(len(model.routing.places), 2)
@@ -319,7 +404,9 @@ def test_token_cache_holds_what_executed():
 
 
 def test_select_and_clone_continue_correctly():
-    """Rows of a cache reordered, dropped and repeated go on as if they had been alone; a clone is independent of its origin."""
+    """Rows of a cache reordered, dropped and repeated go on as if they had been alone; a clone is independent of its
+    origin.
+    """
     for granularity, kv in CASES:
         model = build("llama", granularity, kv, dtype=torch.float64)
         lengths = [4, 7, 5]
@@ -333,8 +420,8 @@ def test_select_and_clone_continue_correctly():
         got, _ = model(step, cache=cache, route="gather")
         for place, row in enumerate(order):
             alone = KVCache(model, 1)
-            model(tokens[row:row + 1, :lengths[row]], cache=alone, route="gather")
-            want, _ = model(step[place:place + 1], cache=alone, route="gather")
+            model(tokens[row : row + 1, : lengths[row]], cache=alone, route="gather")
+            want, _ = model(step[place : place + 1], cache=alone, route="gather")
             torch.testing.assert_close(got[place], want[0], atol=1e-10, rtol=1e-10)
         assert copy.lengths == lengths
         model(step, cache=copy, route="gather")
@@ -401,7 +488,7 @@ def test_interleaved_generations_do_not_disturb_each_other():
     got = [[], []]
     for at in range(5, 20):
         for which, (text, cache) in enumerate(zip(streams, caches)):
-            got[which].append(model(text[:, at:at + 1], cache=cache, route="gather")[0][0, 0])
+            got[which].append(model(text[:, at : at + 1], cache=cache, route="gather")[0][0, 0])
     for which in range(2):
         torch.testing.assert_close(torch.stack(got[which]), alone[which], atol=1e-4, rtol=1e-4)
 
@@ -418,7 +505,9 @@ def test_sampling_follows_the_distribution():
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_reaches_the_routers_only_through_the_score(case):
-    """With the straight-through estimator, d loss / d w equals d loss / d gate times the slope of the sigmoid, summed over units."""
+    """With the straight-through estimator, d loss / d w equals d loss / d gate times the slope of the sigmoid, summed
+    over units.
+    """
     model = build("llama", *case, dtype=torch.float64)
     for router in model.routers():
         router.requires_grad_(True)
@@ -427,10 +516,14 @@ def test_gradient_reaches_the_routers_only_through_the_score(case):
     h, gates, z = model.hidden(tokens, route="mask", return_scores=True)
     gates.retain_grad()
     loss = h.square().mean()
-    slope = torch.autograd.grad(loss, [gates, z, *[router.weight for router in model.routers()]], retain_graph=True, allow_unused=True)
+    slope = torch.autograd.grad(
+        loss, [gates, z, *[router.weight for router in model.routers()]], retain_graph=True, allow_unused=True
+    )
     assert all(g is not None and g.abs().sum() > 0 for g in slope[2:])
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        f"layers.{place.layer}.{'mlp_router' if place.target == 'mlp' else 'router'}.weight" for place in model.routing.places]
+        f"layers.{place.layer}.{'mlp_router' if place.target == 'mlp' else 'router'}.weight"
+        for place in model.routing.places
+    ]
 
 
 def test_trunk_can_be_computed_once():
@@ -480,13 +573,21 @@ def test_misuse_is_refused_with_a_reason():
 @pytest.mark.parametrize("granularity, kv", [case for case in CASES if "token" in case[0]])
 @pytest.mark.parametrize("grad", [False, True])
 def test_tokens_that_round_their_number_up_change_nothing(granularity, kv, grad, monkeypatch):
-    """In bfloat16 on a CPU the products of picked tokens see a multiple of rows; logits, cache and gradients are those without."""
+    """In bfloat16 on a CPU the products of picked tokens see a multiple of rows; logits, cache and gradients are those
+    without.
+    """
     net = build("llama", granularity, kv, dtype=torch.bfloat16)
     tokens, gates, seen, results = tokens_of(2, 13), random_gates(net, 2, 13, 3, 0.6), [], []
-    linears = [net.layers[place.layer].attention.wo if place.target != "mlp" else net.layers[place.layer].feed_forward.w2 for place in net.routing.places]
+    linears = [
+        net.layers[place.layer].attention.wo if place.target != "mlp" else net.layers[place.layer].feed_forward.w2
+        for place in net.routing.places
+    ]
     for multiple in (4, 1000):
         monkeypatch.setattr(model_module, "ROWS_MULTIPLE", multiple)
-        hooks = [linear.register_forward_pre_hook(lambda _, args: seen.append((multiple, args[0].shape[0]))) for linear in linears]
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, args: seen.append((multiple, args[0].shape[0])))
+            for linear in linears
+        ]
         x = net.tok_embeddings(tokens).requires_grad_(grad)
         cache = None if grad else KVCache(net, 2, 20)
         with torch.set_grad_enabled(grad):
@@ -494,7 +595,9 @@ def test_tokens_that_round_their_number_up_change_nothing(granularity, kv, grad,
         if grad:
             h.float().square().sum().backward()
         else:
-            later = net.hidden(tokens_of(2, 3, 7), route="gather", gates=random_gates(net, 2, 3, 5, 0.6), cache=cache)[0]
+            later = net.hidden(tokens_of(2, 3, 7), route="gather", gates=random_gates(net, 2, 3, 5, 0.6), cache=cache)[
+                0
+            ]
         results.append([h.detach(), x.grad if grad else later])
         for hook in hooks:
             hook.remove()
@@ -521,7 +624,8 @@ def test_swiglu_has_the_gradient_of_its_formula():
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_list_skips_whole_sequences_whatever_the_unit(case):
-    """Gates (R,B) with token routers too: no work, no keys, first tokens included; mask, gather and cached steps agree."""
+    """Gates (R,B) with token routers too: no work, no keys, first tokens included; mask, gather and cached steps agree.
+    """
     model = build("mistral", *case, dtype=torch.float64)
     tokens, lengths = tokens_of(3, 9), [9, 4, 7]
     gates = (torch.rand(len(model.routing.places), 3, generator=torch.Generator().manual_seed(2)) < 0.5).double()
@@ -539,7 +643,9 @@ def test_a_list_skips_whole_sequences_whatever_the_unit(case):
     step = tokens_of(3, 1, seed=4)
     later, held = model(step, cache=cache, route="gather")
     assert torch.equal(held, gates)
-    whole = torch.stack([torch.cat([tokens[row, :length], step[row], tokens[row, length:]]) for row, length in enumerate(lengths)])
+    whole = torch.stack(
+        [torch.cat([tokens[row, :length], step[row], tokens[row, length:]]) for row, length in enumerate(lengths)]
+    )
     full = model(whole, [length + 1 for length in lengths], route="mask", gates=gates)[0]
     torch.testing.assert_close(later[:, 0], full[torch.arange(3), lengths], atol=1e-10, rtol=1e-10)
 
@@ -551,11 +657,13 @@ def test_a_rewound_cache_goes_on_as_if_nothing_had_come_after(case):
     cache = KVCache(model, 3)
     model(tokens, lengths, cache=cache, route="gather")
     held, step = cache.used_bytes(), tokens_of(3, 4, seed=8)
-    first = [model(step[:, i:i + 1], cache=cache, route="gather")[0] for i in range(4)]
+    first = [model(step[:, i : i + 1], cache=cache, route="gather")[0] for i in range(4)]
     cache.rewind(lengths)
     assert cache.used_bytes() == held and cache.lengths == lengths
     for i in range(4):
-        torch.testing.assert_close(model(step[:, i:i + 1], cache=cache, route="gather")[0], first[i], atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(
+            model(step[:, i : i + 1], cache=cache, route="gather")[0], first[i], atol=1e-10, rtol=1e-10
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -563,10 +671,16 @@ def test_a_rewound_cache_goes_on_as_if_nothing_had_come_after(case):
 
 
 def stored(folder: Path, net: Transformer, dtype: torch.dtype | dict = torch.float32, **changes) -> Path:
-    """A checkpoint folder of a model. dtype: of all tensors, or by a part of their names ("": of the others); changes: of config.json."""
+    """A checkpoint folder of a model. dtype: of all tensors, or by a part of their names ("": of the others); changes:
+    of config.json.
+    """
     folder.mkdir(exist_ok=True)
     by_part = dtype if isinstance(dtype, dict) else {"": dtype}
-    tensors = {name: tensor.to(next(kind for part, kind in by_part.items() if part in name)) for name, tensor in net.state_dict().items() if "router" not in name}
+    tensors = {
+        name: tensor.to(next(kind for part, kind in by_part.items() if part in name))
+        for name, tensor in net.state_dict().items()
+        if "router" not in name
+    }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(net.config), **changes}))
     return folder
@@ -580,49 +694,83 @@ def routers_for(path: Path, net: Transformer, base: str, granularity: str = "att
     return path
 
 
-@pytest.mark.parametrize("parts, unified", [
-    ({"norm": torch.float32, "": torch.bfloat16}, torch.bfloat16), ({"wq": torch.bfloat16, "": torch.float32}, torch.float32),
-    ({"norm": torch.float16, "embeddings": torch.float32, "": torch.bfloat16}, torch.bfloat16), ({"layers.1": torch.float16, "": torch.float32}, torch.float32)])
+@pytest.mark.parametrize(
+    "parts, unified",
+    [
+        ({"norm": torch.float32, "": torch.bfloat16}, torch.bfloat16),
+        ({"wq": torch.bfloat16, "": torch.float32}, torch.float32),
+        ({"norm": torch.float16, "embeddings": torch.float32, "": torch.bfloat16}, torch.bfloat16),
+        ({"layers.1": torch.float16, "": torch.float32}, torch.float32),
+    ],
+)
 def test_a_checkpoint_of_mixed_dtypes_is_loaded_in_that_of_most_of_its_values(tmp_path, parts, unified):
     """bfloat16 weights with float32 norms crashed at the first product."""
     net = build("qwen2")
     mixed = load_model(stored(tmp_path, net, parts))
     assert {tensor.dtype for tensor in mixed.state_dict().values()} == {unified}
     logits = mixed(tokens_of(2, 7))[0]
-    torch.testing.assert_close(logits, load_model(tmp_path, dtype=torch.float64)(tokens_of(2, 7))[0].float(), atol=0.3, rtol=0.05)
+    torch.testing.assert_close(
+        logits, load_model(tmp_path, dtype=torch.float64)(tokens_of(2, 7))[0].float(), atol=0.3, rtol=0.05
+    )
     assert load_model(tmp_path, dtype=torch.float64).norm.weight.dtype == torch.float64
 
 
 def test_weights_that_are_no_floating_point_numbers_are_refused_by_name(tmp_path):
     net = build()
     stored(tmp_path, net)
-    save_file({**load_file(tmp_path / "model.safetensors"), "norm.weight": torch.ones(32, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="norm.weight has dtype int8; expected one of float32, bfloat16, float16, float64"):
+    save_file(
+        {**load_file(tmp_path / "model.safetensors"), "norm.weight": torch.ones(32, dtype=torch.int8)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match="norm.weight has dtype int8; expected one of float32, bfloat16, float16, float64"
+    ):
         load_model(tmp_path)
 
 
 def test_a_base_is_the_same_in_another_dtype_context_or_label(tmp_path):
-    """Routers tuned on one copy load on the others; any other change of the config or of the weights is another base."""
+    """Routers tuned on one copy load on the others; any other change of the config or of the weights is another base.
+    """
     net = build("qwen3")
-    net.tok_embeddings.weight.data[0, :4] = torch.tensor([1e-5, -3e-8, 6.1e-5, -7e-5])  # subnormal in float16, or nearly
+    net.tok_embeddings.weight.data[0, :4] = torch.tensor(
+        [1e-5, -3e-8, 6.1e-5, -7e-5]
+    )  # subnormal in float16, or nearly
     first = stored(tmp_path / "first", net)
     known = fingerprint(first)
     file = routers_for(tmp_path / "r", build("qwen3"), known)
     half = build("qwen3")
     half.load_state_dict({name: tensor.bfloat16().float() for name, tensor in net.state_dict().items()})
-    for i, (model, dtype, changes) in enumerate([(net, torch.bfloat16, {}), (net, torch.float64, {}), (half, torch.float16, {}), (half, torch.float32, {}),
-                                                 (net, {"norm": torch.float32, "": torch.bfloat16}, {}), (net, torch.float32, dict(max_seq_len=4096)),
-                                                 (net, torch.float32, dict(family="llama")), (net, torch.float32, dict(parent="abc"))]):
+    for i, (model, dtype, changes) in enumerate(
+        [
+            (net, torch.bfloat16, {}),
+            (net, torch.float64, {}),
+            (half, torch.float16, {}),
+            (half, torch.float32, {}),
+            (net, {"norm": torch.float32, "": torch.bfloat16}, {}),
+            (net, torch.float32, dict(max_seq_len=4096)),
+            (net, torch.float32, dict(family="llama")),
+            (net, torch.float32, dict(parent="abc")),
+        ]
+    ):
         folder = stored(tmp_path / f"same{i}", model, dtype, **changes)
         assert fingerprint(folder) == known and load_model(folder, routers=file).routing is not None
-    for i, changes in enumerate([dict(rope_theta=2e4), dict(norm_eps=1e-6), dict(sliding_window=7), dict(qkv_bias=False, sliding_window=None, n_kv_heads=2, rope_theta=1e4 + 1),
-                                 dict(rope_scaling={"type": "linear", "factor": 2.0})]):
+    for i, changes in enumerate(
+        [
+            dict(rope_theta=2e4),
+            dict(norm_eps=1e-6),
+            dict(sliding_window=7),
+            dict(qkv_bias=False, sliding_window=None, n_kv_heads=2, rope_theta=1e4 + 1),
+            dict(rope_scaling={"type": "linear", "factor": 2.0}),
+        ]
+    ):
         assert fingerprint(stored(tmp_path / f"other{i}", net, **changes)) != known
     for name in ("tok_embeddings.weight", "layers.2.attention.wk.weight", "layers.3.ffn_norm.weight", "output.weight"):
         other = build("qwen3")
         other.load_state_dict({**net.state_dict(), name: net.state_dict()[name] * 1.02})
         folder = stored(tmp_path / f"other {name}", other)
-        with pytest.raises(ValueError, match=f"tuned on a base with fingerprint {known}, this base has {fingerprint(folder)}"):
+        with pytest.raises(
+            ValueError, match=f"tuned on a base with fingerprint {known}, this base has {fingerprint(folder)}"
+        ):
             load_model(folder, routers=file)
 
 
@@ -631,8 +779,15 @@ def test_scaled_frequencies_are_part_of_a_base_its_longest_context_is_not(tmp_pa
     net = build()
     known = fingerprint(stored(tmp_path, net, rope_scaling=yarn, max_seq_len=32))
     assert fingerprint(stored(tmp_path, net, rope_scaling=yarn, max_seq_len=128)) == known
-    bare = {"type": "yarn", "factor": 4.0}  # the original context is then the longest one: raising that changes frequencies
-    assert fingerprint(stored(tmp_path, net, rope_scaling=bare, max_seq_len=32)) == known != fingerprint(stored(tmp_path, net, rope_scaling=bare, max_seq_len=128))
+    bare = {
+        "type": "yarn",
+        "factor": 4.0,
+    }  # the original context is then the longest one: raising that changes frequencies
+    assert (
+        fingerprint(stored(tmp_path, net, rope_scaling=bare, max_seq_len=32))
+        == known
+        != fingerprint(stored(tmp_path, net, rope_scaling=bare, max_seq_len=128))
+    )
 
 
 def test_routers_of_old_files_and_of_a_parent_are_accepted(tmp_path):
@@ -656,7 +811,9 @@ def test_a_router_file_that_does_not_fit_is_refused_in_one_sentence(tmp_path):
     known = fingerprint(base)
     deep = Transformer(dataclasses.replace(net.config, n_layers=9), RouterConfig.of("attn_sequence", (1, 8)))
     save_routers(tmp_path / "deep", deep, RouterMeta(deep.routing, [0.5, 0.5], known))
-    with pytest.raises(ValueError, match=r"deep: routed layer 8 does not exist: this model has layers 0 to 3; .*tune again"):
+    with pytest.raises(
+        ValueError, match=r"deep: routed layer 8 does not exist: this model has layers 0 to 3; .*tune again"
+    ):
         load_model(base, routers=tmp_path / "deep")
     file = routers_for(tmp_path / "r", net, known)
     good = file.read_bytes()
@@ -677,13 +834,25 @@ def test_a_budget_per_sequence_needs_a_budget_and_a_route_that_is_known_at_once(
         save_routers(tmp_path / reads, other, RouterMeta(other.routing, [0.5] * 3, fingerprint(base), table))
     assert load_model(base, routers=tmp_path / "first", budget=0.5, budget_per="sequence").budget_each == 0.5
     assert load_model(base, routers=tmp_path / "first", budget=0.5).budget_each is None
-    for name, budget, per, reason in (("own", 0.5, "sequence", "tune with train.py --reads=first"), ("first", None, "sequence", "give a budget"),
-                                      ("first", 0.5, "token", "expected one of workload, sequence")):
+    for name, budget, per, reason in (
+        ("own", 0.5, "sequence", "tune with train.py --reads=first"),
+        ("first", None, "sequence", "give a budget"),
+        ("first", 0.5, "token", "expected one of workload, sequence"),
+    ):
         with pytest.raises(ValueError, match=reason):
             load_model(base, routers=tmp_path / name, budget=budget, budget_per=per)
 
 
-@pytest.mark.parametrize("text, reason", [("{", "is not JSON"), ("[1]", "holds a list"), ("[" * 100_000, "is not JSON"), ("{}", "config lacks"), ('{"x": 1}', "unknown keys")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds a list"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "config lacks"),
+        ('{"x": 1}', "unknown keys"),
+    ],
+)
 def test_a_config_that_is_none_is_refused(tmp_path, text, reason):
     stored(tmp_path, build())
     (tmp_path / "config.json").write_text(text)
@@ -694,9 +863,23 @@ def test_a_config_that_is_none_is_refused(tmp_path, text, reason):
 def test_a_config_with_any_one_number_wrong_is_refused_by_name(tmp_path):
     net = build()
     numbers = "dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len norm_eps rope_theta".split()
-    for name, value in [(name, value) for name in numbers for value in (None, "x", [], {}, -1, 0, float("nan"))] + [
-            ("sliding_window", value) for value in ("x", 0, -1, 1.5, [])] + [("rope_scaling", value) for value in (
-                "yarn", [], {"factor": 2}, {"type": "x"}, {"type": ["yarn"]}, {"type": "yarn"}, {"type": "linear", "factor": "x"}, {"type": "llama3", "factor": 2.0})]:
+    for name, value in (
+        [(name, value) for name in numbers for value in (None, "x", [], {}, -1, 0, float("nan"))]
+        + [("sliding_window", value) for value in ("x", 0, -1, 1.5, [])]
+        + [
+            ("rope_scaling", value)
+            for value in (
+                "yarn",
+                [],
+                {"factor": 2},
+                {"type": "x"},
+                {"type": ["yarn"]},
+                {"type": "yarn"},
+                {"type": "linear", "factor": "x"},
+                {"type": "llama3", "factor": 2.0},
+            )
+        ]
+    ):
         with pytest.raises(ValueError, match="config.json: ") as error:
             load_model(stored(tmp_path, net, **{name: value}))
         assert "\n" not in str(error.value)
@@ -705,7 +888,17 @@ def test_a_config_with_any_one_number_wrong_is_refused_by_name(tmp_path):
 def test_a_damaged_safetensors_header_or_index_is_refused(tmp_path):
     stored(tmp_path, build())
     weights = tmp_path / "model.safetensors"
-    for header in (b"", b"[]", b"3", b"{}x", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"data_offsets": []}}', b"[" * 100_000, b"\xff\xfe"):
+    for header in (
+        b"",
+        b"[]",
+        b"3",
+        b"{}x",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"data_offsets": []}}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ):
         weights.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(ValueError, match="not a safetensors file"):
             load_model(tmp_path)
@@ -716,22 +909,55 @@ def test_a_damaged_safetensors_header_or_index_is_refused(tmp_path):
 
 
 def test_yarn_is_right_up_to_factor_times_the_original_context():
-    """There is no table of positions that could end: logits equal those of transformers as far as the scaling allows."""
+    """There is no table of positions that could end: logits equal those of transformers as far as the scaling allows.
+    """
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig(**{**BASE, "max_seq_len": 128, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}})
+    config = ModelConfig(
+        **{
+            **BASE,
+            "max_seq_len": 128,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        }
+    )
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
-        tie_word_embeddings=True, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})).eval()
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            intermediate_size=config.hidden_dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            max_position_embeddings=config.max_seq_len,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=True,
+            rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        )
+    ).eval()
     ours = Transformer(config).eval()
-    names = {"model.embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "self_attn": "attention", "mlp": "feed_forward",
-             "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "model.": ""}
+    names = {
+        "model.embed_tokens": "tok_embeddings",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn": "attention",
+        "mlp": "feed_forward",
+        "q_proj": "wq",
+        "k_proj": "wk",
+        "v_proj": "wv",
+        "o_proj": "wo",
+        "gate_proj": "w1",
+        "up_proj": "w3",
+        "down_proj": "w2",
+        "model.": "",
+    }
     weights = {}
     for name, tensor in theirs.state_dict().items():
         for old, new in names.items():
             name = name.replace(old, new)
-        weights[name] = torch.randn_like(tensor) / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else tensor.uniform_(0.5, 1.5)
+        weights[name] = (
+            torch.randn_like(tensor) / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else tensor.uniform_(0.5, 1.5)
+        )
     theirs.load_state_dict({name: weights[new] for name, new in zip(theirs.state_dict(), weights)})
     weights.pop("lm_head.weight")
     weights["tok_embeddings.weight"] = theirs.get_input_embeddings().weight.data

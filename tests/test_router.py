@@ -49,7 +49,9 @@ class Toy(nn.Module):
 
     def __init__(self, n: int = 2, dim: int = 6):
         super().__init__()
-        self.router_of_experts = nn.Linear(dim, 4)  # a genuine parameter with "router" in its name: never trained, saved or zeroed
+        self.router_of_experts = nn.Linear(
+            dim, 4
+        )  # a genuine parameter with "router" in its name: never trained, saved or zeroed
         self.parts = nn.ModuleList(Router(dim) for _ in range(n))
 
 
@@ -74,9 +76,15 @@ def test_gate_is_hard_forward_and_identity_to_the_score_backward(numbers, cut):
     torch.testing.assert_close(z.grad, weights * score * (1 - score))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 3), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_pooling_ignores_pads_whatever_they_hold(lengths, extra, dtype):
-    """The official code averages over pads; here rows alone and rows in a batch pool alike, even over NaN and infinity in the pads."""
+    """The official code averages over pads; here rows alone and rows in a batch pool alike, even over NaN and infinity
+    in the pads.
+    """
     torch.manual_seed(0)
     width = max(lengths) + extra
     x = torch.randn(len(lengths), width, 5).to(dtype)
@@ -86,7 +94,7 @@ def test_pooling_ignores_pads_whatever_they_hold(lengths, extra, dtype):
     assert got.dtype == torch.float32
     for row, length in enumerate(lengths):
         torch.testing.assert_close(got[row], x[row, :length].float().mean(0), atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(got[row:row + 1], pool(x[row:row + 1, :length]), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(got[row : row + 1], pool(x[row : row + 1, :length]), atol=1e-6, rtol=1e-6)
 
 
 def test_new_router_executes_everything():
@@ -119,20 +127,34 @@ def test_layers_by_name():
         deep_layers(32, 32)
 
 
-@pytest.mark.parametrize("places, settings_, message", [
-    ([(1, "atn")], {}, "expected attn, mlp or block"), ([(1, "attn")], dict(kv="all"), "attn_token"),
-    ([(1, "block")], dict(unit="token", kv="all"), "attn_token"), ([(1, "mlp")], dict(unit="token", kv="all"), "attn_token"),
-    ([(1, "attn")], dict(pool="mean"), "pool"), ([(1, "attn")], dict(unit="word"), "unit"), ([], {}, "one or more"),
-    ([(-1, "attn")], {}, "0-based"), ([(1, "attn"), (1, "attn")], {}, "each place once"),
-    ([(1, "attn"), (1, "block")], {}, "expected one of the two"), ([(1, "mlp"), (1, "block")], {}, "expected one of the two"),
-    ([(1, "attn")], dict(reads="last"), "reads"), ([(1, "attn")], dict(unit="token", reads="first"), "reads"), ([(1, "attn", 2)], {}, "expert")])
+@pytest.mark.parametrize(
+    "places, settings_, message",
+    [
+        ([(1, "atn")], {}, "expected attn, mlp or block"),
+        ([(1, "attn")], dict(kv="all"), "attn_token"),
+        ([(1, "block")], dict(unit="token", kv="all"), "attn_token"),
+        ([(1, "mlp")], dict(unit="token", kv="all"), "attn_token"),
+        ([(1, "attn")], dict(pool="mean"), "pool"),
+        ([(1, "attn")], dict(unit="word"), "unit"),
+        ([], {}, "one or more"),
+        ([(-1, "attn")], {}, "0-based"),
+        ([(1, "attn"), (1, "attn")], {}, "each place once"),
+        ([(1, "attn"), (1, "block")], {}, "expected one of the two"),
+        ([(1, "mlp"), (1, "block")], {}, "expected one of the two"),
+        ([(1, "attn")], dict(reads="last"), "reads"),
+        ([(1, "attn")], dict(unit="token", reads="first"), "reads"),
+        ([(1, "attn", 2)], {}, "expert"),
+    ],
+)
 def test_a_wrong_setting_is_refused_not_guessed(places, settings_, message):
     with pytest.raises(ValueError, match=message):
         RouterConfig(places, **settings_)
 
 
 def test_granularities_are_three_targets_and_both_per_unit():
-    assert GRANULARITIES == tuple(f"{target}_{unit}" for target in ("attn", "mlp", "block", "both") for unit in ("sequence", "token"))
+    assert GRANULARITIES == tuple(
+        f"{target}_{unit}" for target in ("attn", "mlp", "block", "both") for unit in ("sequence", "token")
+    )
     for granularity in GRANULARITIES:
         assert RouterConfig.of(granularity, (2, 5)).granularity == granularity
     with pytest.raises(ValueError, match="expected one of attn_sequence"):
@@ -143,7 +165,14 @@ def test_places_stand_in_the_order_in_which_they_are_asked():
     routing = RouterConfig(((4, "attn"), (1, "mlp"), (0, "mlp"), (1, "attn")))
     assert routing.places == (Place(0, "mlp"), Place(1, "attn"), Place(1, "mlp"), Place(4, "attn"))
     assert routing.names == ("0.mlp", "1.attn", "1.mlp", "4.attn") and routing.granularity == "both_sequence"
-    assert [routing.rows_of(layer) for layer in range(6)] == [slice(0, 1), slice(1, 3), slice(3, 3), slice(3, 3), slice(3, 4), slice(4, 4)]
+    assert [routing.rows_of(layer) for layer in range(6)] == [
+        slice(0, 1),
+        slice(1, 3),
+        slice(3, 3),
+        slice(3, 3),
+        slice(3, 4),
+        slice(4, 4),
+    ]
     assert routing.at([3, 1]) == RouterConfig(((1, "attn"), (4, "attn"))) and routing.layers == (0, 1, 4)
     plain = RouterConfig.of("mlp_token", (5, 2))
     assert plain.names == ("2", "5") and plain.places == (Place(2, "mlp"), Place(5, "mlp"))
@@ -175,9 +204,13 @@ def test_skipped_shares_skip_what_is_asked_in_order(weights, skip):
     assert in_order == sorted(in_order, reverse=True) and sum(0 < share < 1 for share in shares) <= 1
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), st.integers(0, 99)
+)
 def test_lists_and_chance_realise_the_budget_on_average(weights, budget, seed):
-    """Over many sequences a static list, and a random route, run what the budget says; a list differs in one place alone."""
+    """Over many sequences a static list, and a random route, run what the budget says; a list differs in one place
+    alone.
+    """
     weights = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(seed)).tolist()
     rng = torch.Generator().manual_seed(seed)
@@ -231,7 +264,9 @@ def test_cuts_and_thresholds_are_each_others_inverse(score):
 
 @given(st.integers(1, 12), st.integers(1, 4), st.floats(0, 1), st.booleans(), st.integers(0, 10_000))
 def test_each_sequence_fills_its_budget_and_never_exceeds_it(places, rows, budget, alike, seed):
-    """By what places count; the best ones first; no place is left that would still fit; a row alone gets what it gets among others."""
+    """By what places count; the best ones first; no place is left that would still fit; a row alone gets what it gets
+    among others.
+    """
     generator = torch.Generator().manual_seed(seed)
     margins = torch.randn(places, rows, generator=generator)
     weights = torch.ones(places) if alike else torch.rand(places, generator=generator) + 0.1
@@ -243,18 +278,29 @@ def test_each_sequence_fills_its_budget_and_never_exceeds_it(places, rows, budge
     assert torch.equal(fill_budget(margins[:, :1], weights, budget), gates[:, :1])
     if alike:
         k = int(gates[:, 0].sum())
-        assert k == math.floor(budget * places + 1e-6) and set(gates[:, 0].nonzero()[:, 0].tolist()) == set(margins[:, 0].topk(k).indices.tolist())
+        assert k == math.floor(budget * places + 1e-6) and set(gates[:, 0].nonzero()[:, 0].tolist()) == set(
+            margins[:, 0].topk(k).indices.tolist()
+        )
 
 
 def test_file_round_trip_keeps_bits_and_metadata(tmp_path):
-    toy = saved(tmp_path / "routers.safetensors", calibration={"budgets": [0.5], "thresholds": [[0.1, 0.2]]}, recipe="default", step=7, config={"lr": 0.1})
+    toy = saved(
+        tmp_path / "routers.safetensors",
+        calibration={"budgets": [0.5], "thresholds": [[0.1, 0.2]]},
+        recipe="default",
+        step=7,
+        config={"lr": 0.1},
+    )
     weights, meta = read_router_file(tmp_path / "routers.safetensors")
     other = Toy(2)
     load_router_weights("f", other, weights, meta.routing)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(toy.parts, other.parts))
     assert meta.base_fingerprint == "abc" and meta.step == 7 and meta.config == {"lr": 0.1} and meta.recipe == "default"
     assert meta.routing == RouterConfig.of("attn_sequence", (3, 5)) and meta.calibration["thresholds"] == [[0.1, 0.2]]
-    assert set(load_file(tmp_path / "routers.safetensors")) == {"model.layers.3.router.weight", "model.layers.5.router.weight"}
+    assert set(load_file(tmp_path / "routers.safetensors")) == {
+        "model.layers.3.router.weight",
+        "model.layers.5.router.weight",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["routers.safetensors"]
 
 
@@ -271,54 +317,137 @@ def test_two_routers_of_a_layer_have_tensors_of_their_own(tmp_path):
     assert [part.weight.unique().tolist() for part in other.parts] == [[1.0], [2.0]]
 
 
-FORMAT_1 = """{"format": "router-tuning/1", "granularity": "both_sequence", "layers": [3, 7], "pool": "prompt", "kv": "routed", "mlp_layers": [3],
-"thresholds": [0.5, 0.25, 0.75], "calibration": {"budgets": [0.5], "thresholds": [[0.5, 0.25, 0.75]]}, "recipe": "default", "step": 3,
+FORMAT_1 = """{"format": "router-tuning/1", "granularity": "both_sequence", "layers": [3, 7], "mlp_layers": [3],
+"pool": "prompt", "kv": "routed", "thresholds": [0.5, 0.25, 0.75],
+"calibration": {"budgets": [0.5], "thresholds": [[0.5, 0.25, 0.75]]}, "recipe": "default", "step": 3,
 "base_fingerprint": "abc", "config": {"lr": 0.01}, "orders": {"greedy": ["3.mlp", "7.attn", "3.attn"]}}"""
 
 
-@pytest.mark.parametrize("granularity, layers, mlp_layers, places", [
-    ("both_sequence", [3, 7], [3], [(3, "attn"), (3, "mlp"), (7, "attn")]), ("attn_token", [3, 5], [], [(3, "attn"), (5, "attn")]),
-    ("mlp_sequence", [3, 5], [], [(3, "mlp"), (5, "mlp")]), ("block_token", [4], [], [(4, "block")]),
-    ("both_sequence", [], [3, 5], [(3, "mlp"), (5, "mlp")])])
+@pytest.mark.parametrize(
+    "granularity, layers, mlp_layers, places",
+    [
+        ("both_sequence", [3, 7], [3], [(3, "attn"), (3, "mlp"), (7, "attn")]),
+        ("attn_token", [3, 5], [], [(3, "attn"), (5, "attn")]),
+        ("mlp_sequence", [3, 5], [], [(3, "mlp"), (5, "mlp")]),
+        ("block_token", [4], [], [(4, "block")]),
+        ("both_sequence", [], [3, 5], [(3, "mlp"), (5, "mlp")]),
+    ],
+)
 def test_files_of_format_1_still_load(tmp_path, granularity, layers, mlp_layers, places):
     """They named a granularity and layers in place of places, and an order could hold numbers of layers."""
-    meta = json.loads(FORMAT_1) | {"granularity": granularity, "layers": layers, "mlp_layers": mlp_layers, "thresholds": [0.5] * len(places),
-                                   "orders": {"greedy": [3, 5]}}
+    meta = json.loads(FORMAT_1) | {
+        "granularity": granularity,
+        "layers": layers,
+        "mlp_layers": mlp_layers,
+        "thresholds": [0.5] * len(places),
+        "orders": {"greedy": [3, 5]},
+    }
     second = [f"model.layers.{layer}.mlp_router.weight" for layer in mlp_layers]
     keys = sorted([f"model.layers.{layer}.router.weight" for layer in layers] + second)
-    save_file({key: torch.full((1, 6), float(i)) for i, key in enumerate(keys)}, tmp_path / "r", metadata={"router_tuning": json.dumps(meta)})
+    save_file(
+        {key: torch.full((1, 6), float(i)) for i, key in enumerate(keys)},
+        tmp_path / "r",
+        metadata={"router_tuning": json.dumps(meta)},
+    )
     weights, read = read_router_file(tmp_path / "r")
-    assert read.routing.places == tuple(Place(*place) for place in places) and read.routing.unit == granularity.split("_")[1]
+    assert (
+        read.routing.places == tuple(Place(*place) for place in places)
+        and read.routing.unit == granularity.split("_")[1]
+    )
     assert read.orders == {"greedy": ["3", "5"]} and read.config == {"lr": 0.01} and read.base_fingerprint == "abc"
     load_router_weights("r", Toy(len(places)), weights, read.routing)
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("{", "is not JSON"), ("[]", "cannot be used"), ('{"format": "router-tuning/2"}', "lacks 'places'"),
-    (FORMAT_1.replace('"thresholds": [0.5, 0.25, 0.75], "cal', '"cal'), "lacks 'thresholds'"), (FORMAT_1.replace('"abc"', '"abc'), "is not JSON")])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "is not JSON"),
+        ("[]", "cannot be used"),
+        ('{"format": "router-tuning/2"}', "lacks 'places'"),
+        (FORMAT_1.replace('"thresholds": [0.5, 0.25, 0.75],\n"cal', '"cal'), "lacks 'thresholds'"),
+        (FORMAT_1.replace('"abc"', '"abc'), "is not JSON"),
+    ],
+)
 def test_metadata_that_is_short_is_refused_by_what_it_lacks(tmp_path, text, reason):
     save_file({"model.layers.3.router.weight": torch.ones(1, 6)}, tmp_path / "r", metadata={"router_tuning": text})
     with pytest.raises(ValueError, match=reason):
         read_router_file(tmp_path / "r")
 
 
-WRONG = [None, True, 3, -1, 1.5, "x", "", [], {}, [1], ["x"], {"a": 1}, math.nan, [math.nan, 0.5], [2, 0.5], [0.5, "x"], [True, 0.5], [0.5] * 3,
-         10**400, [[3, "attn"]], [[3, "attn", None]] * 2, [[3.5, "attn", None]], [["3", "attn", None]], [[-1, "attn", None]], [[3, "x", None]], [[3, "attn", 1]],
-         [[3, "attn", [1]], [5, "attn", None]], [[3, 4, None], [3, "attn", None]], [[3, [1], None]], [[3, None, None]], [[True, "attn", None]], [3, [4]],
-         {"budgets": [0.5]}, {"budgets": [0.5], "thresholds": [[0.5]]}, {"budgets": [math.nan], "thresholds": [[0.5, 0.5]]},
-         {"budgets": [0.5, 1.5], "thresholds": [[0.5, 0.5]] * 2}, {"greedy": 3}, {"greedy": ["3"]}, {"greedy": ["3", "9"]}, "foo_bar", "attn_word", "router-tuning/9"]
-GOOD = dict(recipe=lambda v: isinstance(v, str), base_fingerprint=lambda v: isinstance(v, str), config=lambda v: isinstance(v, dict), step=lambda v: type(v) is int,
-            calibration=lambda v: v in ({}, {"a": 1}) or v == {"greedy": 3} or v == {"greedy": ["3"]} or v == {"greedy": ["3", "9"]}, orders=lambda v: v == {})
+WRONG = [
+    None,
+    True,
+    3,
+    -1,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    ["x"],
+    {"a": 1},
+    math.nan,
+    [math.nan, 0.5],
+    [2, 0.5],
+    [0.5, "x"],
+    [True, 0.5],
+    [0.5] * 3,
+    10**400,
+    [[3, "attn"]],
+    [[3, "attn", None]] * 2,
+    [[3.5, "attn", None]],
+    [["3", "attn", None]],
+    [[-1, "attn", None]],
+    [[3, "x", None]],
+    [[3, "attn", 1]],
+    [[3, "attn", [1]], [5, "attn", None]],
+    [[3, 4, None], [3, "attn", None]],
+    [[3, [1], None]],
+    [[3, None, None]],
+    [[True, "attn", None]],
+    [3, [4]],
+    {"budgets": [0.5]},
+    {"budgets": [0.5], "thresholds": [[0.5]]},
+    {"budgets": [math.nan], "thresholds": [[0.5, 0.5]]},
+    {"budgets": [0.5, 1.5], "thresholds": [[0.5, 0.5]] * 2},
+    {"greedy": 3},
+    {"greedy": ["3"]},
+    {"greedy": ["3", "9"]},
+    "foo_bar",
+    "attn_word",
+    "router-tuning/9",
+]
+GOOD = dict(
+    recipe=lambda v: isinstance(v, str),
+    base_fingerprint=lambda v: isinstance(v, str),
+    config=lambda v: isinstance(v, dict),
+    step=lambda v: type(v) is int,
+    calibration=lambda v: (
+        v in ({}, {"a": 1}) or v == {"greedy": 3} or v == {"greedy": ["3"]} or v == {"greedy": ["3", "9"]}
+    ),
+    orders=lambda v: v == {},
+)
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_metadata_with_any_one_entry_wrong_is_refused_in_one_sentence(tmp_path, old):
-    """Each entry missing, or of a wrong type, length or range; formats 1 and 2. Nothing but a ValueError that names the file, in one line."""
+    """Each entry missing, or of a wrong type, length or range; formats 1 and 2. Nothing but a ValueError that names the
+    file, in one line.
+    """
     saved(tmp_path / "r", calibration={"budgets": [0.5], "thresholds": [[0.1, 0.2]]}, orders={"greedy": ["5", "3"]})
     weights, meta = read_router_file(tmp_path / "r")
     text = json.loads(meta.to_json())
     if old:
-        text = {**json.loads(FORMAT_1), "granularity": "attn_sequence", "layers": [3, 5], "mlp_layers": [], "thresholds": [0.5, 0.5], "calibration": {}, "orders": {}}
+        text = {
+            **json.loads(FORMAT_1),
+            "granularity": "attn_sequence",
+            "layers": [3, 5],
+            "mlp_layers": [],
+            "thresholds": [0.5, 0.5],
+            "calibration": {},
+            "orders": {},
+        }
 
     def refusal(changed: dict | str) -> str | None:
         metadata = {"router_tuning": changed if isinstance(changed, str) else json.dumps(changed)}
@@ -331,7 +460,9 @@ def test_metadata_with_any_one_entry_wrong_is_refused_in_one_sentence(tmp_path, 
             return str(error)
 
     assert refusal(text) is None
-    optional = {"calibration", "recipe", "step", "config", "orders", "report", "mlp_layers", "renormalise", "loads"} | (set() if old else {"granularity"})
+    optional = {"calibration", "recipe", "step", "config", "orders", "report", "mlp_layers", "renormalise", "loads"} | (
+        set() if old else {"granularity"}
+    )
     for key in text:
         reason = refusal({name: value for name, value in text.items() if name != key})
         assert reason is None if key in optional else f"lacks '{key}'" in reason or key == "format"
@@ -339,7 +470,9 @@ def test_metadata_with_any_one_entry_wrong_is_refused_in_one_sentence(tmp_path, 
             if value == text[key] or key == "mlp_layers" and value == []:
                 continue
             reason = refusal({**text, key: value})
-            fits = key in GOOD and GOOD[key](value) or old and key in ("calibration", "orders") and isinstance(value, dict)
+            fits = (
+                key in GOOD and GOOD[key](value) or old and key in ("calibration", "orders") and isinstance(value, dict)
+            )
             assert reason is not None or fits, (key, value)
             assert reason is None or not (key in GOOD and GOOD[key](value)), (key, value, reason)
     for broken in ("", "{", "[" * 100_000, "null", "3", '"x"', "[]", "\x00", "9" * 5000):
@@ -350,8 +483,12 @@ def test_a_tensor_of_whole_numbers_or_with_a_strange_name_is_no_router(tmp_path)
     saved(tmp_path / "r")
     meta = {"router_tuning": read_router_file(tmp_path / "r")[1].to_json()}
     one = torch.ones(1, 6)
-    for key, tensor, reason in (("model.layers.3.router.weight", one.long(), "int64"), ("model.layers.03.router.weight", one, "expected only names like"),
-                                ("model.layers.\u00b2.router.weight", one, "expected only names like"), ("model.layers.3.router.bias", one, "expected only names like")):
+    for key, tensor, reason in (
+        ("model.layers.3.router.weight", one.long(), "int64"),
+        ("model.layers.03.router.weight", one, "expected only names like"),
+        ("model.layers.\u00b2.router.weight", one, "expected only names like"),
+        ("model.layers.3.router.bias", one, "expected only names like"),
+    ):
         save_file({"model.layers.5.router.weight": torch.zeros(1, 6), key: tensor}, tmp_path / "r", metadata=meta)
         with pytest.raises(ValueError, match=reason):
             read_router_file(tmp_path / "r")
@@ -385,9 +522,12 @@ def test_every_kind_of_wrong_file_is_refused_with_a_reason(tmp_path):
         read_router_file(path)
     routing = RouterConfig.of("attn_sequence", (3, 5))
     key, one = "model.layers.{}.router.weight".format, torch.ones(1, 6)
-    cases = (({key(3): one}, "missing .'model.layers.5"), ({key(3): one, key(5): one, key(9): one}, "extra .'model.layers.9"),
-             ({key(3): one, key(5): torch.ones(1, 7)}, r"shape \(1, 7\)"),
-             ({key(3): one, key(5): torch.full((1, 6), math.nan)}, "NaN"))
+    cases = (
+        ({key(3): one}, "missing .'model.layers.5"),
+        ({key(3): one, key(5): one, key(9): one}, "extra .'model.layers.9"),
+        ({key(3): one, key(5): torch.ones(1, 7)}, r"shape \(1, 7\)"),
+        ({key(3): one, key(5): torch.full((1, 6), math.nan)}, "NaN"),
+    )
     for weights, message in cases:
         with pytest.raises(ValueError, match=message):
             load_router_weights(path, Toy(2), weights, routing)
@@ -415,7 +555,15 @@ def test_a_file_is_described_in_words(tmp_path):
     command = [sys.executable, str(Path(router_module.__file__)), str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines() == describe(path)
-    for word in ("abc", "attn_sequence", "3, 5", "0.500, 0.500", "2, from 0.25 to 0.75", "greedy: 5, 3", "routed 1.2500"):
+    for word in (
+        "abc",
+        "attn_sequence",
+        "3, 5",
+        "0.500, 0.500",
+        "2, from 0.25 to 0.75",
+        "greedy: 5, 3",
+        "routed 1.2500",
+    ):
         assert word in done.stdout, word
     path.write_bytes(path.read_bytes()[:-3])
     done = subprocess.run(command, capture_output=True, text=True)
@@ -427,6 +575,9 @@ def test_router_py_stands_alone(tmp_path):
     """The file copied into an empty folder works by itself: nothing else of the project is imported."""
     source = Path(router_module.__file__).read_text()
     (tmp_path / "router.py").write_text(source)
-    code = "import sys, router; assert not {'model', 'runtime', 'tokenizer'} & set(sys.modules); print(router.Router(8).weight.shape)"
+    code = (
+        "import sys, router; assert not {'model', 'runtime', 'tokenizer'} & set(sys.modules); "
+        "print(router.Router(8).weight.shape)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "1, 8" in done.stdout, done.stderr

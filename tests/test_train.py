@@ -618,7 +618,8 @@ def write_rows(path, rows) -> tuple[str]:
 
 def test_all_bad_rows_are_listed_and_may_be_left_out(base, tmp_path, capsys):
     good = [json.loads(good_line()) for _ in range(12)]
-    data = write_rows(tmp_path / "data.jsonl", [*good, {"foo": 1}, {"text": ""}, {"prompt": "q" * 500, "response": "a"}])
+    bad = [{"foo": 1}, {"text": ""}, {"prompt": "q" * 500, "response": "a"}]
+    data = write_rows(tmp_path / "data.jsonl", [*good, *bad])
     with pytest.raises(ValueError, match="3 rows cannot be used") as error:
         train.train(settings(base, tmp_path / "out", data=data, heldout=0.3))
     assert all(f"line {number}" in str(error.value) for number in (13, 14, 15)) and not (tmp_path / "out").exists()
