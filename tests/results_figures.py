@@ -42,8 +42,8 @@ def fidelity_figure(rows: list[dict]):
                 if name in row["values"]["variants"]:
                     kl = row["values"]["variants"][name]["file"]["kl"]
                     axis.axhline(kl, color="0.7", lw=1, zorder=0)
-                    axis.annotate(f"weights in {name}", (1, kl), xycoords=("axes fraction", "data"), fontsize=8,
-                                  ha="right", va="bottom", color="0.3")
+                    axis.annotate(f"weights in {name}", (0.02, kl), xycoords=("axes fraction", "data"), fontsize=8,
+                                  ha="left", va="bottom", color="0.3")
         axis.set_title(granularity)
         axis.set_xlabel("skipped, % of the model's attentions" if granularity.startswith("attn") else "skipped, %")
         axis.set_xlim(0, 105 * max(map(skipped, rows)))
