@@ -176,7 +176,9 @@ class Comparison:
         tokens, device = self.prompts(batch, context), self.rt.device
         settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
         theirs = partial(self.reference.generate, tokens, attention_mask=torch.ones_like(tokens), **settings)
-        routes = [("half skipped", "gather", forced_gates(self.routing, 0.5, batch, context).to(device))]
+        drawn = forced_gates(self.routing, 0.5, batch, context).to(device)  # (R,B)
+        held = lambda rows, starts, width: None if any(starts) else drawn  # noqa: E731  (a prompt's gates hold)
+        routes = [("half skipped", "gather", held)]
         if self.cfg.generate_dense:
             routes.insert(0, ("dense", "off", None))
         for name, variant in self.variants.items():

@@ -20,6 +20,10 @@ CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkp
     "compare_ranks": "--model={base} --data={data} --dtype=float32 --steps=2 --batch_size=4 --micro_batch=2 "
                      "--other_micro_batch=1 --layers=deep:2",
     "compare_training": "--model={base} --data={data} --layers=deep:2 --heldout=4 --timed=1 --out={out}/training.json",
+    "compare_transformers": "--model={base} --prefill=8 --decode=2x8 --generate=2x8+3 --generate_dense --routed=2 "
+                            "--rounds=1 --steps=2 --threads=1 --dtype=float32",
+    "compare_tuning": "--model={base} --data={data} --routed=2 --batch_size=2 --micro_batch=2 --steps=1 --rounds=1 "
+                      "--threads=1",
     "expert_ceilings": "",
     "large_data": "--model={base} --rows={rows} --megabytes=1 --max_samples=40 --out={out}/large",
     "profile_phases": "--narrow --model={base} --data={data} --layers=auto:2 --steps=2 --out={out}/phases",
