@@ -265,19 +265,6 @@ def between(a: float, b: float, share: float) -> float:
     return a if a == b or math.isinf(a) or math.isinf(b) else a + share * (b - a)
 
 
-def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
-    """Share to skip of each place (R) when everyone skips places in order, until `skip` of all they count is skipped.
-
-    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one where that ends, 0 for the rest.
-    """
-    shares = [0.0] * len(order)
-    for place in order:
-        share = min(max(skip / weights[place].item(), 0.0), 1.0)
-        shares[place] = 0.0 if share < 1e-6 else 1.0 if share > 1 - 1e-6 else share
-        skip -= weights[place].item()
-    return shares
-
-
 def set_cuts(model: nn.Module, cuts: float | list[float]) -> None:
     """One cut for all routers, or one for each in order of their places."""
     routers = routers_of(model)

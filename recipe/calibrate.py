@@ -6,7 +6,8 @@ from torch import Tensor
 
 from recipe.controls import Controls
 from recipe.passes import Workload, evaluate, quantile_cut, quantile_cuts, route_logits, settle
-from router import around, between, capacity, set_cuts, skipped_shares, threshold_of
+from recipe.places import skipped_shares
+from router import around, between, capacity, set_cuts, threshold_of
 from runtime import print0, track
 
 BUDGETS = [round(i * 0.0125, 4) for i in range(81)]  # entries of the calibration table

@@ -11,7 +11,8 @@ from recipe.experts import mean_route, reads_gates, smallest_gate
 from recipe.journal import once
 from recipe.lists import Prefixes, list_states, room_for_prefixes
 from recipe.passes import Batch, Workload, collate, evaluate, finite, head_losses, random_routes
-from router import RouterConfig, skipped_shares
+from recipe.places import skipped_shares
+from router import RouterConfig
 from runtime import sum_over_ranks, track
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig
-from router import EXPERT_GRANULARITIES, RouterConfig, skipped_shares
+from router import EXPERT_GRANULARITIES, RouterConfig
 
 
 def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
@@ -48,6 +48,19 @@ def routing_of(config: ModelConfig, granularity: str, layers, **more) -> RouterC
             raise ValueError(f"granularity is {granularity!r}, and no layer that was asked for has experts; expected "
                              "a mixture of experts: choose another granularity, model or --layers")
     return RouterConfig.of(granularity, layers, n_experts=config.n_experts, **more)
+
+
+def skipped_shares(order: list[int], weights: Tensor, skip: float) -> list[float]:
+    """Share to skip of each place (R) when everyone skips places in order, until `skip` of all they count is skipped.
+
+    weights (R,) of sum 1. The result is 1 for the first ones, a fraction for the one where that ends, 0 for the rest.
+    """
+    shares = [0.0] * len(order)
+    for place in order:
+        share = min(max(skip / weights[place].item(), 0.0), 1.0)
+        shares[place] = 0.0 if share < 1e-6 else 1.0 if share > 1 - 1e-6 else share
+        skip -= weights[place].item()
+    return shares
 
 
 def skipped_places(order: list[int], weights: Tensor, skip: float) -> tuple[int, ...]:

@@ -7,9 +7,11 @@ Graphs are counted with the backend "eager" (tracing only); one test builds real
 compiler.
 """
 
+import dataclasses
 import shutil
 
 import pytest
+import tiny
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -17,20 +19,7 @@ from model import KVCache, ModelConfig, Transformer, generate
 from recipe.speed import compile_model
 from router import GRANULARITIES, RouterConfig
 
-CONFIG = ModelConfig(
-    family="llama",
-    dim=32,
-    n_layers=6,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=61,
-    max_seq_len=128,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_embeddings=True,
-)
+CONFIG = dataclasses.replace(tiny.CONFIG, n_layers=6, vocab_size=61)
 LAYERS = (1, 2, 3, 4)
 KEEPS = ("attn_token", "both_token")
 CASES = [(g, kv) for g in GRANULARITIES for kv in (("routed", "all") if g in KEEPS else ("routed",))]

@@ -778,8 +778,8 @@ def test_a_missed_budget_is_told(base, tok, capsys, granularity, way):
     scoring.say_missed(settings(base, budget=0.5), run, found)
     said = capsys.readouterr().err
     assert "--budget=0.5" in said and "(piqa 0.400)" in said and said.endswith(f"to hold it: {way}--calibrate=N\n")
-    for other in (settings(base, budget=0.5, budget_per="sequence"), settings(base, budget=0.5, control="random:1")):
-        scoring.say_missed(other, run, found)
+    for held in ({"budget_per": "sequence"}, {"control": "random:1"}, {"calibrate": 2}):
+        scoring.say_missed(settings(base, budget=0.5, **held), run, found)
     assert not capsys.readouterr().err
 
 

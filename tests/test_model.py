@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,20 +33,7 @@ from recipe.int8 import rounded
 from recipe.trunk import trunk
 from router import GRANULARITIES, Place, RouterConfig, RouterMeta, save_routers
 
-BASE = dict(
-    family="llama",
-    dim=32,
-    n_layers=4,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=61,
-    max_seq_len=128,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    tie_embeddings=True,
-)
+BASE = dataclasses.asdict(tiny.CONFIG) | {"vocab_size": 61}
 FAMILIES = {
     "llama": {},
     "mistral": dict(sliding_window=5),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import router as router_module
 from recipe.lora import let_train
 from recipe.passes import quantile_cut
-from recipe.places import deep_layers, parse_layers, random_route, skipped_places, static_route
+from recipe.places import deep_layers, parse_layers, random_route, skipped_places, skipped_shares, static_route
 from router import (
     GRANULARITIES,
     Place,
@@ -38,7 +38,6 @@ from router import (
     read_router_file,
     save_routers,
     set_cuts,
-    skipped_shares,
     ste_gate,
     threshold_of,
 )
