@@ -8,11 +8,11 @@ from torch import Tensor
 
 from recipe.measure import log_costs
 from router import fill_budget
-from runtime import permutation
+from runtime import permutation, print0
 
 PRIOR_RIDGE = 1.0  # strength of the ridge where routers are fitted in closed form, in variances of the inputs
-STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)  # those among which sequence routers choose
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # and in their logits the shares of what places are worth, beside a static list
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what places are worth, beside a static list, in a sequence router's logits
+STRENGTHS = (256.0, 64.0, 16.0, 4.0, 1.0)  # and of the ridge, among which sequence routers choose
 FOLDS = 8  # parts of the sequences, at most, that are left out in turn
 STEP_RIDGE = 1.0  # and in the steps, in mean eigenvalues of the inputs' covariance
 MOMENTUM = 0.9  # of the steps
@@ -63,15 +63,25 @@ def benefit_prior(
     """Sequence routers (R,D): the logit is what running the place is worth to the sequence, by what it counts in the
     budget, mixed with the rank of the place in a static order.
 
-    benefits (R,N), inputs (R|1,N,D), weights (R,), sources (N): where sequences come from. Of all ridges and mixes that
-    are worth no less than the order to sources left out of the fit, to within a standard error, the one that is worth
-    most to sequences left out.
+    benefits (R,N), inputs (R|1,N,D), weights (R,), sources (N): where sequences come from. Of all mixes and ridges that
+    are worth as much as the order to sources left out of the fit, and as much as the best of them to sequences left
+    out, both to within a standard error: the one nearest to the order.
     """
     parts = folds([None] * len(sources)), folds(sources)
     known, new = (worth(benefits, inputs, weights, order, budget, each) for each in parts)
-    lost = new[0] - new  # (M,N): the order alone stands in front
-    carries = lost.mean(dim=1) <= lost.std(dim=1) / lost.shape[1] ** 0.5
-    return mixtures(benefits, inputs, weights, order)[known.sum(dim=1).where(carries, -math.inf).argmax()]
+    carries = within_error(new[0] - new)  # the order alone stands in front
+    best = known.mean(dim=1).where(carries, -math.inf).argmax()
+    chosen = int((carries & within_error(known[best] - known)).int().argmax())
+    share, strength = SHARES[chosen // len(STRENGTHS)], STRENGTHS[chosen % len(STRENGTHS)]
+    gained, carried = ((found[chosen] - found[0]).mean().item() for found in (known, new))
+    print0(f"routers by benefits: share {share:g}, ridge {strength:g}; beside the order they are worth {gained:+.3f} to "
+           f"sequences left out, {carried:+.3f} to sources left out")
+    return mixtures(benefits, inputs, weights, order)[chosen]
+
+
+def within_error(lost: Tensor) -> Tensor:
+    """Whether what is lost (M,N) is on average no more than its standard error (M,)."""
+    return lost.mean(dim=1) <= lost.std(dim=1) / lost.shape[1] ** 0.5
 
 
 def worth(
@@ -87,7 +97,7 @@ def worth(
 
 
 def mixtures(benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int]) -> Tensor:
-    """Routers (M,R,D) of all SHARES and STRENGTHS, those of the order alone in front."""
+    """Routers (M,R,D) of all SHARES and STRENGTHS, the nearest to the order in front."""
     fitted, static = fit_routers(inputs, benefits / weights[:, None], STRENGTHS), order_prior(order, inputs)
     return torch.cat([share * fitted + (1 - share) * static for share in SHARES])
 

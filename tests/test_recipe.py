@@ -223,6 +223,19 @@ def test_benefit_prior_runs_a_layer_where_it_is_worth_most():
     assert torch.equal(executed.bool(), torch.stack([kind == 0, kind == 1, kind > 1]))
 
 
+@pytest.mark.parametrize("seed", [0, 3, 7, 8, 11])
+def test_what_routers_gain_on_the_order_by_chance_leaves_the_order(seed):
+    """Benefits of which the inputs say nothing: some of the mixes are worth more than the order all the same."""
+    torch.manual_seed(seed)
+    x, weights, order = torch.randn(1, 80, 16) * 0.3 + torch.randn(1, 1, 16), torch.ones(4) / 4, [3, 2, 1, 0]
+    benefits = torch.tensor([1.1, 1.0, 0.5, -1.0])[:, None] + torch.randn(4, 80)
+    found = fit.worth(benefits, x, weights, order, 0.25, fit.folds([None] * 80)).sum(1)
+    assert (found > found[0]).any()
+    made = fit.benefit_prior(benefits, x, weights, order, [None] * 80, 0.25)
+    gates = router.fill_budget(fit.logits_of(made[None], x)[0], weights, 0.25)
+    assert torch.equal(gates, torch.tensor([1.0, 0, 0, 0])[:, None].expand(4, 80))
+
+
 @pytest.mark.parametrize("carries", [True, False])
 def test_benefits_count_as_far_as_they_carry_over_to_a_source_that_was_left_out(carries):
     """Two sources in which the same direction says the same of what is worth running, or the opposite: then the list
