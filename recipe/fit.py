@@ -74,8 +74,8 @@ def benefit_prior(
     chosen = int((carries & within_error(known[best] - known)).int().argmax())
     share, strength = SHARES[chosen // len(STRENGTHS)], STRENGTHS[chosen % len(STRENGTHS)]
     gained, carried = ((found[chosen] - found[0]).mean().item() for found in (known, new))
-    print0(f"routers by benefits: share {share:g}, ridge {strength:g}; beside the order they are worth {gained:+.3f} to "
-           f"sequences left out, {carried:+.3f} to sources left out")
+    print0(f"routers by benefits: share {share:g}, ridge {strength:g}; beside the order they are worth {gained:+.3f} "
+           f"to sequences left out, {carried:+.3f} to sources left out")
     return mixtures(benefits, inputs, weights, order)[chosen]
 
 
