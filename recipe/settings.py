@@ -64,7 +64,10 @@ class TrainConfig:
     heldout: float | str = setting(0.1, 'held-out share, or file; data with "split" fields decide themselves')
     heldout_samples: int = setting(64, "most held-out examples that are scored")
     chat: str | None = setting(None, "plain, chatml, llama3, mistral, or one of the model's templates; none: its own")
-    bare: float = setting(0.0, "share of the conversations tuned on that stand without a chat form")
+    bare: float | None = setting(
+        None, "share of the conversations tuned on that stand without a chat form; none: 0.25 for sequence routers that "
+        "the default recipe fits, else 0"
+    )
     loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
     batch_size: int = setting(16, "examples per step, over all ranks")
     micro_batch: int = setting(4, "most examples of a forward pass and rank; does not change the result")
@@ -124,6 +127,9 @@ class TrainConfig:
             self.lora_lr = 2e-5 if self.train == "full" else 1e-3
         if self.kv is None:
             self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
+        if self.bare is None:  # routers know the forms of text that they were fitted on
+            fitted = self.recipe == "default" and self.train == "routers" and self.granularity.endswith("_sequence")
+            self.bare = 0.25 if fitted and not self.recalibrate and not self.import_official else 0.0
         if self.reads is None:
             together = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
             self.reads = "first" if together and self.recipe == "default" and not self.import_official else "own"
