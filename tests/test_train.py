@@ -408,6 +408,16 @@ def test_effort_sets_what_is_not_set(base, tmp_path, effort):
     assert cfg.cost_samples == 5 and cfg.benefit_samples == EFFORTS[effort]["benefit_samples"]
 
 
+@pytest.mark.parametrize(
+    "changes, share",
+    [({}, 0.25), (dict(granularity="both_sequence"), 0.25), (dict(bare=0.0), 0.0), (dict(bare=0.5), 0.5),
+     (dict(granularity="attn_token"), 0.0), (dict(recipe="paper"), 0.0), (dict(train="routers+lora"), 0.0),
+     (dict(recalibrate="routers.safetensors"), 0.0)],
+)  # fmt: skip
+def test_rows_without_a_chat_form_belong_to_sequence_routers_that_are_fitted(changes, share):
+    assert train.TrainConfig(**changes).bare == share
+
+
 def test_not_finite_outputs_of_the_base_are_told_with_a_remedy(tmp_path, base):
     """One projection too large for float16: measuring stops with a sentence."""
     folder = tmp_path / "large"
