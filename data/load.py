@@ -20,7 +20,7 @@ import torch
 
 import runtime
 from data.draw import HELDOUT, TRAIN, UNUSABLE, Draw, Parts, Rows, Source, part
-from data.records import Form, RowError, Tally, encode, refuse_object, settle_bad, to_messages
+from data.records import Example, Form, RowError, Tally, encode, refuse_object, settle_bad, to_messages
 from data.store import Examples, Store, Writer, discard, open_store
 from data.stream import check_file, read_rows
 from runtime import Runtime, print0, sum_over_ranks
@@ -233,7 +233,7 @@ def encode_rows(request: Request, form: Form, wanted: np.ndarray, writer: Writer
 
 def encode_row(row: dict, place: str, form: Form, writer: Writer, done: Encoding, number: int) -> None:
     try:
-        example = encode(row, place, form)
+        example, asked = in_form(row, place, form)
     except RowError as error:
         done.bad.append(error)
         return
@@ -242,7 +242,20 @@ def encode_row(row: dict, place: str, form: Form, writer: Writer, done: Encoding
     else:
         done.cut += example.cut
         done.bare += example.bare
-        writer.add(number, example)
+        writer.add(number, example, asked.tokens)
+
+
+def in_form(row: dict, place: str, form: Form) -> tuple[Example | None, Example | None]:
+    """The example of a row, and what it would be if it were held out: with its chat form, in which it must be usable.
+    One that only fits so stands so."""
+    try:
+        example = encode(row, place, form)
+    except RowError:
+        example = None
+    if example and not example.bare:
+        return example, example
+    asked = encode(row, place, replace(form, bare=0.0))
+    return example or asked, asked or example
 
 
 def joined(first: Tally, second: Tally) -> Tally:
@@ -274,13 +287,9 @@ def finish(writer: Writer, parts: Parts, report: dict) -> None:
 
 
 def leaked(store: Store, numbers: dict[str, np.ndarray]) -> int:
-    """How many held-out texts are tuned on, too: only a user's own split can do that."""
-    held = [bytes(store[number].tokens) for number in numbers["heldout"]]
-    texts, sizes, found = set(held), {len(text) // 4 for text in held}, set()
-    for number in memoryview(np.unique(np.concatenate([numbers["train"], numbers["select"]]))):
-        if store.length(number) in sizes and (text := bytes(store[number].tokens)) in texts:
-            found.add(text)
-    return sum(text in found for text in held)
+    """How many held-out texts are tuned on, too, in whatever form: only a user's own split can do that."""
+    texts, tuned = np.asarray(store.arrays["texts"]), np.concatenate([numbers["train"], numbers["select"]])
+    return int(np.isin(texts[numbers["heldout"]], texts[tuned]).sum())
 
 
 def report_of(request: Request, rows: Rows, parts: Parts, bad: Tally, done: Encoding) -> dict:

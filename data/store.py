@@ -5,13 +5,15 @@
 
 FOLDER holds flat arrays in the machine's byte order: tokens (int32), targets (int32 positions in their example whose
 token is predicted), ends of every example in both (int64), rows (int64: the row of each example), domains (uint32: a
-checksum of its domain, and of whether it is bare), and for each part of the data the numbers of its examples (int32).
+checksum of its domain, and of whether it is bare), texts (int64: a digest of what it says, whatever its form), and for
+each part of the data the numbers of its examples (int32).
 about.json says what they were made from and holds their sizes and checksums; it is written last and verified at every
 opening, so half a store, or a damaged one, is never read. While a store is made, progress.json says how far it is known
 to be on the disk: a killed run goes on from there.
 Depends on data/records.py and runtime.
 """
 
+import hashlib
 import json
 import mmap
 import os
@@ -24,7 +26,8 @@ from pathlib import Path
 import runtime
 from data.records import Example
 
-GROWING = {"tokens": "i", "targets": "i", "token_ends": "q", "target_ends": "q", "rows": "q", "domains": "I"}
+GROWING = {"tokens": "i", "targets": "i", "token_ends": "q", "target_ends": "q", "rows": "q", "domains": "I",
+           "texts": "q"}  # fmt: skip
 ABOUT, PROGRESS = "about.json", "progress.json"
 CHUNK = 1 << 24  # bytes read at once
 
@@ -150,14 +153,16 @@ class Writer:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def add(self, row: int, example: Example) -> None:
-        """The example of a row, which is numbered over all files."""
+    def add(self, row: int, example: Example, asked: Sequence[int]) -> None:
+        """The example of a row, which is numbered over all files. asked: its tokens as they would be held out."""
         self._append("tokens", example.tokens)
         self._append("targets", example.targets)
         self._append("token_ends", [self.files["tokens"][0] // 4])
         self._append("target_ends", [self.files["targets"][0] // 4])
         self._append("rows", [row])
         self._append("domains", [zlib.crc32(repr((example.domain, example.bare)).encode())])
+        text = hashlib.blake2b(array("i", asked).tobytes(), digest_size=8).digest()
+        self._append("texts", [int.from_bytes(text, signed=True)])
 
     def _append(self, name: str, values: Sequence[int]) -> None:
         data = array(GROWING[name], values).tobytes()

@@ -65,8 +65,8 @@ class TrainConfig:
     heldout_samples: int = setting(64, "most held-out examples that are scored")
     chat: str | None = setting(None, "plain, chatml, llama3, mistral, or one of the model's templates; none: its own")
     bare: float | None = setting(
-        None, "share of the conversations tuned on that stand without a chat form; none: 0.25 for sequence routers that "
-        "the default recipe fits, else 0"
+        None, "share of the conversations tuned on that stand without a chat form; none: 0.25 for sequence routers "
+        "that the default recipe fits, else 0"
     )
     loss_on: Literal["all", "last"] = setting("all", "answers of a conversation that carry the loss")
     batch_size: int = setting(16, "examples per step, over all ranks")

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_load.py
 """
 
 import json
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -74,6 +75,21 @@ def test_bare_rows_are_counted_and_none_is_held_out(model, tmp_path):
     changed = [name for name in parts if texts(getattr(data, name)) != texts(getattr(plain, name))]
     assert "held" not in changed and "train" in changed and 10 < data.report["bare"] < 45 and plain.report["bare"] == 0
     assert len({example.domain for example in data.train}) == 2  # bare rows count as a source of their own
+
+
+def test_what_a_row_is_does_not_depend_on_its_form(model, tmp_path):
+    """Which rows are too long, and which held-out texts are tuned on: the same whatever share stands bare."""
+    rows, bad, forms = [{"prompt": "q" * (1 + i), "response": "yes"} for i in range(40)], {}, (0.0, 0.5, 1.0)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    lengths = sorted(len(encode(row, "here", form_of(model)).tokens) for row in rows)
+    apart = replace(DRAW, heldout=True)
+    for bare in forms:
+        data = load(request_of(model, path, draw=apart, heldout=path), form_of(model, bare=bare), CPU)
+        assert data.report["leaked"] == data.report["heldout"] == 40
+        with pytest.raises(ValueError) as caught:
+            load(request_of(model, path), form_of(model, limit=lengths[30], bare=bare), CPU)
+        bad[bare] = str(caught.value)
+    assert len(set(bad.values())) == 1 and f"{lengths[-1]} tokens" in bad[0.0]
 
 
 @pytest.mark.parametrize("change", ["file", "tokenizer", "length", "seed", "portion"])
