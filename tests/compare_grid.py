@@ -302,7 +302,7 @@ def figure(rows: list[dict], crossover: list[dict], path: Path) -> None:
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     fig.tight_layout()
-    runtime.write_atomic(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110))
+    runtime.write_atomic(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
 
 
 def main() -> None:
