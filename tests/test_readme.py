@@ -97,6 +97,8 @@ def test_every_command_names_a_file_and_settings_that_exist(command, commit):
         pytest.skip(f"no history here that reaches back to {commit}")
     there = git("show", f"{commit}:{script}") or ""
     assert there, f"{commit} has no {script}"
+    if script == "train.py":  # whose settings stand in a file of their own
+        there += git("show", f"{commit}:recipe/settings.py") or ""
     for name in given:
         assert re.search(rf"\b{name}\b", there), f"{script} of {commit} knows no --{name}"
 
