@@ -127,11 +127,11 @@ class TrainConfig:
             self.lora_lr = 2e-5 if self.train == "full" else 1e-3
         if self.kv is None:
             self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
+        together = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
         if self.bare is None:  # routers know the forms of text that they were fitted on
-            fitted = self.recipe == "default" and self.train == "routers" and self.granularity.endswith("_sequence")
-            self.bare = 0.25 if fitted and not self.recalibrate and not self.import_official else 0.0
+            fitted = self.train == "routers" and not self.recalibrate and not self.import_official
+            self.bare = 0.25 if fitted and together and self.recipe == "default" else 0.0
         if self.reads is None:
-            together = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
             self.reads = "first" if together and self.recipe == "default" and not self.import_official else "own"
         check_settings(self)
 

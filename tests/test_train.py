@@ -411,7 +411,8 @@ def test_effort_sets_what_is_not_set(base, tmp_path, effort):
 @pytest.mark.parametrize(
     "changes, share",
     [({}, 0.25), (dict(granularity="both_sequence"), 0.25), (dict(bare=0.0), 0.0), (dict(bare=0.5), 0.5),
-     (dict(granularity="attn_token"), 0.0), (dict(recipe="paper"), 0.0), (dict(train="routers+lora"), 0.0),
+     (dict(granularity="attn_token"), 0.0), (dict(recipe="paper"), 0.0),
+     (dict(granularity="expert_sequence"), 0.0), (dict(train="routers+lora"), 0.0),
      (dict(recalibrate="routers.safetensors"), 0.0)],
 )  # fmt: skip
 def test_rows_without_a_chat_form_belong_to_sequence_routers_that_are_fitted(changes, share):
