@@ -807,9 +807,8 @@ def say_notes(ready: Sequence[ReadyTask], limit: int, data: str) -> None:
 
 def say_missed(cfg: EvalConfig, run: Scorer, results: dict) -> None:
     """Tasks whose routers ran another share than --budget, and how to hold it: cuts come from other texts."""
-    if cfg.budget is None or cfg.control != "none" or run.route == "off" or cfg.budget_per == "sequence":
-        return
-    if cfg.calibrate:  # it holds the average of the tasks, not each of them
+    held = cfg.budget_per == "sequence" or cfg.calibrate  # the latter on average over the tasks, not in each of them
+    if cfg.budget is None or cfg.control != "none" or run.route == "off" or held:
         return
     far = [(name, r["capacity"]) for name, r in results.items() if name != NAMES[1]]
     far = [f"{name} {capacity:.3f}" for name, capacity in far if abs(capacity - cfg.budget) > MISSED]

@@ -5,8 +5,8 @@
 
 FOLDER holds flat arrays in the machine's byte order: tokens (int32), targets (int32 positions in their example whose
 token is predicted), ends of every example in both (int64), rows (int64: the row of each example), domains (uint32: a
-checksum of its domain, and of whether it is bare), texts (int64: a digest of what it says, whatever its form), and for
-each part of the data the numbers of its examples (int32).
+checksum of its domain, and of whether it is bare), texts (int64: a digest of its tokens as they would be held out, the
+same for two texts of which a cut leaves the same), and for each part of the data the numbers of its examples (int32).
 about.json says what they were made from and holds their sizes and checksums; it is written last and verified at every
 opening, so half a store, or a damaged one, is never read. While a store is made, progress.json says how far it is known
 to be on the disk: a killed run goes on from there.

@@ -1,6 +1,7 @@
 """Routers in closed form, and the steps of ridge regression that move their logits."""
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def benefit_prior(
     carries = within_error(new[0] - new)  # the order alone stands in front
     best = known.mean(dim=1).where(carries, -math.inf).argmax()
     chosen = int((carries & within_error(known[best] - known)).int().argmax())
-    share, strength = SHARES[chosen // len(STRENGTHS)], STRENGTHS[chosen % len(STRENGTHS)]
+    share, strength = list(product(SHARES, STRENGTHS))[chosen]
     gained, carried = ((found[chosen] - found[0]).mean().item() for found in (known, new))
     print0(f"routers by benefits: share {share:g}, ridge {strength:g}; beside the order they are worth {gained:+.3f} "
            f"to sequences left out, {carried:+.3f} to sources left out")

@@ -127,12 +127,12 @@ class TrainConfig:
             self.lora_lr = 2e-5 if self.train == "full" else 1e-3
         if self.kv is None:
             self.kv = "all" if self.granularity in ("attn_token", "both_token") else "routed"
-        together = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
+        sequence = self.granularity.endswith("sequence") and self.granularity not in EXPERT_GRANULARITIES
+        ours = sequence and self.recipe == "default" and not self.import_official
         if self.bare is None:  # routers know the forms of text that they were fitted on
-            fitted = self.train == "routers" and not self.recalibrate and not self.import_official
-            self.bare = 0.25 if fitted and together and self.recipe == "default" else 0.0
+            self.bare = 0.25 if ours and self.train == "routers" and not self.recalibrate else 0.0
         if self.reads is None:
-            self.reads = "first" if together and self.recipe == "default" and not self.import_official else "own"
+            self.reads = "first" if ours else "own"
         check_settings(self)
 
     @property

@@ -34,8 +34,8 @@ from data.records import Form, encode, read_records  # noqa: E402
 from data.tasks import NAMES, tasks_named  # noqa: E402
 from model import ModelConfig, load_config, load_model  # noqa: E402
 from recipe.cost import Executed, kv_bytes, prefill_flops  # noqa: E402
-from recipe.results import GOLD_LOGPROB, compare_losses  # noqa: E402
 from recipe.places import skipped_shares  # noqa: E402
+from recipe.results import GOLD_LOGPROB, compare_losses  # noqa: E402
 from router import read_router_file  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
