@@ -11,6 +11,7 @@ settings have changed is measured anew. Tables are measured in the order of --ta
 one JSON a table and the figures, OUT/RESULTS.md the tables between their markers (tests/results_page.py).
 """
 
+import math
 import os
 import platform
 import shlex
@@ -52,8 +53,8 @@ SOURCES = ("alpaca", "evol_instruct", "vicuna_sharegpt", "slim_orca", "meta_math
 ENOUGH_ROWS = 400  # of a source
 SPEED_CONTEXT, CONTEXTS, KV_SHARES = 512, (512, 2048, 8192, 32768), (0.0, 0.125, 0.25, 0.5)
 BINS, BIN = 16, 16  # token positions are told apart in so many groups of so many
-QUICK = dict(effort="quick", rows=16, items=100, fewshot=0, rounds=3, seconds=5400.0)
-FULL = dict(effort="default", rows=88, rounds=5)
+QUICK = dict(effort="quick", tuned_by=("heldout_samples=32",), rows=16, items=100, fewshot=0, rounds=3, seconds=5400.0)
+FULL = dict(effort="default", tuned_by=(), rows=88, rounds=5)
 
 
 @dataclass
@@ -79,6 +80,7 @@ class ResultsConfig:
     rows: int | None = setting(None, "of the texts; none: 88 (quick: 16)")
     fewshot: int | None = setting(None, "examples before an item; none: the paper's (quick: 0)")
     effort: str | None = setting(None, "of train.py; none: default (quick: quick)")
+    tuned_by: tuple[str, ...] | None = setting(None, "more settings of train.py (quick: heldout_samples=32)")
     steps: int | None = setting(None, "of tuning; none: train.py's")
     rounds: int | None = setting(None, "of bench.py; none: 5 (quick: 3)")
     seconds: float | None = setting(None, "stop after so many, also within a command; none: never (quick: 5400)")
@@ -151,8 +153,8 @@ class Commands:
         steps = None if cfg.steps is None else f"--steps={cfg.steps}"
         data = () if any(word.startswith("--data=") for word in more) else (f"--data={cfg.instructions}",)
         return self.step(name, "train.py", *data, *more, f"--granularity={granularity}", f"--layers=auto:{places}",
-                         f"--budget={budget:g}", f"--effort={cfg.effort}", steps, "--report=", f"--seed={cfg.seed}",
-                         result="summary.json")
+                         f"--budget={budget:g}", f"--effort={cfg.effort}", *(f"--{word}" for word in cfg.tuned_by),
+                         steps, "--report=", f"--seed={cfg.seed}", result="summary.json")
 
     def routers(self, granularity: str) -> tuple[str, tuple[Step, ...]]:
         """A router file, and the command that makes it where none was given."""
@@ -162,7 +164,7 @@ class Commands:
         return str(step.result.with_name("routers.safetensors")), (step,)
 
     def budget(self, granularity: str, skipped: float) -> float:
-        """The capacity of the routed places at which so much of all the model's places is skipped."""
+        """The capacity of the routed places at which so much of all the model's places is skipped, in whole places."""
         both = 2 if granularity.startswith("both") else 1
         places = self.cfg.routed * both
         if granularity in self.given:
@@ -171,7 +173,7 @@ class Commands:
         if budget < 0:
             raise ValueError(f"--skipped={skipped:g} of {self.config.n_layers} layers needs more than the {places} "
                              f"places that {granularity} routes: lower it, or raise --routed")
-        return round(budget, 6)
+        return round(math.floor(round(budget * places, 6)) / places, 6)  # lists and single sequences have no half places
 
     def routed(self, granularity: str, skipped: float, control: str | None = None) -> tuple[str, ...]:
         """Settings of a routed run of eval.py."""
@@ -214,8 +216,15 @@ class Commands:
     def accuracy(self, granularity: str, skipped: float, control: str | None = None) -> tuple[Step, ...]:
         """Tasks of routers or of a control, behind all that they need."""
         name = f"tasks-{granularity}-{skipped:g}-{(control or 'routed').replace(':', '')}"
-        own = self.tasks(name, *self.routed(granularity, skipped, control))
+        each = () if control else per_sequence(granularity, self.given.get(granularity))
+        own = self.tasks(name, *self.routed(granularity, skipped, control), *each)
         return (*self.routers(granularity)[1], self.tasks(), own)
+
+
+def per_sequence(granularity: str, given: str | None = None) -> tuple[str, ...]:
+    """Tasks are text that no sequence router was calibrated on: there each sequence holds the budget by itself."""
+    own = given is not None and read_router_file(given)[1].routing.reads == "own"
+    return () if own or not granularity.endswith("_sequence") else ("--budget_per=sequence",)
 
 
 # -----------------------------------------------------------------------------
@@ -380,7 +389,7 @@ def tuning_values(summary: dict) -> dict:
 def tuned_rows(c: Commands, about: dict, step: Step, budget: float, lacks: str = "") -> Row:
     """One tuning run, the tasks with its routers, and what both say."""
     routers = step.result.with_name("routers.safetensors")
-    by = (f"--routers={routers}", f"--budget={budget:g}", *(f"--{word}" for word in c.cfg.routed_by))
+    by = (f"--routers={routers}", f"--budget={budget:g}", *(f"--{word}" for word in c.cfg.routed_by), *per_sequence(PAPERS))
     steps = (step, c.tasks(), c.tasks(f"tasks-{step.name}", *by))
 
     def read(results: list[dict]) -> dict:
