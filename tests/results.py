@@ -173,7 +173,7 @@ class Commands:
         if budget < 0:
             raise ValueError(f"--skipped={skipped:g} of {self.config.n_layers} layers needs more than the {places} "
                              f"places that {granularity} routes: lower it, or raise --routed")
-        return round(math.floor(round(budget * places, 6)) / places, 6)  # lists and single sequences have no half places
+        return round(math.floor(round(budget * places, 6)) / places, 6)  # neither lists nor sequences run half a place
 
     def routed(self, granularity: str, skipped: float, control: str | None = None) -> tuple[str, ...]:
         """Settings of a routed run of eval.py."""
@@ -389,13 +389,13 @@ def tuning_values(summary: dict) -> dict:
 def tuned_rows(c: Commands, about: dict, step: Step, budget: float, lacks: str = "") -> Row:
     """One tuning run, the tasks with its routers, and what both say."""
     routers = step.result.with_name("routers.safetensors")
-    by = (f"--routers={routers}", f"--budget={budget:g}", *(f"--{word}" for word in c.cfg.routed_by), *per_sequence(PAPERS))
-    steps = (step, c.tasks(), c.tasks(f"tasks-{step.name}", *by))
+    by = (*(f"--{word}" for word in c.cfg.routed_by), *per_sequence(PAPERS))
+    own = c.tasks(f"tasks-{step.name}", f"--routers={routers}", f"--budget={budget:g}", *by)
 
     def read(results: list[dict]) -> dict:
         return tuning_values(results[0]) | task_values(results[-1], c.cfg.tasks)
 
-    return Row(about, steps, read, lacks)
+    return Row(about, (step, c.tasks(), own), read, lacks)
 
 
 def layers_rows(c: Commands) -> Iterator[Row]:
