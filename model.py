@@ -286,12 +286,15 @@ class LayerCache:
         """Batch rows whose keys and values are held here, in order; None: every row."""
         return self.kept.get("router")
 
-    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Append counts[row] tokens of k, v (N,K,M,h), pads behind them; returns all that is held (N,K,S,h).
+    def extend(self, k: Tensor, v: Tensor, counts: list[int], position: Tensor | None,
+               rows: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Append counts[i] tokens of k, v (n,K,M,h), pads behind them; returns all that is held (N,K,S,h).
 
-        position (N,M) of the tokens, where slots have gaps.
+        position (n,M) of the tokens, where slots have gaps. rows: to which of the rows held; None: to each.
         """
-        used, width = self.used or [0] * len(counts), k.shape[2]
+        held, width = list(self.used) or [0] * len(counts), k.shape[2]
+        rows = range(len(held)) if rows is None else rows
+        used = [held[row] for row in rows]
         least, end = min(used), max(used) + width
         if self.k is None:
             self.k = self.v = k[:, :, :0]
@@ -308,17 +311,17 @@ class LayerCache:
             if position is not None:
                 self.position = F.pad(self.position, (0, more), value=NOWHERE)
         where = slice(None), slice(least, end)
-        if least + width < end:  # rows of unequal length: each token has a slot of its own
-            row = torch.arange(len(counts), device=k.device)[:, None]
+        if least + width < end or len(rows) < len(held):  # each token has a slot of its own
+            row = torch.tensor(rows, device=k.device)[:, None]
             column = torch.arange(width, device=k.device)
             where = row, torch.tensor(used, device=k.device)[:, None] + column
         self.k.transpose(1, 2)[where] = k.transpose(1, 2)  # (N,M,K,h)
         self.v.transpose(1, 2)[where] = v.transpose(1, 2)
         if position is not None:
             self.position[where] = position
-        # a pad's slot is its row's next one, and later tokens overwrite it
-        self.used = [slots + count for slots, count in zip(used, counts)]
-        end = max(self.used)
+        for row, count in zip(rows, counts):  # a pad's slot is its row's next one, and later tokens overwrite it
+            held[row] += count
+        self.used, end = held, max(held)
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def select(self, batch_rows: list[int]) -> None:
@@ -447,6 +450,7 @@ class Selection:
         self.starts, self.counts = call.starts, call.counts  # of packed rows
         self.table: Tensor | None = None  # (N,M) `position` on the host, where single tokens are packed
         self.single = False  # single tokens were asked: what they leave in a cache has gaps
+        self.cached: list[int] | None = None  # the rows that run a decode step, of all that a cache holds; None: all
         self.everything: Tensor | None = None  # (B*T,D) everybody's input, where all leave keys and values (kv=all)
 
     @classmethod
@@ -487,13 +491,9 @@ class Selection:
         """Prepare attention among single tokens that run: each row's side by side, in order. opened (B,T) as before."""
         if self.index is None:
             return
-        call, (rows, width), device = self.call, opened.shape, self.index.device
+        call, rows, device = self.call, len(opened), self.index.device
         self.turn = call.turn.index_select(1, self.index)
         self.counts = opened.sum(1).tolist()
-        if width == 1:  # every row has its place, whether it runs or not
-            self.table = torch.tensor([[at if n else NOWHERE] for at, n in zip(call.starts, self.counts)])
-            self.slot, self.position = self.index, self.table.to(device)
-            return
         widest = max(self.counts)
         row, column = opened.nonzero(as_tuple=True)
         slot = row * widest + (opened.cumsum(1) - 1)[row, column]
@@ -592,12 +592,9 @@ def cheaper_whole(n_run: int, n_all: int, flops: float, moved: float, costs: Cos
 
 
 def lone_queries(q: Tensor, k: Tensor, v: Tensor, rows: list[int], used: list[int]) -> Tensor:
-    """Each of these batch rows' one query over what its row holds: other rows' keys are not read. As `sdpa`."""
-    out = torch.zeros_like(q)  # (B,H,1,h)
-    for row in rows:
-        own = slice(row, row + 1)
-        out[own] = sdpa(q[own], k[own, :, :used[row]], v[own, :, :used[row]])
-    return out
+    """Queries (n,H,1,h) of these rows, each over what its row holds of k, v (N,K,S,h): other keys are not read."""
+    held = ((slice(row, row + 1), slice(None), slice(used[row])) for row in rows)
+    return torch.cat([sdpa(query, k[own], v[own]) for query, own in zip(q.split(1), held)])
 
 
 class RMSNorm(nn.Module):
@@ -866,7 +863,7 @@ class Attention(nn.Module):
         k, v = owner.pack(k), owner.pack(v)  # (N,K,M,h)
         if cache is not None:
             position = owner.position.expand(len(owner.counts), -1) if owner.single else None
-            held = cache.extend(k, v, owner.counts, position)
+            held = cache.extend(k, v, owner.counts, position, owner.cached)
             k, v = (k, v) if who.call.fresh else held  # (N,K,S,h)
         if not who.some:
             return x
@@ -884,8 +881,11 @@ class Attention(nn.Module):
         if not call.fresh:
             key = None if cache.position is None else cache.position[:, :slots]
             near = window is None or max(call.starts) < window
-            if longest == 1 and near and who.slot is not None and q.device.type == "cpu":
-                return lone_queries(q, k, v, [row for row, count in enumerate(who.counts) if count], cache.used)
+            if who.cached is not None and near and q.device.type == "cpu":
+                return lone_queries(q, k, v, who.cached, cache.used)
+            if who.cached is not None:  # every row looks, whether it runs or not: no cache is copied
+                asked = q.new_zeros(len(k), *q.shape[1:]).index_copy_(0, who.index, q)
+                return self.look(asked, k, v, Selection(call), cache).index_select(0, who.index)
             if longest == 1 and near and min(cache.used) == slots:
                 return sdpa(q, k, v)  # the latest token sees all that is held
         elif who.everything is None or who.table is None:
@@ -1054,7 +1054,8 @@ class Block(nn.Module):
             hidden = ~gate.detach().bool() if single and not keeps else None
             who = Selection(call, gate.to(x.dtype).view(len(x), -1, 1), hidden)
         elif single:
-            who = self.pick(name, call, gate, h)
+            step = x.shape[1] == 1 and not call.fresh
+            who = self.pick_rows(name, call, gate, h) if step else self.pick(name, call, gate, h)
         else:
             who = Selection.rows(call, self.keep(name, gate, cache))
         return who, who.take(h), [(gate, z)]
@@ -1087,22 +1088,44 @@ class Block(nn.Module):
         Where that is cheaper everybody is computed: an MLP, then multiplied; with kv=all the scores, then picked from.
         """
         opened = gate.detach().bool().cpu()  # the host sync
-        costs = costs_of(h.device.type, self.attention.wq.stored)
         who, n = Selection.tokens(call, opened, h.dtype), opened.numel()
         if name == "mlp_router":
-            if who.index is None or isinstance(self.feed_forward, Experts):
-                return who
-            flops = 6 * h.shape[-1] * self.feed_forward.w1.out_features
-            whole = cheaper_whole(who.n, n, flops, 2 * h.shape[-1], costs)
+            whole = who.index is not None and self.cheap_mlp(who.n, n)
             return Selection(call, gate.detach().to(h.dtype)[..., None]) if whole else who
         if self.routing.kv == "all":
             who.everything = h.flatten(0, 1)
             flops = 2 * call.position.shape[1] * self.attention.wq.out_features  # of a query that sees half of all keys
-            if call.fresh and cheaper_whole(who.n, n, flops, 0, costs):
+            if call.fresh and cheaper_whole(who.n, n, flops, 0, self.costs()):
                 who.keep_columns()
                 return who
         who.pack_tokens(opened)
         return who
+
+    def pick_rows(self, name: str, call: Call, gate: Tensor, h: Tensor) -> Selection:
+        """As `pick`, in a decode step, by gate (B,1): rows, of all those that the cache holds."""
+        opened = gate.flatten().tolist()  # the host sync
+        rows = [row for row, value in enumerate(opened) if value]
+        if len(rows) == len(opened):
+            who = Selection(call)
+        elif name == "mlp_router" and self.cheap_mlp(len(rows), len(opened)):
+            return Selection(call, gate.detach().to(h.dtype)[..., None])
+        else:
+            who = copy.copy(Selection.rows(call, rows))
+            who.cached = rows
+        who.single = True
+        if name == "router" and self.routing.kv == "all":
+            who.everything = h.flatten(0, 1)
+        return who
+
+    def cheap_mlp(self, n_run: int, n_all: int) -> bool:
+        """Whether the MLP of all tokens takes no longer than picking those that run."""
+        if isinstance(self.feed_forward, Experts):
+            return False
+        dim, width = self.feed_forward.w1.in_features, self.feed_forward.w1.out_features
+        return cheaper_whole(n_run, n_all, 6 * dim * width, 2 * dim, self.costs())
+
+    def costs(self) -> Costs | None:
+        return costs_of(self.ffn_norm.weight.device.type, self.attention.wq.stored)
 
     def ask_experts(self, h: Tensor, call: Call, cache: LayerCache | None, forced: list):
         """Pairs of a token of h (B,T,D) and an expert, as Experts.forward takes them, and (gate, logit) of each expert.
