@@ -1121,7 +1121,7 @@ class Block(nn.Module):
         """Whether the MLP of all tokens takes no longer than picking those that run."""
         if isinstance(self.feed_forward, Experts):
             return False
-        dim, width = self.feed_forward.w1.in_features, self.feed_forward.w1.out_features
+        dim, width = len(self.ffn_norm.weight), self.feed_forward.w1.out_features
         return cheaper_whole(n_run, n_all, 6 * dim * width, 2 * dim, self.costs())
 
     def costs(self) -> Costs | None:
