@@ -6,7 +6,8 @@
 
 Writes OUT/routers.safetensors, OUT/log.jsonl (a line per step) and OUT/summary.json. Killed at any moment, the same
 command goes on where the last checkpoint stands, or within a phase before or after the steps, and ends in the same
-router file, bit for bit (on a GPU as far as its kernels are deterministic). See docs/TRAINING.md.
+router file, bit for bit (on a GPU as far as its kernels are deterministic). See docs/RESULTS.md,
+"Training that survives".
 
 recipe=default: what recipe/ measures, fits and calibrates; steps of ridge regression in the space of logits, a running
 quantile as the cut that holds the budget. recipe=paper: arXiv 2410.13184, eq. 1-4 and 9-10 (zero routers, penalty).

@@ -16,16 +16,15 @@ from tiny import write_base, write_jsonl
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "EXTEND.md").read_text()
 DIFFS = re.findall(r"^```diff\n(.*?)^```", PAGE, re.S | re.M)
-GEMMA = (ROOT / "docs" / "gemma.patch").read_text()
 
 
 def files_of(patch: str) -> list[str]:
     return re.findall(r"^\+\+\+ b/(.*)", patch, re.M)
 
 
-def diff_of(name: str) -> str:
-    """The diff of docs/EXTEND.md that changes this file alone."""
-    return next(diff for diff in DIFFS if files_of(diff) == [name])
+def diff_of(*names: str) -> str:
+    """The diff of docs/EXTEND.md that changes these files and no other."""
+    return next(diff for diff in DIFFS if set(files_of(diff)) == set(names))
 
 
 def patched(patch: str, folder: Path) -> Path:
@@ -42,8 +41,8 @@ def patched(patch: str, folder: Path) -> Path:
     if done.returncode:
         files = " ".join(files_of(patch))
         pytest.fail(f"the worked example of docs/EXTEND.md no longer applies to {files}: {done.stderr}Make its changes "
-                    f"by hand, put what `git diff -U1 {files}` prints in its place (docs/gemma.patch, or the block in "
-                    "docs/EXTEND.md), and take the changes back with git stash", pytrace=False)
+                    f"by hand, put what `git diff -U1 {files}` prints in its place (less `diff` and `index`), and "
+                    "take the changes back with git stash", pytrace=False)
     return copy
 
 
@@ -133,8 +132,7 @@ def test_a_family(tmp_path):
     """A tiny random Gemma of transformers, converted by the patched copy: its logits, and routes that agree."""
     transformers = pytest.importorskip("transformers")
     torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
-    copy = patched(GEMMA, tmp_path)
-    assert set(files_of(GEMMA)) == {"model.py", "convert_hf.py"}
+    copy = patched(diff_of("convert_hf.py", "model.py"), tmp_path)
     torch.manual_seed(0)
     sizes = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 16}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -156,7 +154,7 @@ def test_a_family(tmp_path):
 
 def test_a_family_leaves_the_others_alone(tmp_path):
     """A llama that was converted before the patch gives the same logits, bit for bit, and the same fingerprint."""
-    copy, base = patched(GEMMA, tmp_path), write_base(tmp_path / "base")
+    copy, base = patched(diff_of("convert_hf.py", "model.py"), tmp_path), write_base(tmp_path / "base")
     program = """
 import sys, torch
 from model import load_model

@@ -82,6 +82,8 @@ def test_top_level_holds_only_what_it_should():
         ".gitignore",
         *modules,
     }
+    docs = {name for name in tracked.stdout.splitlines() if name.startswith("docs/")}
+    assert {name for name in docs if not name.startswith("docs/figures/")} == {"docs/RESULTS.md", "docs/EXTEND.md"}
     assert not [
         name
         for name in tracked.stdout.splitlines()
