@@ -1,7 +1,6 @@
 """Routers in closed form, and the steps of ridge regression that move their logits."""
 
 import math
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +11,15 @@ from router import fill_budget
 from runtime import permutation, print0
 
 PRIOR_RIDGE = 1.0  # strength of the ridge where routers are fitted in closed form, in variances of the inputs
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of what places are worth, beside a static list, in a sequence router's logits
-STRENGTHS = (256.0, 64.0, 16.0, 4.0, 1.0)  # and of the ridge, among which sequence routers choose
+SHARES = (0.0, 0.5, 0.75)  # of what places are worth, beside a static list, in a sequence router's logits
+BENEFIT_RIDGE = 4.0  # and the strength of the ridge there
 FOLDS = 8  # parts of the sequences, at most, that are left out in turn
 STEP_RIDGE = 1.0  # and in the steps, in mean eigenvalues of the inputs' covariance
 MOMENTUM = 0.9  # of the steps
 
 
-def ridge(features: Tensor, targets: Tensor, strengths: tuple[float, ...] = (PRIOR_RIDGE,)) -> Tensor:
-    """Weights (S,R,D): each w minimises |features w - target|^2 + strength * variance * |w|^2, in the dual, from one
-    eigendecomposition for all strengths and targets.
+def ridge(features: Tensor, targets: Tensor, strength: float = PRIOR_RIDGE) -> Tensor:
+    """Weights (R,D): each w minimises |features w - target|^2 + strength * variance * |w|^2, in the dual.
 
     features (N,D), targets (R,N). variance is the mean squared distance of the features from their mean. Along that
     mean w costs almost nothing, so that it serves as the intercept that a router lacks.
@@ -33,28 +31,26 @@ def ridge(features: Tensor, targets: Tensor, strengths: tuple[float, ...] = (PRI
     along = features @ pull  # (N,)
     kernel = features @ features.T + along[:, None] * along  # (N, N)
     values, vectors = torch.linalg.eigh(kernel)
-    costs = torch.tensor(strengths).double()[:, None] * variance + 1e-9 * kernel.diagonal().mean()  # (S, 1)
-    shrunk = (targets.double() @ vectors) / (values.clamp(min=0.0) + costs)[:, None]  # (S, R, N)
-    dual = shrunk @ vectors.T
-    return (dual @ features + (dual @ along)[..., None] * pull).float()
+    cost = strength * variance + 1e-9 * kernel.diagonal().mean()
+    dual = ((targets.double() @ vectors) / (values.clamp(min=0.0) + cost)) @ vectors.T  # (R, N)
+    return (dual @ features + (dual @ along)[:, None] * pull).float()
 
 
-def fit_routers(inputs: Tensor, targets: Tensor, strengths: tuple[float, ...] = (PRIOR_RIDGE,)) -> Tensor:
-    """Routers (S,R,D), by strength, whose logits on inputs (R|1,N,D) follow targets (R,N), scaled so that all logits of
-    a strength together have mean square 1 about their mean. A target of NaN is none."""
+def fit_routers(inputs: Tensor, targets: Tensor, strength: float = PRIOR_RIDGE) -> Tensor:
+    """Routers (R,D) whose logits on inputs (R|1,N,D) follow targets (R,N), scaled so that all logits together have
+    mean square 1 about their mean. A target of NaN is none."""
     known = ~targets.isnan()
     if len(inputs) == 1:
-        weights = ridge(inputs[0], targets, strengths)
+        weights = ridge(inputs[0], targets, strength)
     else:
         pairs = [(x[use], y[None, use]) for x, y, use in zip(inputs, targets, known)]
-        none = inputs.new_zeros(len(strengths), 1, inputs.shape[2])
-        weights = torch.cat([ridge(x, y, strengths) if y.numel() else none for x, y in pairs], dim=1)
-    spread = torch.stack([z[known].std() for z in logits_of(weights, inputs)])
-    return weights / spread.clamp(min=1e-12)[:, None, None]
+        none = inputs.new_zeros(1, inputs.shape[2])
+        weights = torch.cat([ridge(x, y, strength) if y.numel() else none for x, y in pairs])
+    return weights / logits_of(weights, inputs)[known].std().clamp(min=1e-12)
 
 
 def logits_of(weights: Tensor, inputs: Tensor) -> Tensor:
-    """Logits (S,R,N) of routers (S,R,D) on inputs (R|1,N,D)."""
+    """Logits (R,N) of routers (R,D) on inputs (R|1,N,D)."""
     return (inputs @ weights[..., None]).squeeze(-1)
 
 
@@ -64,25 +60,19 @@ def benefit_prior(
     """Sequence routers (R,D): the logit is what running the place is worth to the sequence, by what it counts in the
     budget, mixed with the rank of the place in a static order.
 
-    benefits (R,N), inputs (R|1,N,D), weights (R,), sources (N): where sequences come from. Of all mixes and ridges that
-    are worth as much as the order to sources left out of the fit, and as much as the best of them to sequences left
-    out, both to within a standard error: the one nearest to the order.
+    benefits (R,N), inputs (R|1,N,D), weights (R,), sources (N): where sequences come from. Of all mixes that are worth
+    as much as the order, to within a standard error, to sources left out of the fit: the one that is worth most to
+    sequences left out.
     """
     parts = folds([None] * len(sources)), folds(sources)
     known, new = (worth(benefits, inputs, weights, order, budget, each) for each in parts)
-    carries = within_error(new[0] - new)  # the order alone stands in front
-    best = known.mean(dim=1).where(carries, -math.inf).argmax()
-    chosen = int((carries & within_error(known[best] - known)).int().argmax())
-    share, strength = list(product(SHARES, STRENGTHS))[chosen]
+    lost = new[0] - new  # the order alone stands in front
+    carries = lost.mean(dim=1) <= lost.std(dim=1) / len(sources) ** 0.5
+    chosen = int(known.mean(dim=1).where(carries, -math.inf).argmax())
     gained, carried = ((found[chosen] - found[0]).mean().item() for found in (known, new))
-    print0(f"routers by benefits: share {share:g}, ridge {strength:g}; beside the order they are worth {gained:+.3f} "
-           f"to sequences left out, {carried:+.3f} to sources left out")
+    print0(f"routers by benefits: share {SHARES[chosen]:g}; beside the order they are worth {gained:+.3f} to sequences "
+           f"left out, {carried:+.3f} to sources left out")
     return mixtures(benefits, inputs, weights, order)[chosen]
-
-
-def within_error(lost: Tensor) -> Tensor:
-    """Whether what is lost (M,N) is on average no more than its standard error (M,)."""
-    return lost.mean(dim=1) <= lost.std(dim=1) / lost.shape[1] ** 0.5
 
 
 def worth(
@@ -90,17 +80,18 @@ def worth(
 ) -> Tensor:
     """What the routes of all `mixtures` are worth to each sequence (M,N), at exactly the budget, where its part was
     left out of the fit."""
-    found = torch.zeros(len(SHARES) * len(STRENGTHS), benefits.shape[1])
+    found = torch.zeros(len(SHARES), benefits.shape[1])
     for left in parts:
-        z = logits_of(mixtures(benefits[:, ~left], inputs[:, ~left], weights, order), inputs[:, left])
-        found[:, left] = torch.stack([(fill_budget(own, weights, budget) * benefits[:, left]).sum(0) for own in z])
+        for own, made in zip(found, mixtures(benefits[:, ~left], inputs[:, ~left], weights, order)):
+            z = logits_of(made, inputs[:, left])
+            own[left] = (fill_budget(z, weights, budget) * benefits[:, left]).sum(0)
     return found
 
 
-def mixtures(benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int]) -> Tensor:
-    """Routers (M,R,D) of all SHARES and STRENGTHS, the nearest to the order in front."""
-    fitted, static = fit_routers(inputs, benefits / weights[:, None], STRENGTHS), order_prior(order, inputs)
-    return torch.cat([share * fitted + (1 - share) * static for share in SHARES])
+def mixtures(benefits: Tensor, inputs: Tensor, weights: Tensor, order: list[int]) -> list[Tensor]:
+    """Routers (R,D) of all SHARES, the order alone in front."""
+    fitted, static = fit_routers(inputs, benefits / weights[:, None], BENEFIT_RIDGE), order_prior(order, inputs)
+    return [share * fitted + (1 - share) * static for share in SHARES]
 
 
 def folds(sources: list[str | None]) -> list[Tensor]:
@@ -114,7 +105,7 @@ def folds(sources: list[str | None]) -> list[Tensor]:
 
 def token_prior(costs: Tensor, inputs: Tensor) -> Tensor:
     """Token routers (R,D): the logit is a token's log Fisher cost. costs (R,N), inputs (R,N,D)."""
-    return fit_routers(inputs, log_costs(costs))[0]
+    return fit_routers(inputs, log_costs(costs))
 
 
 def order_prior(order: list[int], inputs: Tensor) -> Tensor:
@@ -124,7 +115,7 @@ def order_prior(order: list[int], inputs: Tensor) -> Tensor:
     intercept.
     """
     ranks = torch.tensor(order).argsort().float()  # (R,): 0 is skipped first
-    return fit_routers(inputs, ranks[:, None].expand(-1, inputs.shape[1]), (0.1 * PRIOR_RIDGE,))[0]
+    return fit_routers(inputs, ranks[:, None].expand(-1, inputs.shape[1]), 0.1 * PRIOR_RIDGE)
 
 
 class RidgeDescent(torch.optim.Optimizer):

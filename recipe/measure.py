@@ -16,6 +16,7 @@ from recipe.lists import Prefixes, list_states, room_for_prefixes
 from recipe.passes import (
     Batch, Workload, collate, finite, group_logits, head_blocks, head_losses, prompts_of, states,
 )
+from router import fill_budget
 from runtime import collect, generator, permutation, track
 
 COST_ROWS = 2  # rows per pass where costs are measured: its graph spans all routed layers
@@ -230,19 +231,21 @@ def first_inputs(work: Workload) -> Tensor:
 
 
 @torch.no_grad()
-def measure_benefits(work: Workload, skipped: tuple[int, ...], distill: bool = False) -> tuple[Tensor, Tensor]:
+def measure_benefits(
+    work: Workload, skipped: tuple[int, ...], distill: bool = False, places: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """What running each place is worth to each sequence (R,N) where everyone skips the `skipped` ones, and the router
-    inputs (R,N,D) there, (1,N,D) where all read the same.
+    inputs (R,N,D) there, (1,N,D) where all read the same. places: those that are measured, None: all; of others 0.
 
     Benefit: the answer's loss without the place minus its loss with it, each measured, in nats over the square root of
     the answer's tokens: a sum over n tokens is as noisy as sqrt(n), and short answers should not drown. distill: the
     loss is the KL to the dense model.
     """
     assert work.model.routing.unit == "sequence"
-    parts = []
+    parts, places = [], list(range(len(work.model.routing.places))) if places is None else places
     for number, group in track(work.groups(), "benefits"):
         batch = collate(group, work.rt.device)
-        benefits, inputs = batch_benefits(work, batch, skipped, distill)
+        benefits, inputs = batch_benefits(work, batch, skipped, distill, places)
         weight = torch.tensor([len(example.targets) for example in group]) ** -0.5
         parts.append((number, (benefits * weight, inputs)))
     parts = collect(parts, work.rt)
@@ -250,7 +253,9 @@ def measure_benefits(work: Workload, skipped: tuple[int, ...], distill: bool = F
     return finite(benefits, work.model, "benefits"), torch.cat([inputs for _, inputs in parts], dim=1)
 
 
-def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], distill: bool) -> tuple[Tensor, Tensor]:
+def batch_benefits(
+    work: Workload, batch: Batch, skipped: tuple[int, ...], distill: bool, places: list[int]
+) -> tuple[Tensor, Tensor]:
     """Loss of each answer without a place minus its loss with it (R,B), and router inputs (R|1,B,D).
 
     Only what stands above a toggled place is computed again.
@@ -271,7 +276,14 @@ def batch_benefits(work: Workload, batch: Batch, skipped: tuple[int, ...], disti
 
     now, inputs = once(beside_the_list)
     benefits = torch.zeros(len(model.routing.places), len(now))
-    for place in reversed(range(len(benefits))):  # from the top: what is kept for the places below stays longest
+    for place in sorted(places, reverse=True):  # from the top: what is kept for the places below stays longest
         difference = once(lambda: [by_row({*skipped} ^ {place})])[0] - now
         benefits[place] = -difference if place in skipped else difference
     return benefits, inputs
+
+
+def contested(benefits: Tensor, weights: Tensor, budget: float) -> list[int]:
+    """The half of the places on which sequences agree least: the route that is best for each, by its own benefits
+    (R,N), runs some places for about half of the sequences and others for nearly all or none."""
+    runs = fill_budget(benefits / weights[:, None], weights, budget).mean(dim=1)  # (R,) share of sequences
+    return sorted((runs * (1 - runs)).argsort(descending=True)[: -(-len(runs) // 2)].tolist())

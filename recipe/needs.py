@@ -13,7 +13,7 @@ from model import ModelConfig, Transformer
 from recipe.calibrate import PASSES
 from recipe.passes import EVAL_BATCH, LOGITS_AT_ONCE, Workload, collate
 from recipe.run import Job
-from recipe.start import INPUT_SAMPLES, SEARCH_SAMPLES, candidates
+from recipe.start import INPUT_SAMPLES, PILOT_SAMPLES, SEARCH_SAMPLES, candidates
 from runtime import Phases, free_bytes, print0, synchronize
 
 TRIES = 3  # forward passes that are timed, after one that warms up
@@ -85,8 +85,9 @@ def plan(cfg, data: Data) -> Phases:
     searched = (1 - min((cfg.budget, *cfg.report))) * n_places
     start = {"costs": 3 * cfg.cost_samples, "orders": (2 + 0.8 * searched) * min(cfg.cost_samples, SEARCH_SAMPLES)}
     if cfg.recipe == "default":
-        toggled = 1 + 0.55 * n_places if sequences else 0  # layers below a toggled place are shared
-        start["first routers"] = 2 * trial + 2 * len(data.select) + cfg.benefit_samples * toggled
+        pilot = min(cfg.benefit_samples, PILOT_SAMPLES)  # beyond them half of the places are toggled
+        toggled = 0.55 * n_places * (cfg.benefit_samples + pilot) / 2  # layers below a toggled place are shared
+        start["first routers"] = 2 * trial + 2 * len(data.select) + sequences * (cfg.benefit_samples + toggled)
     tuning = {"tuning": 2.2 * cfg.steps * cfg.batch_size + cfg.evaluations * trial}
     passes = 1 if cfg.reads == "first" else PASSES
     calibration = passes * routes * max(cfg.calibrate_samples, len(data.select)) + 10 * len(data.select)

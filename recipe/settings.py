@@ -23,8 +23,8 @@ RECIPES = {
     "paper": {"layers": "deep:16", "objective": "ce", "lambda_": 0.1, "lr": 2e-4},
 }
 EFFORTS = {
-    "quick": dict(cost_samples=12, benefit_samples=40, select_samples=16, calibrate_samples=64, evaluations=1),
-    "default": dict(cost_samples=24, benefit_samples=80, select_samples=32, calibrate_samples=128, evaluations=1),
+    "quick": dict(cost_samples=12, benefit_samples=80, select_samples=16, calibrate_samples=64, evaluations=1),
+    "default": dict(cost_samples=24, benefit_samples=160, select_samples=32, calibrate_samples=128, evaluations=1),
     "thorough": dict(cost_samples=96, benefit_samples=320, select_samples=96, calibrate_samples=384, evaluations=4),
 }
 # Settings that may differ between a run and its continuation; what `effort` stands for is compared instead of its name.

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import asdict, replace
 
+import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
@@ -12,7 +13,7 @@ from recipe.calibrate import settle
 from recipe.controls import Controls
 from recipe.fit import benefit_prior, order_prior, token_prior
 from recipe.lora import LoRAConfig, add_lora
-from recipe.measure import Measured, first_inputs, measure_benefits, measure_costs, typical_costs
+from recipe.measure import Measured, contested, first_inputs, measure_benefits, measure_costs, typical_costs
 from recipe.experts import gate_start
 from recipe.orders import search_orders
 from recipe.passes import EVAL_BATCH, Workload, by_length, evaluate
@@ -23,6 +24,7 @@ from runtime import Runtime, permutation, print0
 
 INPUT_SAMPLES = 512  # router inputs on which RidgeDescent measures its steps
 SEARCH_SAMPLES = 96  # examples, at most, on which orders are searched
+PILOT_SAMPLES = 40  # sequences on which benefits of all places are measured; on others those of contested ones
 
 
 def prepared(cfg, rt: Runtime) -> Transformer:
@@ -204,10 +206,20 @@ def router_starts(measured: Measured, name: str, order: list[int], unit: str) ->
 
 
 def benefit_start(work: Workload, order: list[int], budget: float, distill: bool) -> Tensor:
-    """First routers (R,D) fitted to what each place is worth to each sequence beside a static list."""
+    """First routers (R,D) fitted to what each place is worth to each sequence beside a static list.
+
+    Where the first sequences agree on a place, it is not measured again: it is worth their mean to all that follow.
+    """
     weights = work.model.place_weights()
-    benefits, inputs = measure_benefits(work, skipped_places(order, weights, 1 - budget), distill)
-    sources = [example.domain for group in by_length(work.examples, EVAL_BATCH) for example in group]
+    skipped = skipped_places(order, weights, 1 - budget)
+    pilot, rest = work.examples[:PILOT_SAMPLES], work.examples[PILOT_SAMPLES:]
+    benefits, inputs = measure_benefits(work.of(pilot), skipped, distill)
+    if rest:
+        asked = contested(benefits, weights, budget)
+        more, read = measure_benefits(work.of(rest), skipped, distill, asked)
+        more = benefits.mean(dim=1, keepdim=True).expand_as(more).index_copy(0, torch.tensor(asked), more[asked])
+        benefits, inputs = torch.cat([benefits, more], dim=1), torch.cat([inputs, read], dim=1)
+    sources = [example.domain for part in (pilot, rest) for group in by_length(part, EVAL_BATCH) for example in group]
     return benefit_prior(benefits, inputs, weights, order, sources, budget)
 
 
