@@ -90,7 +90,7 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     clip: float = setting(1.0, "greatest gradient norm")
     cost_samples: int | None = setting(None, "training examples that price places and (96 at most) search orders")
-    benefit_samples: int | None = setting(None, "training examples scored with each place toggled; 0: none")
+    benefit_samples: int | None = setting(None, "training examples scored with places toggled; 0: none")
     select_samples: int | None = setting(None, "training examples set aside to choose the best router")
     calibrate_samples: int | None = setting(None, "examples whose prompts calibrate the cuts, those first")
     evaluations: int | None = setting(None, "times during tuning that the router is tried on those; the best is kept")
