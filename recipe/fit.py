@@ -30,9 +30,8 @@ def ridge(features: Tensor, targets: Tensor, strength: float = PRIOR_RIDGE) -> T
     pull = 100.0**0.5 * F.normalize(mean, dim=0)  # (D,): weight along the mean's direction costs a hundredth
     along = features @ pull  # (N,)
     kernel = features @ features.T + along[:, None] * along  # (N, N)
-    values, vectors = torch.linalg.eigh(kernel)
     cost = strength * variance + 1e-9 * kernel.diagonal().mean()
-    dual = ((targets.double() @ vectors) / (values.clamp(min=0.0) + cost)) @ vectors.T  # (R, N)
+    dual = torch.linalg.solve(kernel + cost * torch.eye(len(kernel)).to(kernel), targets.double().T).T  # (R, N)
     return (dual @ features + (dual @ along)[:, None] * pull).float()
 
 
