@@ -58,11 +58,11 @@ def name_of(granularity: str) -> str:
 
 
 def fidelity_table(rows: list[dict]) -> list[str]:
-    """All variants at the paper's share of skipped places; dense and its rounded copies once."""
+    """All variants; dense and its rounded copies once."""
     head = ["variant", "capacity", "KL ± se", "KL 99.9 %", "same top", "acceptance", "own answers: KL ± se", "same top",
             "agreed tokens", "repeated", "cut"]
     lines, seen = [], set()
-    for row in [row for row in rows if row["about"]["skipped"] == PAPER]:
+    for row in rows:
         for name, found in row["values"]["variants"].items():
             general = name in ("dense", "int8", "int4")
             title = name if general else f"{row['about']['granularity']}: {name.replace('_', ' ')}"
@@ -94,9 +94,9 @@ def budget_table(rows: list[dict]) -> list[str]:
 
 
 def readme_table(rows: list[dict]) -> list[str]:
-    """The same in few columns, at the paper's share."""
+    """The same in few columns."""
     lines = []
-    for row in [row for row in sorted(rows, key=place) if row["about"]["skipped"] == PAPER]:
+    for row in sorted(rows, key=place):
         values, found = row["values"], curves(row)
         loss = f"{values['loss_routed']:.3f} ({values['loss_dense']:.3f})"
         cells = [f"{values['capacity']:.2f}", f"{values['ceiling']:.2f}", loss]
@@ -244,6 +244,7 @@ TABLES = {name: globals()[f"{name}_table"] for name in (*TITLES, "readme") if f"
 TABLES |= {"layers": tuned_table("routed layers"), "samples": tuned_table("samples"), "sources": tuned_table("source")}
 COMPUTED = ("kv", "ceilings")
 SOURCE = {"budget": "fidelity", "readme": "fidelity"}  # tables that show another one's rows
+ONE_SHARE = ("fidelity", "readme")  # tables that show the rows at the paper's share of skipped places
 
 
 # -----------------------------------------------------------------------------
@@ -252,12 +253,13 @@ SOURCE = {"budget": "fidelity", "readme": "fidelity"}  # tables that show anothe
 
 def section(name: str, found: dict) -> str:
     """What stands between the markers of a table."""
-    lines = TABLES[name](found["rows"])
+    rows = [row for row in found["rows"] if name not in ONE_SHARE or row["about"]["skipped"] == PAPER]
+    lines = TABLES[name](rows)
     if lines:
-        lines += ["", "Computed, not measured: from sizes alone." if name in COMPUTED else note(found["rows"])]
-    if name in FIGURES and found["rows"]:
+        lines += ["", "Computed, not measured: from sizes alone." if name in COMPUTED else note(rows)]
+    if name in FIGURES and rows:
         lines += ["", f"![{TITLES[name]}](figures/{name}.png)"]
-    if name == "readme" and found["rows"]:
+    if name == "readme" and rows:
         lines += ["", f"![{TITLES['fidelity']}](docs/figures/fidelity.png)"]
     if name not in SOURCE and found["missing"]:
         lines += not_measured(name, found["missing"])
