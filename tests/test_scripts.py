@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from model import load_model
+from router import RouterConfig, RouterMeta, save_routers
+from tiny import write_jsonl
+
 ROOT = Path(__file__).resolve().parent.parent
 ALPACA = [{"instruction": f"say {i}", "input": "", "output": "yes " * (800 + i)} for i in range(40)]
 CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkpoint, its rows, Alpaca's and a folder
@@ -27,6 +31,8 @@ CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkp
     "expert_ceilings": "",
     "large_data": "--model={base} --rows={rows} --megabytes=1 --max_samples=40 --out={out}/large",
     "profile_phases": "--narrow --model={base} --data={data} --layers=auto:2 --steps=2 --out={out}/phases",
+    "task_lists": "--model={base} --routers={out}/routers.safetensors --data={out} --tasks=openbookqa --examples=4 "
+                  "--out={out}/lists.json",
     "torture": "--trials=1 --launcher=0",
     "upcycle": "--model={base} --data={data} --heldout={data} --layers=2-3 --experts=4 --active=2 --shared=16 "
                "--tokens=256 --minutes=0.01 --gap=0 --samples=4 --steps=1 --heldout_samples=4 --speed=false "
@@ -34,12 +40,24 @@ CASES = {  # script: its settings; {base}, {data}, {rows} and {out} are a checkp
 }
 
 
+def question(split: str, number: int) -> dict:
+    """A row of OpenBookQA."""
+    words = {"A": "one", "B": "two", "C": "six", "D": "ten"}
+    choices = [{"text": f"{word} {number}", "label": label} for label, word in words.items()]
+    return {"question": {"stem": f"{split} {number} is", "choices": choices}, "answerKey": "ABCD"[number % 4]}
+
+
 @pytest.fixture(scope="module")
 def places(base, tmp_path_factory):
-    """The base, its rows, Alpaca's and a folder to write to, by name."""
+    """The base, its rows, Alpaca's, and a folder to write to that holds a router file and a task; by name."""
     folder = tmp_path_factory.mktemp("scripts")
     alpaca = folder / "alpaca_data.json"
     alpaca.write_text(json.dumps(ALPACA))
+    model = load_model(base)
+    model.add_routers(RouterConfig.of("attn_sequence", (1, 2, 3)))
+    save_routers(folder / "routers.safetensors", model, RouterMeta(model.routing, [0.5] * 3, model.fingerprint))
+    for split in ("train", "test"):
+        write_jsonl(folder / "openbookqa" / "Main" / f"{split}.jsonl", [question(split, i) for i in range(6)])
     return {"base": base, "data": base / "data.jsonl", "rows": alpaca, "out": folder}
 
 
