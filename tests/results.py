@@ -400,7 +400,9 @@ def tuned_rows(c: Commands, about: dict, step: Step, budget: float, lacks: str =
 
 def layers_rows(c: Commands) -> Iterator[Row]:
     for layers in [layers for layers in LAYERS if layers <= c.config.n_layers]:
-        yield tuned_rows(c, {"layers": layers}, c.tune(f"layers-{layers}", PAPERS, layers, 0.5), 0.5)
+        usual = layers == c.cfg.routed and c.budget(PAPERS, PAPER) == 0.5 and PAPERS not in c.given
+        step = c.routers(PAPERS)[1][0] if usual else c.tune(f"layers-{layers}", PAPERS, layers, 0.5)
+        yield tuned_rows(c, {"layers": layers}, step, 0.5)
 
 
 def samples_rows(c: Commands) -> Iterator[Row]:

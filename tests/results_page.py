@@ -45,6 +45,7 @@ def with_error(value: float, error: float | None, form: str = ".3f") -> str:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head, rows = list(head), [list(row) for row in rows]
+    assert all(len(row) == len(head) for row in rows), f"a row has not the {len(head)} cells of {head}"
     lines = [f"| {' | '.join(head)} |", "| " + " | ".join(["---"] * len(head)) + " |"]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows)] if rows else []
 
@@ -161,8 +162,7 @@ def granularity_table(rows: list[dict]) -> list[str]:
             speeds[own["phase"]] = f"{own['speedup']:.3f} ({own['ceiling']:.3f})"
         lines.append([name_of(row["about"]["granularity"]), *speeds.values(), f"{row['values']['capacity']:.3f}",
                       *task_cells(row["values"], tasks)])
-    return table(["granularity", "prefill (ceiling)", "decode (ceiling)", "capacity", *tasks, "mean ± se",
-                  "difference from dense ± se"], lines)
+    return table(["granularity", "prefill (ceiling)", "decode (ceiling)", "capacity", *tasks, *MEANS], lines)
 
 
 def speed_table(rows: list[dict]) -> list[str]:

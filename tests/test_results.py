@@ -67,6 +67,44 @@ def rows_of_a_bench(step: results.Step) -> None:
     runtime.write_json(step.result, {"rows": rows})
 
 
+def results_of_a_command(step: results.Step) -> None:
+    """What bench.py, train.py, or eval.py on two tasks would write, at once."""
+    losses = {"capacity": 0.5, "ceiling": 1.07, "dense": 2.5, "routed": 2.75, "greedy": 2.8, "random": 3.5}
+    if step.script == "bench.py":
+        return rows_of_a_bench(step)
+    if step.script == "train.py":
+        summary = {"seconds": 61.0, "tokens_per_second": 97.0, "steps": 3, "peak_memory_bytes": 2_000_000,
+                   "trainable_parameters": 96, "optimizer_bytes": 384, "data": {"used": 40}, "heldout_tokens": 90,
+                   "budget": 0.5, "report": [losses | {"budget": 0.5, "gap_closed": 0.17}]}
+        return runtime.write_json(step.result, summary)
+    changes = {"acc_norm": {"difference": -0.04, "stderr": 0.02}, "gold_logprob": {"difference": -0.3, "stderr": 0.1}}
+    found = {"acc": 0.32, "acc_stderr": 0.06, "acc_norm": 0.36, "acc_norm_stderr": 0.07, "n": 50, "shots": 0,
+             "capacity": 0.51}
+    report = {"results": dict.fromkeys(("arc_easy", "piqa"), found)}
+    if any(word.startswith("--against=") for word in step.settings):
+        report["against"] = {"tasks": dict.fromkeys(("arc_easy", "piqa"), changes)}
+    runtime.write_json(step.result, report)
+
+
+def test_every_table_of_tasks_and_tuning_has_a_cell_for_each_column(base, tmp_path, monkeypatch):
+    def call(self, step):
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        results_of_a_command(step)
+
+    monkeypatch.setattr(results.Run, "call", call)
+    tables = ("drop", "granularity", "tuning", "layers", "samples")
+    words = [word for word in settings(base, tmp_path) if not word.startswith(("--routers", "--granularities"))]
+    monkeypatch.setattr("sys.argv", ["results.py", *words, "--tasks=arc_easy,piqa", f"--tables={','.join(tables)}"])
+    results.main()
+    page = (tmp_path / "docs" / "RESULTS.md").read_text()
+    for name in tables:
+        part, found = page.split(f"<!-- results {name} -->")[1].split(results_page.END)[0], read(tmp_path, name)
+        widths = [line.count("|") for line in part.splitlines() if line.startswith("|")]
+        assert len(widths) == 2 + len(found["rows"]) and found["rows"] and not found["missing"]
+        assert len(set(widths)) == 1 and not unfounded(part, found)
+    assert "| attn_token, kv=all |" in page and "-0.040 ± 0.014" in page and "-0.300 ± 0.071" in page
+
+
 class Killed(BaseException):
     pass
 
