@@ -43,13 +43,8 @@ PAIRS = [
 # Keys of a row that change what the model is asked; a row that has one which its form does not read is refused.
 PROMPT_KEYS = ("system", "system_prompt", "history", "tools", "functions", "input", "context", "documents", "images")
 LOSS_KEYS = ("weight", "train", "loss")
-TEMPLATE_KEYS = (
-    "reasoning_content",
-    "thinking",
-    "tool_calls",
-    "tool_call_id",
-    "name",
-)  # where the model's template reads them
+# Where the model's template reads them:
+TEMPLATE_KEYS = ("reasoning_content", "thinking", "tool_calls", "tool_call_id", "name")
 BARE = ("Question: {}\nAnswer:", "{}\n")  # a question without a chat form: as tasks ask it, or as plain text
 SHOWN = 10  # bad rows that an error lists
 

@@ -18,9 +18,7 @@ from runtime import Runtime, collect, generator, mine, sum_over_ranks, track
 
 NEVER = -1e30  # a logit below every other
 EVAL_BATCH = 8  # rows per forward pass where nothing is learnt
-LOGITS_AT_ONCE = (
-    2**22
-)  # logits held at a time, 16 MiB in fp32 (on a GPU 16 times that): the head runs over blocks of rows
+LOGITS_AT_ONCE = 2**22  # 16 MiB in fp32, on a GPU 16 times that: the head runs over blocks of rows
 
 
 @dataclass(frozen=True)

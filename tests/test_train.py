@@ -497,9 +497,8 @@ def test_killed_and_continued_equals_uninterrupted(base, tmp_path):
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     continued = run_cli(flags(base, tmp_path / "killed"))
     assert continued.returncode == 0 and "going on from step" in continued.stdout, continued.stderr
-    assert (tmp_path / "whole/routers.safetensors").read_bytes() == (
-        tmp_path / "killed/routers.safetensors"
-    ).read_bytes()
+    whole, killed = (tmp_path / name / "routers.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
     assert sorted(os.listdir(tmp_path / "killed")) == [
         "checkpoint.safetensors",
         "log.jsonl",
