@@ -18,13 +18,13 @@ def deep_layers(n: int, n_layers: int) -> tuple[int, ...]:
 def parse_layers(text: str, n_layers: int) -> tuple[tuple[int, ...], int | None]:
     """Layers that a `--layers` setting names: 'deep:16', 'auto:16', '3,5,8-12' or 'all'.
 
-    Beside them how many are to be chosen of these, for auto:N, whose are all; None: they are chosen.
+    Beside them how many places are to be chosen of these, for auto:N, whose are all; None: they are chosen.
     """
     kind, _, number = text.partition(":")
-    if kind in ("deep", "auto") and number.isdigit():
-        if not 1 <= int(number) <= n_layers:
-            raise ValueError(f"layers is {text!r}; this model has {n_layers} layers: ask for 1 to {n_layers}")
-        return (deep_layers(int(number), n_layers), None) if kind == "deep" else (tuple(range(n_layers)), int(number))
+    if kind == "deep" and number.isdigit():
+        return deep_layers(int(number), n_layers), None
+    if kind == "auto" and number.isdigit() and int(number):
+        return tuple(range(n_layers)), int(number)
     if text == "all":
         return tuple(range(n_layers)), None
     try:

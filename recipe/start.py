@@ -106,9 +106,17 @@ def read_init(cfg, config: ModelConfig) -> tuple[dict[str, Tensor], RouterMeta]:
 
 
 def candidates(cfg, config: ModelConfig) -> tuple[RouterConfig, int | None]:
-    """Places where routers may stand, and how many of them (of experts: layers) are kept: the cheapest; None: all."""
+    """Places where routers may stand, and how many of them (of experts: layers) are kept: the cheapest; None: all.
+
+    Raises ValueError where more are asked for than there are.
+    """
     layers, kept = parse_layers(cfg.layers, config.n_layers)
-    return routing_of(config, cfg.granularity, layers, **cfg.routes), kept
+    routing = routing_of(config, cfg.granularity, layers, **cfg.routes)
+    most, of = (len(routing.layers), "layers with experts") if routing.experts else (len(routing.places), "places")
+    if kept is not None and kept > most:
+        raise ValueError(f"layers is {cfg.layers!r}; {cfg.granularity} has {most} {of} in this model: ask for 1 to "
+                         f"{most}")
+    return routing, kept
 
 
 def orders_of(job: Job, work: Workload, measured: Measured) -> dict[str, list[int]]:

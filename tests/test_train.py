@@ -27,7 +27,9 @@ from recipe import controls, passes
 from recipe.base import load_base
 from recipe.passes import Workload
 from recipe.settings import EFFORTS
+from recipe.start import candidates
 from router import capacity
+from tiny import CONFIG
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +189,18 @@ def test_tuning_starts_at_the_budget_and_no_worse_than_the_static_orders(base, g
 
 # --------------------------------------------------------------------------------------------------------------- whole
 # runs
+
+
+@pytest.mark.parametrize("granularity, most, of", [("attn_token", 4, "4 places"), ("both_sequence", 8, "8 places"),
+                                                   ("expert_token", 2, "2 layers with experts")])
+def test_as_many_places_as_there_are_can_be_chosen(base, tmp_path, granularity, most, of):
+    """auto:N counts places, of which `both` has two a layer, and of experts the layers that have any."""
+    sizes = {"family": "mixtral", "n_experts": 3, "experts_per_token": 2, "expert_dim": 16, "dense_layers": (0, 2)}
+    config = replace(CONFIG, **sizes) if granularity == "expert_token" else CONFIG
+    found, kept = candidates(settings(base, tmp_path, granularity=granularity, layers=f"auto:{most}"), config)
+    assert kept == most == (len(found.layers) if found.experts else len(found.places))
+    with pytest.raises(ValueError, match=f"has {of} in this model: ask for 1 to {most}"):
+        candidates(settings(base, tmp_path, granularity=granularity, layers=f"auto:{most + 1}"), config)
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "both_sequence"])

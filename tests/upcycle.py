@@ -165,7 +165,9 @@ def upcycled(dense: Transformer, examples: list, cfg: UpcycleConfig) -> Transfor
     """The mixture before its training, layer by layer: each sees what the mixtures below it make of the tokens, and is
     to lead them back to what the dense model makes of them."""
     layers = range(dense.config.n_layers)
-    chosen, _ = parse_layers(cfg.layers, len(layers))
+    chosen, kept = parse_layers(cfg.layers, len(layers))
+    if kept is not None:
+        raise ValueError(f"layers is {cfg.layers!r}; nothing was measured to choose by: give deep:N, all, or numbers")
     width = (dense.config.hidden_dim - cfg.shared) // cfg.experts
     fields = dict(family="qwen2_moe", n_experts=cfg.experts, experts_per_token=cfg.active, expert_dim=width)
     fields |= dict(shared_dim=dense.config.hidden_dim - width * cfg.experts, norm_topk=True)
