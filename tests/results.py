@@ -329,9 +329,10 @@ def granularity_rows(c: Commands) -> Iterator[Row]:
     yield Row({"granularity": "dense"}, (c.tasks(),), tasks_reader(c))
     for granularity in GRANULAR:
 
-        def read(results: list[dict]) -> dict:
-            speed = [row for row in results[-1]["rows"] if row["budget"] == c.forced(PAPER)]
-            return task_values(results[-2], c.cfg.tasks) | {"speed": speed}
+        def read(results: list[dict], tuned: bool = bool(c.routers(granularity)[1])) -> dict:
+            values = {"speed": [row for row in results[-1]["rows"] if row["budget"] == c.forced(PAPER)]}
+            values |= {"tuning": tuning_values(results[0])} if tuned else {}
+            return values | task_values(results[-2], c.cfg.tasks)
 
         yield Row({"granularity": granularity}, (*c.accuracy(granularity, PAPER), c.speed(granularity)), read)
 

@@ -160,9 +160,12 @@ def granularity_table(rows: list[dict]) -> list[str]:
         speeds = {"prefill": "1", "decode": "1"}
         for own in row["values"].get("speed", ()):
             speeds[own["phase"]] = f"{own['speedup']:.3f} ({own['ceiling']:.3f})"
-        lines.append([name_of(row["about"]["granularity"]), *speeds.values(), f"{row['values']['capacity']:.3f}",
-                      *task_cells(row["values"], tasks)])
-    return table(["granularity", "prefill (ceiling)", "decode (ceiling)", "capacity", *tasks, *MEANS], lines)
+        tuned = row["values"].get("tuning")
+        losses = ["", "", ""] if tuned is None else [f"{tuned[name]:.3f}" for name in ("dense", "routed", "list")]
+        lines.append([name_of(row["about"]["granularity"]), *speeds.values(), *losses,
+                      f"{row['values']['capacity']:.3f}", *task_cells(row["values"], tasks)])
+    head = ["granularity", "prefill (ceiling)", "decode (ceiling)", "held out: dense", "routed", "best list", "capacity"]
+    return table([*head, *tasks, *MEANS], lines)
 
 
 def speed_table(rows: list[dict]) -> list[str]:
@@ -220,14 +223,19 @@ def tuned_table(title: str) -> Callable[[list[dict]], list[str]]:
     """A table of runs of train.py that differ in one thing."""
 
     def build(rows: list[dict]) -> list[str]:
-        tasks = task_names(rows)
-        lines = []
-        for row in rows:
+        tasks, lines = task_names(rows), []
+        for row in sorted(rows, key=number_of):
             v = row["values"]
             lines.append([str(*row["about"].values()), *loss_cells(v), *task_cells(v, tasks)])
         return table([title, *LOSSES, *tasks, *MEANS], lines)
 
     return build
+
+
+def number_of(row: dict) -> int:
+    """What a run was given, where that is a number; sources have none and stay in their order."""
+    (given,) = row["about"].values()
+    return given if isinstance(given, int) else 0
 
 
 def routes_table(rows: list[dict]) -> list[str]:
