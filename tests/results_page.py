@@ -164,7 +164,7 @@ def granularity_table(rows: list[dict]) -> list[str]:
         losses = ["", "", ""] if tuned is None else [f"{tuned[name]:.3f}" for name in ("dense", "routed", "list")]
         lines.append([name_of(row["about"]["granularity"]), *speeds.values(), *losses,
                       f"{row['values']['capacity']:.3f}", *task_cells(row["values"], tasks)])
-    head = ["granularity", "prefill (ceiling)", "decode (ceiling)", "held out: dense", "routed", "best list", "capacity"]
+    head = ["granularity", "prefill (ceiling)", "decode (ceiling)", *LOSSES[2:5], "capacity"]
     return table([*head, *tasks, *MEANS], lines)
 
 
