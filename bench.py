@@ -26,7 +26,7 @@ from model import KVCache, ModelConfig, Transformer, fill, kernels, load_routers
 from recipe.base import load_base
 from recipe.cost import Executed, ItemSize, decode_bytes, decode_ceiling, prefill_ceiling, prefill_flops
 from recipe.int8 import rounded
-from recipe.places import parse_layers, random_route, routing_of
+from recipe.places import named_layers, random_route, routing_of
 from recipe.speed import compile_model
 from router import RouterConfig, capacity, cuts_for, set_cuts
 from runtime import setting
@@ -394,10 +394,7 @@ def subject_of(config: BenchConfig, rt: runtime.Runtime) -> Subject:
         calibration = load_routers(model, config.routers).calibration
     else:
         text = config.layers or ("deep:16" if config.shape is None else "all")
-        layers, kept = parse_layers(text, n_layers)
-        if kept is not None:
-            raise ValueError(f"layers is {text!r}; a forced route has no measurements to choose by: give deep:N, all, "
-                             "or numbers")
+        layers = named_layers(text, n_layers)
         model.add_routers(routing_of(model.config, config.granularity, layers, kv=config.kv))
     if config.compile:
         compile_model(model)

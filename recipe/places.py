@@ -37,6 +37,14 @@ def parse_layers(text: str, n_layers: int) -> tuple[tuple[int, ...], int | None]
     return tuple(layers), None
 
 
+def named_layers(text: str, n_layers: int) -> tuple[int, ...]:
+    """Layers that a `--layers` setting names where nothing was measured. Raises ValueError for auto:N too."""
+    layers, kept = parse_layers(text, n_layers)
+    if kept is not None:
+        raise ValueError(f"layers is {text!r}; nothing was measured to choose by: give deep:N, all, or numbers")
+    return layers
+
+
 def routing_of(config: ModelConfig, granularity: str, layers, **more) -> RouterConfig:
     """Routers of a named granularity at these layers of a model, of experts at those that have any.
 

@@ -19,8 +19,8 @@ from data.records import Example  # noqa: E402
 from data.rows import encode_pairs  # noqa: E402
 from data.tasks import Question, Task, find, plain_prompt, read_questions, tasks_named  # noqa: E402
 from model import load_model  # noqa: E402
-from recipe.measure import measure_costs  # noqa: E402
-from recipe.orders import search_orders  # noqa: E402
+from recipe.measure import measure_costs, typical_costs  # noqa: E402
+from recipe.orders import greedy_order  # noqa: E402
 from recipe.passes import Workload  # noqa: E402
 from recipe.places import skipped_places  # noqa: E402
 from runtime import setting  # noqa: E402
@@ -67,7 +67,8 @@ def main() -> None:
     results = {}
     for task in tasks_named(cfg.tasks):
         work = Workload(model, [solved(task, question, tok) for question in training_rows(task, cfg)], rt)
-        order = search_orders(work, measure_costs(work, cfg.seed), 1 - cfg.budget)["greedy"]
+        prices = typical_costs(measure_costs(work, cfg.seed).costs) / model.place_weights()
+        order = greedy_order(work, prices, 1 - cfg.budget)
         skipped = skipped_places(order, weights, 1 - cfg.budget)
         print(f"{task.name}: skips {', '.join(names[place] for place in skipped)}", flush=True)
         results[task.name] = {"capacity_per_layer": [float(place not in skipped) for place in range(len(names))]}

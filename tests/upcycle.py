@@ -46,7 +46,7 @@ from recipe.measure import measure_costs, typical_costs  # noqa: E402
 from recipe.passes import Workload, collate, evaluate, head_gradient, head_losses, states  # noqa: E402
 from recipe.report import table  # noqa: E402
 from recipe.trunk import TrunkCache  # noqa: E402
-from recipe.places import parse_layers, routing_of  # noqa: E402
+from recipe.places import named_layers, routing_of  # noqa: E402
 from router import set_cuts  # noqa: E402
 from runtime import ALONE as CPU, print0, setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -165,9 +165,7 @@ def upcycled(dense: Transformer, examples: list, cfg: UpcycleConfig) -> Transfor
     """The mixture before its training, layer by layer: each sees what the mixtures below it make of the tokens, and is
     to lead them back to what the dense model makes of them."""
     layers = range(dense.config.n_layers)
-    chosen, kept = parse_layers(cfg.layers, len(layers))
-    if kept is not None:
-        raise ValueError(f"layers is {cfg.layers!r}; nothing was measured to choose by: give deep:N, all, or numbers")
+    chosen = named_layers(cfg.layers, len(layers))
     width = (dense.config.hidden_dim - cfg.shared) // cfg.experts
     fields = dict(family="qwen2_moe", n_experts=cfg.experts, experts_per_token=cfg.active, expert_dim=width)
     fields |= dict(shared_dim=dense.config.hidden_dim - width * cfg.experts, norm_topk=True)
