@@ -261,12 +261,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bo
     grouped = heads != k.shape[1]
     if m == 1 and grouped:  # a lone query folds its heads into the query axis, so that each key is read once
         folded = q.reshape(n, k.shape[1], -1, h)
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(n, heads, 1, h)
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(n, heads, 1, h)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 # -----------------------------------------------------------------------------
 # The cache: keys and values of the tokens that ran
+
+
+def upload(values, device: torch.device | str | None) -> Tensor:
+    """Numbers on the host, a list (an empty one: of integers) or a tensor, as a tensor on the device.
+
+    Nothing waits for the work under way there; torch.tensor(..., device=device) copies when all of it is done.
+    """
+    if not isinstance(values, Tensor):
+        values = torch.tensor(values, dtype=None if values else torch.long)
+    return values.to(device, non_blocking=True)
 
 
 class LayerCache:
@@ -312,9 +322,9 @@ class LayerCache:
                 self.position = F.pad(self.position, (0, more), value=NOWHERE)
         where = slice(None), slice(least, end)
         if least + width < end or len(rows) < len(held):  # each token has a slot of its own
-            row = torch.tensor(rows, device=k.device)[:, None]
+            row = upload(rows, k.device)[:, None]
             column = torch.arange(width, device=k.device)
-            where = row, torch.tensor(used, device=k.device)[:, None] + column
+            where = row, upload(used, k.device)[:, None] + column
         self.k.transpose(1, 2)[where] = k.transpose(1, 2)  # (N,M,K,h)
         self.v.transpose(1, 2)[where] = v.transpose(1, 2)
         if position is not None:
@@ -337,7 +347,7 @@ class LayerCache:
         self.past = {router: past[:, batch_rows] for router, past in self.past.items()}
         if self.k is not None:
             self.used = [self.used[i] for i in index]
-            index = torch.tensor(index, device=self.k.device, dtype=torch.long)
+            index = upload(index, self.k.device)
             self.k, self.v = self.k[index], self.v[index]
             self.position = None if self.position is None else self.position[index]
 
@@ -345,7 +355,7 @@ class LayerCache:
         """Forget tokens from position lengths[row] on."""
         kept = lengths if self.rows is None else [lengths[row] for row in self.rows]
         if self.position is not None:
-            late = self.position >= torch.tensor(kept, device=self.position.device)[:, None]
+            late = self.position >= upload(kept, self.position.device)[:, None]
             self.position.masked_fill_(late, NOWHERE)
             kept = (self.position != NOWHERE).sum(1).tolist()
         self.used = kept if self.k is not None else []
@@ -393,7 +403,7 @@ class KVCache:
             layer.select(rows)
         self.lengths = [self.lengths[row] for row in rows]
         if self.gates is not None:
-            index = torch.tensor(rows, device=self.gates.device, dtype=torch.long)
+            index = upload(rows, self.gates.device)
             self.gates, self.scores = self.gates[:, index], self.scores[:, index]
 
     def clone(self) -> "KVCache":
@@ -464,7 +474,7 @@ class Selection:
             return who
         width, device = call.position.shape[1], call.position.device
         who.n, who.some = len(rows) * width, bool(rows)
-        who.index = number = torch.tensor(rows, device=device, dtype=torch.long)
+        who.index = number = upload(rows, device)
         if width > 1:
             who.index = (number[:, None] * width + torch.arange(width, device=device)).flatten()
         who.turn = call.turn.index_select(1, who.index)
@@ -484,7 +494,7 @@ class Selection:
             return who
         if dtype == torch.bfloat16 and device.type == "cpu" and who.n >= ROWS_MULTIPLE:
             index = torch.cat([index, index[-1:].expand(-who.n % ROWS_MULTIPLE)])
-        who.index = index.to(device)
+        who.index = upload(index, device)
         return who
 
     def pack_tokens(self, opened: Tensor) -> None:
@@ -500,10 +510,10 @@ class Selection:
         table = torch.full((rows * widest,), NOWHERE)
         table[slot] = column + torch.tensor(call.starts)[row]
         self.table = table.view(rows, widest)
-        self.position = self.table.to(device)
+        self.position = upload(self.table, device)
         repeats = len(self.index) - self.n
         if repeats or min(self.counts) < widest:
-            self.slot = torch.cat([slot, slot[-1:].expand(repeats)]).to(device)
+            self.slot = upload(torch.cat([slot, slot[-1:].expand(repeats)]), device)
 
     def keep_columns(self) -> None:
         """Prepare attention of single tokens over everybody's keys, each at its own place in its row."""
@@ -1356,13 +1366,13 @@ class Transformer(nn.Module):
             x = x.clone()
         device, fresh = x.device, max(starts) == 0
         column, even = torch.arange(width, device=device)[None], min(starts) == max(starts)
-        position = column + (starts[0] if even else torch.tensor(starts, device=device)[:, None])  # (1|B,T)
+        position = column + (starts[0] if even else upload(starts, device)[:, None])  # (1|B,T)
         turn = self.rope(position, x.dtype).expand(-1, batch, -1, -1, -1).flatten(1, 2)  # (2,B*T,1,h)
         real = pool_lengths = counts = None
         if route != "off":
-            real = None if lengths is None else column < torch.as_tensor(lengths, device=device)[:, None]
+            real = None if lengths is None else column < upload(lengths, device)[:, None]
             wanted = lengths if prompt_lengths is None or self.routing.pool == "all" else prompt_lengths
-            pool_lengths = None if wanted is None or not fresh else torch.as_tensor(wanted, device=device)
+            pool_lengths = None if wanted is None or not fresh else upload(wanted, device)
         if route == "gather" or cache is not None:
             counts = [width] * batch if lengths is None else torch.as_tensor(lengths).tolist()
         return x, Call(route, position, turn, real, pool_lengths, fresh, counts and starts, counts, {})
@@ -1385,7 +1395,7 @@ def pad(rows, device=None, width: int | None = None) -> Tensor:
     """Rows of tokens -> (B,T), padded with 0 on the right, to the longest or to `width`."""
     width = width or max(map(len, rows))
     padded = [list(row) + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, device=device)
+    return upload(padded, device)
 
 
 class Sampling(NamedTuple):
@@ -1445,7 +1455,7 @@ def decode(model: Transformer, cache: KVCache, last: Tensor, made: Tensor | None
         if len(going) < len(rows):
             cache.select(going)
             rows = [rows[i] for i in going]
-            tokens = tokens[torch.tensor(going, device=tokens.device)]
+            tokens = tokens[upload(going, tokens.device)]
         forced = None if gates is None else gates(rows, cache.lengths, 1)
         h, made = model.hidden(tokens[:, None], cache=cache, route=route, gates=forced)
         last = h[:, -1]
@@ -1472,7 +1482,7 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
 
     def choose(logits: Tensor, rows: list[int]) -> Tensor:
         drawn = [torch.rand((), generator=dice[row]).item() for row in rows] if temperature else []
-        return sample(logits, sampling, torch.tensor(drawn, device=logits.device))
+        return sample(logits, sampling, upload(drawn, logits.device))
 
     def ends(answer: list[int]) -> bool:
         return answer[-1] in stop or len(answer) == max_new_tokens
@@ -1481,7 +1491,7 @@ def stream(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     cache = KVCache(model, len(prompts), max_len=max(lengths) + max_new_tokens)
     forced = None if gates is None else gates(list(range(len(prompts))), [0] * len(prompts), max(lengths))
     h, made = model.hidden(pad(prompts, device), lengths=lengths, cache=cache, route=route, gates=forced)
-    last = h[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
+    last = h[torch.arange(len(prompts), device=device), upload(lengths, device) - 1]
     yield from decode(model, cache, last, made, choose, ends, route=route, gates=gates)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Transformer
+from model import Transformer, upload
 from router import RouterMeta, row_at
 
 CHUNK = 8  # tokens that share a running cut; later more, so that an octave of positions has CHUNK cuts
@@ -42,7 +42,7 @@ def running_cuts(z: Tensor, starts: list[int], cut: Tensor, past: Tensor | None,
     on a calibration set, other rows, or how calls part the sequence. No host sync.
     """
     (rows, width), device, ends = z.shape, z.device, chunk_starts(max(starts) + z.shape[1])
-    at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)  # (B,T)
+    at = upload(starts, device)[:, None] + torch.arange(width, device=device)  # (B,T)
     past = z.new_zeros(2, rows, 0) if past is None else past
     past = F.pad(past, (0, max(0, max(starts) + width - past.shape[2])))  # a copy
     past[0].scatter_(1, at, z)
@@ -50,7 +50,7 @@ def running_cuts(z: Tensor, starts: list[int], cut: Tensor, past: Tensor | None,
     cuts, gates = torch.zeros_like(z), torch.zeros_like(z)
     for step in range(max(bisect_left(ends, start + width) - first for start, first in zip(starts, firsts))):
         chunks = [min(first + step, len(ends) - 2) for first in firsts]
-        begin, end = (torch.tensor([[ends[chunk + i]] for chunk in chunks], device=device) for i in (0, 1))
+        begin, end = (upload([[ends[chunk + i]] for chunk in chunks], device) for i in (0, 1))
         own = cut_of_chunk(past[..., : ends[max(chunks)]], begin, end, cut, share)  # (B,1)
         here = (at >= begin) & (at < end)
         cuts = torch.where(here, own, cuts)

@@ -15,6 +15,7 @@ from runtime import Runtime, synchronize
 
 CONTEXT = 512  # tokens of a prompt, or what the model takes
 TRIALS = 6  # prompts, of which the first warms up
+RECOMPILE_LIMIT = 64
 
 
 def compile_model(model: Transformer, **options) -> Transformer:
@@ -25,6 +26,8 @@ def compile_model(model: Transformer, **options) -> Transformer:
     Names and weights stay as they are. The first calls take minutes. Returns the model.
     """
     unpack_weights(model)
+    # torch counts a function's codes over all models of a process, and refuses more than 8 of one that must be whole
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     options = dict(fullgraph=True, dynamic=True, **options)
     model.head = torch.compile(model.head, **options)
     for block in model.layers:

@@ -163,6 +163,20 @@ def test_compiled_code_agrees_with_eager():
         torch.testing.assert_close(model(tokens[:, 4:], cache=cache, route="gather")[0], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_many_models_of_one_process_are_compiled():
+    """torch counts the codes of a function over all models, and refuses more than its limit where none may break."""
+    torch._dynamo.config.recompile_limit = 8
+    for seed in range(6):
+        model, counter = build("attn_sequence" if seed % 2 else "mlp_token"), CompileCounterWithBackend("eager")
+        wanted = model(tokens_of(2, 9, seed), route="mask")[0]
+        compile_model(model, backend=counter)
+        for lengths in (None, [9, 9]):
+            found = model(tokens_of(2, 9, seed), lengths=lengths, route="mask")[0]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            model(tokens_of(2, 9, seed), lengths=lengths)
+        assert counter.frame_count
+
+
 def test_compiling_changes_no_name_and_no_weight():
     model = build("attn_sequence")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -381,6 +381,22 @@ def test_all_off_leaves_no_work_and_no_cache(granularity):
     assert reserved(cache) * 4 == reserved(dense) * held and cache.used_bytes() * 4 == dense.used_bytes() * held
 
 
+@pytest.mark.parametrize("granularity, kv", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_may_come_in_the_layout_of_a_gpu(family, granularity, kv, monkeypatch):
+    """CUDA's kernels give (N,M,H,h) in memory, the CPU's (N,H,M,h): no step may count on either."""
+    model, plain = build(family, granularity, kv), torch.nn.functional.scaled_dot_product_attention
+    prompts = [[1, 2, 3, 4], [5], [6, 7, 8, 9, 10, 11, 12]]
+    wanted = [generate(model, rows, 4, route=route) for rows in (prompts, prompts[:1]) for route in ("off", "gather")]
+
+    def as_on_a_gpu(*args, **kwargs):
+        return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_a_gpu)
+    found = [generate(model, rows, 4, route=route) for rows in (prompts, prompts[:1]) for route in ("off", "gather")]
+    assert found == wanted
+
+
 def test_token_cache_holds_what_executed():
     model = build("llama", "attn_token")
     tokens = tokens_of(2, 10)
