@@ -18,9 +18,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +39,21 @@ from data.tasks import NAMES, tasks_named  # noqa: E402
 from model import ModelConfig, load_config, load_model  # noqa: E402
 from recipe.cost import Executed, kv_bytes, prefill_flops  # noqa: E402
 from recipe.places import skipped_shares  # noqa: E402
-from recipe.results import GOLD_LOGPROB, compare_losses  # noqa: E402
+from recipe.results import GOLD_LOGPROB, compare_losses, compare_runs  # noqa: E402
 from router import read_router_file  # noqa: E402
 from runtime import setting  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 ORDER = ("ceilings", "kv", "fidelity", "speed", "drop", "granularity", "routes", "tuning", "layers", "samples",
-         "sources")
+         "sources", "seeds")
 MAIN = ("attn_token", "attn_sequence")
 GRANULAR = (*MAIN, "mlp_token", "mlp_sequence", "block_token", "block_sequence", "both_sequence")
 PAPERS, PAPER = "attn_sequence", 0.25  # its main rows: 16 attentions of 32 are routed, half of them run
 CONTROLS = ("greedy", "similarity", "random:0")
+CONTROLS_BESIDE = ("greedy", "random:0")  # of the table of seeds
 LAYERS = (16, 8, 24, 4, 12, 20)  # routed layers, as in the paper's figure 5
 SAMPLES = (100, 400, 50, 200)
+SEEDS = (1337, 1, 2)
 SOURCES = ("alpaca", "evol_instruct", "vicuna_sharegpt", "slim_orca", "meta_math_qa", "evol_code_alpaca")
 ENOUGH_ROWS = 400  # of a source
 SPEED_CONTEXT, CONTEXTS, KV_SHARES = 512, (512, 2048, 8192, 32768), (0.0, 0.125, 0.25, 0.5)
@@ -87,6 +92,7 @@ class ResultsConfig:
     seed: int = setting(1337, "of tuning")
     dtype: str = setting("auto", "auto, float32, bfloat16, float16")
     threads: int | None = setting(None, "of every command on the CPU; none: all cores")
+    jobs: int = setting(1, "commands that run beside each other, on a GPU that one leaves idle; timings run alone")
 
     def __post_init__(self):
         for name, value in (QUICK if self.quick else FULL).items():
@@ -95,6 +101,8 @@ class ResultsConfig:
         for name, known in (("tables", ORDER), ("granularities", GRANULAR)):
             if unknown := [word for word in getattr(self, name) if word not in known]:
                 raise ValueError(f"--{name} names {unknown[0]!r}; expected some of {', '.join(known)}")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs is {self.jobs}; expected 1 or more")
         if not all(0 < share < 1 for share in self.skipped):
             raise ValueError(f"--skipped is {self.skipped}; expected shares between 0 and 1")
 
@@ -107,6 +115,12 @@ class Step:
     script: str
     settings: tuple[str, ...]
     result: Path
+
+    @property
+    def noted(self) -> Path:
+        """Where it stands how the command was run."""
+        folder = self.result.parent if self.result.stem == self.name else self.result.parent.parent
+        return folder / f"{self.name}.step.json"
 
     @property
     def command(self) -> str:
@@ -219,6 +233,15 @@ class Commands:
         each = () if control else per_sequence(granularity, self.given.get(granularity))
         own = self.tasks(name, *self.routed(granularity, skipped, control), *each)
         return (*self.routers(granularity)[1], self.tasks(), own)
+
+    def beside(self, granularity: str, skipped: float) -> tuple[Step, ...]:
+        """Tasks of routers and of controls, behind all that they need; the last ones: dense, routed, each control."""
+        lists = [self.accuracy(granularity, skipped, control)[-1] for control in CONTROLS_BESIDE]
+        return (*self.accuracy(granularity, skipped), *lists)
+
+    def reseeded(self, seed: int) -> "Commands":
+        """The same with another seed, in a folder of its own."""
+        return Commands(replace(self.cfg, seed=seed, work=str(self.work / f"seed-{seed}"), routers=()))
 
 
 def per_sequence(granularity: str, given: str | None = None) -> tuple[str, ...]:
@@ -421,6 +444,45 @@ def sources_rows(c: Commands) -> Iterator[Row]:
         yield tuned_rows(c, {"source": name}, c.tune(f"source-{name}", PAPERS, c.cfg.routed, 0.5, *more), 0.5, lacks)
 
 
+def seeds_rows(c: Commands) -> Iterator[Row]:
+    """Routers of several seeds beside dense, the greedy list and random routes of the same run, each and pooled."""
+    own = [c if seed == c.cfg.seed else c.reseeded(seed) for seed in SEEDS]
+    for granularity in c.cfg.granularities:
+        for skipped in (PAPER, PAPER / 2):
+            runs = [commands.beside(granularity, skipped) for commands in own]
+            about = {"granularity": granularity, "skipped": skipped}
+            for seed, steps in zip(SEEDS, runs):
+                yield Row(about | {"seed": seed}, steps, lambda results: seeds_values([results[-4:]], c.cfg.tasks))
+
+            def pooled(results: list[dict], sizes: tuple[int, ...] = tuple(map(len, runs))) -> dict:
+                ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+                return seeds_values([results[end - 4 : end] for end in ends], c.cfg.tasks)
+
+            yield Row(about | {"seed": "pooled"}, tuple(step for steps in runs for step in steps), pooled)
+
+
+def seeds_values(runs: list[list[dict]], names: tuple[str, ...]) -> dict:
+    """Routed minus dense, greedy and random (in the reports of each run in this order: dense, routed, greedy, random),
+    the mean over tasks; of several runs item by item the mean over them."""
+    dense, routed, *lists = (pooled_items(reports, names) for reports in zip(*runs))
+    shares = [run[1]["results"][name]["capacity"] for run in runs for name in names]
+    values = {"capacity": mean(shares), "items": sum(len(items[GOLD_LOGPROB]) for items in routed.values())}
+    for title, other in zip(("dense", *CONTROLS_BESIDE), (dense, *lists)):
+        paired = compare_runs(routed, other)
+        for metric in ("acc", GOLD_LOGPROB):
+            found = [paired[name][metric] for name in names]
+            error = mean([entry["stderr"] ** 2 for entry in found]) ** 0.5 / len(found) ** 0.5
+            values[f"{metric} - {title}"] = [mean([entry["difference"] for entry in found]), error]
+    return values
+
+
+def pooled_items(reports: list[dict], names: tuple[str, ...]) -> dict:
+    """Of each task and metric the values of its items, the mean over the reports."""
+    first = reports[0]["items"]
+    return {name: {metric: [mean(values) for values in zip(*(report["items"][name][metric] for report in reports))]
+                   for metric in ("acc", GOLD_LOGPROB) if metric in first[name]} for name in names}
+
+
 ROWS = {name: globals()[f"{name}_rows"] for name in ORDER}
 
 
@@ -440,36 +502,69 @@ class Failed(Exception):
     """A command did not end well."""
 
 
+class Turns:
+    """So many commands at once; of those that wait, the one of the first row comes next. A timing runs alone."""
+
+    def __init__(self, most: int):
+        self.most, self.running, self.waiting, self.changed = most, 0, [], threading.Condition()
+
+    @contextmanager
+    def turn(self, row: int, alone: bool) -> Iterator[None]:
+        size = self.most if alone else 1
+        with self.changed:
+            self.waiting.append(row)
+            self.changed.wait_for(lambda: row == min(self.waiting) and self.running + size <= self.most)
+            self.waiting.remove(row)
+            self.running += size
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.running -= size
+                self.changed.notify_all()
+
+
 class Run:
     """Runs commands, remembers them, and writes a table whenever one of its rows is done."""
 
     def __init__(self, cfg: ResultsConfig):
         self.cfg, self.commands, self.failed, self.broken = cfg, Commands(cfg), 0, {}
-        self.end = None if cfg.seconds is None else time.monotonic() + cfg.seconds
+        self.end = math.inf if cfg.seconds is None else time.monotonic() + cfg.seconds
         self.code, self.processor = commit(), processor()
+        self.rows = {name: list(ROWS[name](self.commands)) for name in cfg.tables}
+        self.turns, self.writing, self.asked = Turns(cfg.jobs), threading.Lock(), {}
 
-    def table(self, name: str) -> None:
-        """Measure what a table lacks."""
-        rows = list(ROWS[name](self.commands))
-        for row in [row for row in rows if not row.lacks]:
-            done = self.done(name)
-            if any(key_of(old) == row.key for old in done):
-                continue
+    def measure(self) -> None:
+        """Measure what the tables lack, by rows: one after the other, or (--jobs) as many commands at once."""
+        for name in self.rows:
+            self.write(name)
+        work = [(name, row) for name, rows in self.rows.items() for row in rows if not row.lacks]
+        if self.cfg.jobs == 1:
+            for number, (name, row) in enumerate(work):
+                self.row(number, name, row)
+            return
+        with ThreadPoolExecutor(max(1, len(work))) as pool:
             try:
-                records = [self.command(step) for step in row.steps]
-                values = row.read([runtime.read_json(step.result) for step in row.steps])
-            except Failed as failure:
-                print(f"{name}, {words(row.about)}: {failure}", file=sys.stderr, flush=True)
-                self.failed += 1
-                continue
-            done = [old for old in done if old["about"] != row.about]
-            self.write(name, rows, [*done, {"about": row.about, "values": values, "steps": records}])
-            if row.steps:
-                print(f"{name}, {words(row.about)}: done", flush=True)
+                list(pool.map(self.row, range(len(work)), *zip(*work)))
+            finally:
+                self.end = 0.0  # where one row was stopped, all are
 
-    def plan(self, name: str) -> None:
-        """Note what a table lacks."""
-        self.write(name, list(ROWS[name](self.commands)), self.done(name))
+    def row(self, number: int, name: str, row: Row) -> None:
+        """Measure one row, unless its table has it."""
+        if any(key_of(old) == row.key for old in self.done(name)):
+            return
+        try:
+            records = [self.command(step, number) for step in row.steps]
+            values = row.read([runtime.read_json(step.result) for step in row.steps])
+        except Failed as failure:
+            print(f"{name}, {words(row.about)}: {failure}", file=sys.stderr, flush=True)
+            with self.writing:
+                self.failed += 1
+            return
+        self.write(name, {"about": row.about, "values": values, "steps": records})
+        if row.steps:
+            print(f"{name}, {words(row.about)}: done", flush=True)
 
     def path(self, name: str) -> Path:
         return Path(self.cfg.out) / "figures" / f"{name}.json"
@@ -477,26 +572,36 @@ class Run:
     def done(self, name: str) -> list[dict]:
         return runtime.read_json(self.path(name))["rows"] if self.path(name).exists() else []
 
-    def write(self, name: str, rows: list[Row], done: list[dict]) -> None:
-        """Write a table: what is done of it, in its order, and what lacks."""
-        order = [row.about for row in rows]
-        done.sort(key=lambda old: order.index(old["about"]) if old["about"] in order else len(order))
-        left = [row for row in rows if not any(old["about"] == row.about for old in done)]
-        missing = [{"about": row.about, "lacks": row.lacks, "commands": row.key[1]} for row in left]
-        found = {"table": name, "model": Path(self.cfg.model).name, "rows": done, "missing": missing}
-        runtime.write_json(self.path(name), found)
+    def write(self, name: str, new: dict | None = None) -> None:
+        """Write a table: what is done of it and a new row, in their order, and what lacks."""
+        with self.writing:
+            rows = self.rows[name]
+            done = [old for old in self.done(name) if new is None or old["about"] != new["about"]]
+            done += [] if new is None else [new]
+            order = [row.about for row in rows]
+            done.sort(key=lambda old: order.index(old["about"]) if old["about"] in order else len(order))
+            left = [row for row in rows if not any(old["about"] == row.about for old in done)]
+            missing = [{"about": row.about, "lacks": row.lacks, "commands": row.key[1]} for row in left]
+            found = {"table": name, "model": Path(self.cfg.model).name, "rows": done, "missing": missing}
+            runtime.write_json(self.path(name), found)
 
-    def command(self, step: Step) -> dict:
-        """Run a command that was not run yet, and note how."""
-        note = self.commands.work / f"{step.name}.step.json"
+    def command(self, step: Step, row: int) -> dict:
+        """Run a command that was not run yet, for the row of this number, and note how."""
+        with self.asked.setdefault(step.result, threading.Lock()):  # rows that share a command wait for it
+            return self.noted(step, row)
+
+    def noted(self, step: Step, row: int) -> dict:
+        note = step.noted
         if note.exists() and step.result.exists() and runtime.read_json(note)["command"] == step.command:
             return runtime.read_json(note)
         if step.command in self.broken:  # by a row before
             raise self.broken[step.command]
-        print(f"$ {step.command}", flush=True)
-        found, started = step.script == "train.py" and step.result.exists(), time.monotonic()
+        found = step.script == "train.py" and step.result.exists()
         try:
-            self.call(step)
+            with self.turns.turn(row, alone=step.script == "bench.py"):
+                print(f"$ {step.command}", flush=True)
+                started = time.monotonic()
+                self.call(step)
         except Failed as failure:
             self.broken[step.command] = failure
             raise
@@ -515,24 +620,24 @@ class Run:
     def call(self, step: Step) -> None:
         """Run a command to its end. Raises Failed, or Stopped where the time ends before."""
         step.result.parent.mkdir(parents=True, exist_ok=True)
-        log, environment = self.commands.work / f"{step.name}.log", dict(os.environ)
+        log, environment = step.noted.with_suffix("").with_suffix(".log"), dict(os.environ)
         if self.cfg.threads:
             environment["OMP_NUM_THREADS"] = str(self.cfg.threads)
-        left = None if self.end is None else self.end - time.monotonic()
-        if left is not None and left <= 0:
+        if self.end <= time.monotonic():
             raise Stopped
         words = [sys.executable, str(ROOT / step.script), *step.settings]
         with log.open("w") as out:
             process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:
-                status = process.wait(left)
-            except subprocess.TimeoutExpired:
-                raise Stopped from None
+                while process.poll() is None:
+                    if self.end <= time.monotonic():
+                        raise Stopped
+                    time.sleep(0.1)
             finally:
                 if process.poll() is None:
                     process.terminate()
                     process.wait()
-        if status:
+        if status := process.returncode:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise Failed(f"{step.script} ended with status {status}: {' '.join(last)} ({log})")
 
@@ -572,9 +677,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the command that runs ends too
     run = None if cfg.report else Run(cfg)
     try:
-        for act in () if run is None else (run.plan, run.table):
-            for name in cfg.tables:
-                act(name)
+        if run is not None:
+            run.measure()
     except Stopped:
         print("the time is over; the same command goes on")
     finally:

@@ -27,6 +27,7 @@ TITLES = {
     "layers": "Number of routed layers",
     "samples": "Number of samples",
     "sources": "Source of the tuning data",
+    "seeds": "Three seeds",
     "ceilings": "Ceilings at 7 to 8 billion parameters",
 }
 
@@ -246,6 +247,20 @@ def routes_table(rows: list[dict]) -> list[str]:
         constant = f"{found['constant_task_layer_pairs'] * 100:.0f} %"
         lines.append([name_of(row["about"]["granularity"]), *(f"{found[name]:.3f}" for name in names), constant])
     return table(head, lines)
+
+
+def seeds_table(rows: list[dict]) -> list[str]:
+    """Differences of the right choice's log-probability and of accuracy, from each run's own controls."""
+    beside, lines = ("dense", "greedy", "random:0"), []
+    for row in rows:
+        about, values = row["about"], row["values"]
+        cells = [name_of(about["granularity"]), percent(about["skipped"]), str(about["seed"])]
+        cells += [f"{values['capacity']:.3f}"]
+        for metric, form in (("gold_logprob", "+.3f"), ("acc", "+.4f")):
+            cells += [with_error(*values[f"{metric} - {other}"], form) for other in beside]
+        lines.append(cells)
+    heads = [f"{what} - {other}" for what in ("log-probability", "accuracy") for other in beside]
+    return table(["routers", "skipped", "seed", "capacity", *heads], lines)
 
 
 TABLES = {name: globals()[f"{name}_table"] for name in (*TITLES, "readme") if f"{name}_table" in globals()}

@@ -80,9 +80,12 @@ def results_of_a_command(step: results.Step) -> None:
     changes = {"acc_norm": {"difference": -0.04, "stderr": 0.02}, "gold_logprob": {"difference": -0.3, "stderr": 0.1}}
     found = {"acc": 0.32, "acc_stderr": 0.06, "acc_norm": 0.36, "acc_norm_stderr": 0.07, "n": 50, "shots": 0,
              "capacity": 0.51}
-    report = {"results": dict.fromkeys(("arc_easy", "piqa"), found)}
+    right = 0.75 if "--control=greedy" in step.settings else 0.5
+    items = {"acc": [1.0, 0.0], "gold_logprob": [-right, -right - 0.5], "sha": ["a", "b"]}
+    names = ("arc_easy", "piqa")
+    report = {"results": dict.fromkeys(names, found), "items": dict.fromkeys(names, items)}
     if any(word.startswith("--against=") for word in step.settings):
-        report["against"] = {"tasks": dict.fromkeys(("arc_easy", "piqa"), changes)}
+        report["against"] = {"tasks": dict.fromkeys(names, changes)}
     runtime.write_json(step.result, report)
 
 
@@ -92,7 +95,7 @@ def test_every_table_of_tasks_and_tuning_has_a_cell_for_each_column(base, tmp_pa
         results_of_a_command(step)
 
     monkeypatch.setattr(results.Run, "call", call)
-    tables = ("drop", "granularity", "tuning", "layers", "samples")
+    tables = ("drop", "granularity", "tuning", "layers", "samples", "seeds")
     words = [word for word in settings(base, tmp_path) if not word.startswith(("--routers", "--granularities"))]
     monkeypatch.setattr("sys.argv", ["results.py", *words, "--tasks=arc_easy,piqa", f"--tables={','.join(tables)}"])
     results.main()
@@ -102,7 +105,40 @@ def test_every_table_of_tasks_and_tuning_has_a_cell_for_each_column(base, tmp_pa
         widths = [line.count("|") for line in part.splitlines() if line.startswith("|")]
         assert len(widths) == 2 + len(found["rows"]) and found["rows"] and not found["missing"]
         assert len(set(widths)) == 1 and not unfounded(part, found)
+    assert "| attn_sequence | 25 % | pooled | 0.510 | +0.000 ± 0.000 | +0.250 ± 0.000 | +0.000 ± 0.000 |" in page
     assert "| attn_token, kv=all |" in page and "-0.040 ± 0.014" in page and "-0.300 ± 0.071" in page
+
+
+def test_commands_beside_each_other_run_once_and_timings_alone(base, tmp_path, monkeypatch):
+    running, most, called = [], {}, []
+
+    def call(self, step):
+        running.append(step.script)
+        called.append(step.command)
+        time.sleep(0.02)
+        most[step.script] = max(most.get(step.script, 0), len(running))
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        results_of_a_command(step)
+        running.remove(step.script)
+
+    monkeypatch.setattr(results.Run, "call", call)
+    words = [word for word in settings(base, tmp_path) if not word.startswith(("--routers", "--granularities"))]
+    words += ["--tasks=arc_easy,piqa", "--tables=drop,granularity,seeds", "--jobs=3"]
+    monkeypatch.setattr("sys.argv", ["results.py", *words])
+    results.main()
+    assert len(set(called)) == len(called) and most == {"train.py": 3, "eval.py": 3, "bench.py": 1}
+    assert not any(read(tmp_path, name)["missing"] for name in ("drop", "granularity", "seeds"))
+    apart = [json.dumps(read(tmp_path, "drop")["rows"][at]["values"]) for at in (0, 1)]
+    monkeypatch.setattr("sys.argv", ["results.py", *words[:-1], f"--out={tmp_path}/again", f"--work={tmp_path}/again"])
+    results.main()
+    again = json.loads((tmp_path / "again" / "figures" / "drop.json").read_text())["rows"]
+    assert [json.dumps(again[at]["values"]) for at in (0, 1)] == apart
+
+
+def test_where_the_time_ends_all_jobs_end(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results.Run, "call", lambda self, step: (_ for _ in ()).throw(results.Stopped))
+    begin(base, tmp_path, monkeypatch, "--tables=speed,drop", "--jobs=2")
+    assert "the same command goes on" in capsys.readouterr().out and not read(tmp_path, "speed")["rows"]
 
 
 class Killed(BaseException):
