@@ -478,9 +478,12 @@ def seeds_values(runs: list[list[dict]], names: tuple[str, ...]) -> dict:
 
 def pooled_items(reports: list[dict], names: tuple[str, ...]) -> dict:
     """Of each task and metric the values of its items, the mean over the reports."""
-    first = reports[0]["items"]
-    return {name: {metric: [mean(values) for values in zip(*(report["items"][name][metric] for report in reports))]
-                   for metric in ("acc", GOLD_LOGPROB) if metric in first[name]} for name in names}
+
+    def over_reports(name: str, metric: str) -> list[float]:
+        values = zip(*(report["items"][name][metric] for report in reports))
+        return [mean([float(value) for value in of_item]) for of_item in values]
+
+    return {name: {metric: over_reports(name, metric) for metric in ("acc", GOLD_LOGPROB)} for name in names}
 
 
 ROWS = {name: globals()[f"{name}_rows"] for name in ORDER}
@@ -599,7 +602,6 @@ class Run:
         found = step.script == "train.py" and step.result.exists()
         try:
             with self.turns.turn(row, alone=step.script == "bench.py"):
-                print(f"$ {step.command}", flush=True)
                 started = time.monotonic()
                 self.call(step)
         except Failed as failure:
@@ -625,6 +627,7 @@ class Run:
             environment["OMP_NUM_THREADS"] = str(self.cfg.threads)
         if self.end <= time.monotonic():
             raise Stopped
+        print(f"$ {step.command}", flush=True)
         words = [sys.executable, str(ROOT / step.script), *step.settings]
         with log.open("w") as out:
             process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)

@@ -81,7 +81,7 @@ def results_of_a_command(step: results.Step) -> None:
     found = {"acc": 0.32, "acc_stderr": 0.06, "acc_norm": 0.36, "acc_norm_stderr": 0.07, "n": 50, "shots": 0,
              "capacity": 0.51}
     right = 0.75 if "--control=greedy" in step.settings else 0.5
-    items = {"acc": [1.0, 0.0], "gold_logprob": [-right, -right - 0.5], "sha": ["a", "b"]}
+    items = {"acc": ["1", "0"], "gold_logprob": [-right, -right - 0.5], "sha": ["a", "b"]}
     names = ("arc_easy", "piqa")
     report = {"results": dict.fromkeys(names, found), "items": dict.fromkeys(names, items)}
     if any(word.startswith("--against=") for word in step.settings):
