@@ -256,13 +256,22 @@ def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Grouped-query attention. q (N,H,M,h), k and v (N,K,S,h) -> (N,H,M,h)."""
-    n, heads, m, h = q.shape
-    grouped = heads != k.shape[1]
-    if m == 1 and grouped:  # a lone query folds its heads into the query axis, so that each key is read once
-        folded = q.reshape(n, k.shape[1], -1, h)
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(n, heads, 1, h)
+    """Grouped-query attention. q (N,H,M,h), k and v (N,K,S,h), mask (1|N,1,M,S) -> (N,H,M,h)."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and (q.shape[2] == 1 or mask is not None and q.device.type != "cpu"):
+        return folded_sdpa(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+def folded_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with the heads of a group as queries of one head: a lone query reads each key once, and a GPU's kernels
+    for masks, which know no groups, can be used."""
+    groups, m = q.shape[1] // k.shape[1], q.shape[2]
+    folded = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (N,K,g*M,h)
+    if mask is not None and m > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
+    return out.unflatten(2, (groups, m)).flatten(1, 2)
 
 
 # -----------------------------------------------------------------------------

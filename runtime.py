@@ -115,6 +115,8 @@ def setup(device: str = "auto", dtype: str = "auto", seed: int = 1337, timeout: 
     on_gpu = chosen.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(chosen)
+        # it builds a plan for each new shape (some 35 ms on an H200), and with every route, or token, shapes change
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if "RANK" in os.environ and not dist.is_initialized():
         with together():
             wait = timedelta(minutes=timeout)

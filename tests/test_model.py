@@ -397,6 +397,18 @@ def test_attention_may_come_in_the_layout_of_a_gpu(family, granularity, kv, monk
     assert found == wanted
 
 
+@settings(max_examples=20)
+@given(n=st.integers(1, 3), groups=st.integers(1, 4), m=st.integers(1, 5), masked=st.booleans(), shared=st.booleans())
+def test_folded_heads_change_nothing(n, groups, m, masked, shared):
+    rng = torch.Generator().manual_seed(m)
+    q, k, v = (torch.randn(n, heads, length, 8, generator=rng) for heads, length in ((2 * groups, m), (2, 7), (2, 7)))
+    mask = torch.rand(1 if shared else n, 1, m, 7, generator=rng) < 0.5 if masked else None
+    if masked:
+        mask[..., 0] = True
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(model_module.folded_sdpa(q, k, v, mask), wanted)
+
+
 def test_token_cache_holds_what_executed():
     model = build("llama", "attn_token")
     tokens = tokens_of(2, 10)
