@@ -120,6 +120,11 @@ class Step:
     result: Path
 
     @property
+    def tells(self) -> tuple[str, ...]:
+        """What its result depends on: all but where that is written."""
+        return tuple(word for word in self.settings if not word.startswith("--out="))
+
+    @property
     def noted(self) -> Path:
         """Where it stands how the command was run."""
         folder = self.result.parent if self.result.stem == self.name else self.result.parent.parent
@@ -427,8 +432,8 @@ def tuned_rows(c: Commands, about: dict, step: Step, budget: float, lacks: str =
 
 def layers_rows(c: Commands) -> Iterator[Row]:
     for layers in [layers for layers in LAYERS if layers <= c.config.n_layers]:
-        usual = layers == c.cfg.routed and c.budget(PAPERS, PAPER) == 0.5 and PAPERS not in c.given
-        step = c.routers(PAPERS)[1][0] if usual else c.tune(f"layers-{layers}", PAPERS, layers, 0.5)
+        own, usual = c.tune(f"layers-{layers}", PAPERS, layers, 0.5), c.routers(PAPERS)[1]
+        step = next((step for step in usual if step.tells == own.tells), own)
         yield tuned_rows(c, {"layers": layers}, step, 0.5)
 
 
