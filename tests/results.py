@@ -56,6 +56,7 @@ SAMPLES = (100, 400, 50, 200)
 SEEDS = (1337, 1, 2)
 SOURCES = ("alpaca", "evol_instruct", "vicuna_sharegpt", "slim_orca", "meta_math_qa", "evol_code_alpaca")
 ENOUGH_ROWS = 400  # of a source
+CONTEXTS_TO_CALIBRATE = 100  # of each task
 SPEED_CONTEXT, CONTEXTS, KV_SHARES = 512, (512, 2048, 8192, 32768), (0.0, 0.125, 0.25, 0.5)
 BINS, BIN = 16, 16  # token positions are told apart in so many groups of so many
 # the paper's without MMLU, in whose place ARC-Easy stands, and GSM8K, of which a small model knows nothing
@@ -76,7 +77,7 @@ class ResultsConfig:
     tables: tuple[str, ...] = setting(ORDER, "what is measured, in this order")
     granularities: tuple[str, ...] = setting(MAIN, "of the tables that have one or two of them")
     routers: tuple[str, ...] = setting((), "router files to use, in place of tuning one for their granularity")
-    routed_by: tuple[str, ...] = setting((), "more settings of routed runs of eval.py, for example calibrate=100")
+    routed_by: tuple[str, ...] = setting((), "how routed runs of eval.py hold a budget; none: see at_budget")
     skipped: tuple[float, ...] = setting((PAPER, 0.125, 0.5), "shares of a model's attentions (MLPs, blocks) skipped")
     routed: int = setting(16, "layers that own a router")
     instructions: str = setting("data/demo/instructions.jsonl", "rows to tune on")
@@ -238,7 +239,7 @@ class Commands:
     def accuracy(self, granularity: str, skipped: float, control: str | None = None) -> tuple[Step, ...]:
         """Tasks of routers or of a control, behind all that they need."""
         name = f"tasks-{granularity}-{skipped:g}-{(control or 'routed').replace(':', '')}"
-        each = () if control else per_sequence(granularity, self.given.get(granularity))
+        each = () if control or self.cfg.routed_by else at_budget(granularity, self.given.get(granularity))
         own = self.tasks(name, *self.routed(granularity, skipped, control), *each)
         return (*self.routers(granularity)[1], self.tasks(), own)
 
@@ -252,10 +253,15 @@ class Commands:
         return Commands(replace(self.cfg, seed=seed, work=str(self.work / f"seed-{seed}"), routers=()))
 
 
-def per_sequence(granularity: str, given: str | None = None) -> tuple[str, ...]:
-    """Tasks are text that no sequence router was calibrated on: there each sequence holds the budget by itself."""
+def at_budget(granularity: str, given: str | None = None) -> tuple[str, ...]:
+    """Settings of eval.py under which routers run the budget on tasks, which are text that they were not calibrated on.
+
+    Each sequence holds it by itself; tokens over all tasks together, by contexts without answers.
+    """
+    if not granularity.endswith("_sequence"):
+        return (f"--calibrate={CONTEXTS_TO_CALIBRATE}",)
     own = given is not None and read_router_file(given)[1].routing.reads == "own"
-    return () if own or not granularity.endswith("_sequence") else ("--budget_per=sequence",)
+    return () if own else ("--budget_per=sequence",)
 
 
 # -----------------------------------------------------------------------------
@@ -421,7 +427,7 @@ def tuning_values(summary: dict) -> dict:
 def tuned_rows(c: Commands, about: dict, step: Step, budget: float, lacks: str = "") -> Row:
     """One tuning run, the tasks with its routers, and what both say."""
     routers = step.result.with_name("routers.safetensors")
-    by = (*(f"--{word}" for word in c.cfg.routed_by), *per_sequence(PAPERS))
+    by = [f"--{word}" for word in c.cfg.routed_by] or at_budget(PAPERS)
     own = c.tasks(f"tasks-{step.name}", f"--routers={routers}", f"--budget={budget:g}", *by)
 
     def read(results: list[dict]) -> dict:
