@@ -109,6 +109,17 @@ def test_every_table_of_tasks_and_tuning_has_a_cell_for_each_column(base, tmp_pa
     assert "| attn_token, kv=all |" in page and "-0.040 ± 0.014" in page and "-0.300 ± 0.071" in page
 
 
+@pytest.mark.parametrize("granularity, setting", [
+    ("attn_token", "--calibrate=100"), ("mlp_sequence", "--budget_per=sequence")])
+def test_routers_run_the_budget_of_their_lists_on_tasks(base, tmp_path, granularity, setting):
+    words = [word for word in settings(base, tmp_path) if not word.startswith("--routers")]
+    commands = results.Commands(runtime.cli(results.ResultsConfig, words))
+    routed, listed = (commands.accuracy(granularity, 0.25, control)[-1].settings for control in (None, "greedy"))
+    assert setting in routed and setting not in listed and "--control=greedy" in listed
+    own = results.Commands(runtime.cli(results.ResultsConfig, [*words, "--routed_by=hold_budget"]))
+    assert setting not in own.accuracy(granularity, 0.25)[-1].settings
+
+
 def test_commands_beside_each_other_run_once_and_timings_alone(base, tmp_path, monkeypatch):
     running, most, called = [], {}, []
 
