@@ -132,6 +132,10 @@ class Step:
         return folder / f"{self.name}.step.json"
 
     @property
+    def log(self) -> Path:
+        return self.noted.with_suffix("").with_suffix(".log")
+
+    @property
     def command(self) -> str:
         return shlex.join(["python", self.script, *self.settings])
 
@@ -636,14 +640,14 @@ class Run:
     def call(self, step: Step) -> None:
         """Run a command to its end. Raises Failed, or Stopped where the time ends before."""
         step.result.parent.mkdir(parents=True, exist_ok=True)
-        log, environment = step.noted.with_suffix("").with_suffix(".log"), dict(os.environ)
+        environment = dict(os.environ)
         if self.cfg.threads:
             environment["OMP_NUM_THREADS"] = str(self.cfg.threads)
         if self.end <= time.monotonic():
             raise Stopped
         print(f"$ {step.command}", flush=True)
         words = [sys.executable, str(ROOT / step.script), *step.settings]
-        with log.open("w") as out:
+        with begun(step).open("a") as out:
             process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment)
             try:
                 while process.poll() is None:
@@ -655,8 +659,20 @@ class Run:
                     process.terminate()
                     process.wait()
         if status := process.returncode:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise Failed(f"{step.script} ended with status {status}: {' '.join(last)} ({log})")
+            last = step.log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise Failed(f"{step.script} ended with status {status}: {' '.join(last)} ({step.log})")
+
+
+def begun(step: Step) -> Path:
+    """The log of a command that begins, its first line the command. What another one of this name left of its items
+    is no beginning of this one's."""
+    first = f"$ {step.command}\n"
+    if step.log.exists() and not step.log.read_text(errors="replace").startswith(first):
+        for word in step.settings:
+            if word.startswith("--samples="):
+                Path(word.removeprefix("--samples=")).unlink(missing_ok=True)
+    step.log.write_text(first)
+    return step.log
 
 
 def key_of(old: dict) -> list:

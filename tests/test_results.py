@@ -264,6 +264,20 @@ def test_the_end_of_the_time_ends_the_command_too(base, tmp_path):
     assert not mark.exists()
 
 
+def test_items_of_a_command_with_other_settings_are_left(base, tmp_path):
+    """eval.py goes on from its --samples, and refuses those of another command: neither may stand in the way."""
+    custom, kept = write_jsonl(tmp_path / "q.jsonl", [{"question": "a", "choices": ["b", "c"], "answer": 0}]), []
+    samples = tmp_path / "work" / "one.jsonl"
+    run = results.Run(runtime.cli(results.ResultsConfig, settings(base, tmp_path, f"--data={tmp_path}")))
+    for dtype in ("float32", "float32", "bfloat16"):
+        own = (f"--model={base}", f"--custom={custom}", f"--dtype={dtype}", f"--samples={samples}")
+        step = results.Step("one", "eval.py", (*own, f"--out={tmp_path}/work/one.json"), tmp_path / "work" / "one.json")
+        run.call(step)
+        kept.append([json.loads(line)["run"] for line in samples.read_text().splitlines()])
+        assert step.log.read_text().startswith(f"$ {step.command}\n")
+    assert kept[0] == kept[1] != kept[2] and list(map(len, kept)) == [1, 1, 1]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/RESULTS.md"])
 def test_generated_tables_are_those_of_the_committed_json(page):
     text = (ROOT / page).read_text()
