@@ -284,7 +284,7 @@ def upload(values, device: torch.device | str | None) -> Tensor:
     Nothing waits for the work under way there; torch.tensor(..., device=device) copies when all of it is done.
     """
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=None if values else torch.long)
+        values = torch.tensor(values, dtype=None if len(values) else torch.long)
     return values.to(device, non_blocking=True)
 
 

@@ -607,16 +607,19 @@ class Run:
             runtime.write_json(self.path(name), found)
 
     def command(self, step: Step, row: int) -> dict:
-        """Run a command that was not run yet, for the row of this number, and note how."""
-        with self.asked.setdefault(step.result, threading.Lock()):  # rows that share a command wait for it
-            return self.noted(step, row)
+        """Run a command that was not run yet, for the row of this number, and note how; rows that share it wait."""
+        with self.asked.setdefault(step.result, threading.Lock()):
+            note = step.noted
+            if note.exists() and step.result.exists() and runtime.read_json(note)["command"] == step.command:
+                return runtime.read_json(note)
+            if step.command in self.broken:  # by a row before
+                raise self.broken[step.command]
+            record = self.measured(step, row)
+            runtime.write_json(note, record)
+            return record
 
-    def noted(self, step: Step, row: int) -> dict:
-        note = step.noted
-        if note.exists() and step.result.exists() and runtime.read_json(note)["command"] == step.command:
-            return runtime.read_json(note)
-        if step.command in self.broken:  # by a row before
-            raise self.broken[step.command]
+    def measured(self, step: Step, row: int) -> dict:
+        """Run a command when its turn comes; how it was run."""
         found = step.script == "train.py" and step.result.exists()
         try:
             with self.turns.turn(row, alone=step.script == "bench.py"):
@@ -629,7 +632,6 @@ class Run:
         if step.script == "train.py":
             record |= {"seconds": runtime.read_json(step.result)["seconds"], "seed": self.cfg.seed}
             record |= {"commit": None} if found else {}  # it was tuned before, nobody knows by which code
-        runtime.write_json(note, record)
         return record
 
     def record(self, command: str, seconds: float) -> dict:
