@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,7 @@ GRANULAR = (*MAIN, "mlp_token", "mlp_sequence", "block_token", "block_sequence",
 PAPERS, PAPER = "attn_sequence", 0.25  # its main rows: 16 attentions of 32 are routed, half of them run
 CONTROLS = ("greedy", "similarity", "random:0")
 CONTROLS_BESIDE = ("greedy", "random:0")  # of the table of seeds
+COMPARED = 2 + len(CONTROLS_BESIDE)  # there: dense, routed, and these
 LAYERS = (16, 8, 24, 4, 12, 20)  # routed layers, as in the paper's figure 5
 SAMPLES = (100, 400, 50, 200)
 SEEDS = (1337, 1, 2)
@@ -361,8 +363,7 @@ def task_values(report: dict, names: tuple[str, ...]) -> dict:
     values = {"tasks": found, "capacity": mean([entry["capacity"] for entry in found.values()])}
     for name, error in (("value", "stderr"), ("change", "change_stderr"), ("gold", "gold_stderr")):
         if all(entry.get(error) is not None for entry in found.values()):
-            values[f"mean_{name}"] = mean([entry[name] for entry in found.values()])
-            values[f"mean_{error}"] = mean([entry[error] ** 2 for entry in found.values()]) ** 0.5 / len(found) ** 0.5
+            values[f"mean_{name}"], values[f"mean_{error}"] = over_tasks(list(found.values()), name, error)
     return values
 
 
@@ -468,15 +469,19 @@ def seeds_rows(c: Commands) -> Iterator[Row]:
     for granularity in c.cfg.granularities:
         for skipped in (PAPER, PAPER / 2):
             runs = [commands.beside(granularity, skipped) for commands in own]
-            about = {"granularity": granularity, "skipped": skipped}
-            for seed, steps in zip(SEEDS, runs):
-                yield Row(about | {"seed": seed}, steps, lambda results: seeds_values([results[-4:]], c.cfg.tasks))
+            for seed, chosen in (*((seed, [steps]) for seed, steps in zip(SEEDS, runs)), ("pooled", runs)):
+                about = {"granularity": granularity, "skipped": skipped, "seed": seed}
+                yield Row(about, tuple(chain(*chosen)), seeds_reader([len(steps) for steps in chosen], c.cfg.tasks))
 
-            def pooled(results: list[dict], sizes: tuple[int, ...] = tuple(map(len, runs))) -> dict:
-                ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-                return seeds_values([results[end - 4 : end] for end in ends], c.cfg.tasks)
 
-            yield Row(about | {"seed": "pooled"}, tuple(step for steps in runs for step in steps), pooled)
+def seeds_reader(sizes: list[int], names: tuple[str, ...]) -> Callable[[list[dict]], dict]:
+    """Reads the results of one run or of several, one behind the other, which took so many steps each."""
+
+    def read(results: list[dict]) -> dict:
+        rest = iter(results)
+        return seeds_values([list(islice(rest, size))[-COMPARED:] for size in sizes], names)
+
+    return read
 
 
 def seeds_values(runs: list[list[dict]], names: tuple[str, ...]) -> dict:
@@ -489,8 +494,7 @@ def seeds_values(runs: list[list[dict]], names: tuple[str, ...]) -> dict:
         paired = compare_runs(routed, other)
         for metric in ("acc", GOLD_LOGPROB):
             found = [paired[name][metric] for name in names]
-            error = mean([entry["stderr"] ** 2 for entry in found]) ** 0.5 / len(found) ** 0.5
-            values[f"{metric} - {title}"] = [mean([entry["difference"] for entry in found]), error]
+            values[f"{metric} - {title}"] = over_tasks(found, "difference", "stderr")
     return values
 
 
@@ -509,6 +513,12 @@ ROWS = {name: globals()[f"{name}_rows"] for name in ORDER}
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def over_tasks(found: list[dict], value: str, error: str) -> list[float]:
+    """The mean over tasks of what each has under `value`, and its standard error from theirs under `error`."""
+    variances = [entry[error] ** 2 for entry in found]
+    return [mean([entry[value] for entry in found]), mean(variances) ** 0.5 / len(found) ** 0.5]
 
 
 # -----------------------------------------------------------------------------
@@ -630,7 +640,8 @@ class Run:
             raise
         record = self.record(step.command, time.monotonic() - started)
         if step.script == "train.py":
-            record |= {"seconds": runtime.read_json(step.result)["seconds"], "seed": self.cfg.seed}
+            seeds = [int(word.removeprefix("--seed=")) for word in step.settings if word.startswith("--seed=")]
+            record |= {"seconds": runtime.read_json(step.result)["seconds"], "seed": seeds[0]}
             record |= {"commit": None} if found else {}  # it was tuned before, nobody knows by which code
         return record
 

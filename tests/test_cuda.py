@@ -26,10 +26,6 @@ CLOSE = dict(rtol=1e-3, atol=1e-3)  # float32 sums in another order
 LENGTHS = [9, 4, 6]
 
 
-def on_gpu(model):
-    return model.to("cuda")
-
-
 def gates_for(model, width: int = 9):
     """Forced routes of three rows: near-ties of a router's own logits may fall elsewhere on another device."""
     gates = gates_of(model, 3, width, seed=1)
@@ -60,7 +56,7 @@ def test_a_cached_run_equals_the_cpus(granularity, kv, route):
     later = gates_of(model, 3, 1, seed=2) if by_token else None
     wanted = steps_of(model, "cpu", route, gates, later)
     own = [None if g is None else g.cuda() for g in (gates, later)]
-    for found, expected in zip(steps_of(on_gpu(model), "cuda", route, *own), wanted, strict=True):
+    for found, expected in zip(steps_of(model.cuda(), "cuda", route, *own), wanted, strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)
 
 
@@ -96,7 +92,7 @@ def test_answers_equal_the_cpus(family):
 @pytest.mark.parametrize("granularity, kv", CASES)
 def test_nothing_waits_for_the_device_but_decisions(granularity, kv):
     """Routes off and mask, with lengths as a list, and a decode step whose decisions are held."""
-    model, tokens = on_gpu(build(granularity, kv)), tokens_of(3, 9).cuda()
+    model, tokens = build(granularity, kv).cuda(), tokens_of(3, 9).cuda()
     cache = KVCache(model, 3, max_len=16)
     with torch.inference_mode():
         model.hidden(tokens, lengths=LENGTHS, cache=cache, route="gather")
@@ -118,7 +114,7 @@ def test_nothing_waits_for_the_device_but_decisions(granularity, kv):
 )
 def test_compiled_code_equals_eager(granularity, kv):
     torch._dynamo.reset()
-    model, tokens = on_gpu(build(granularity, kv)), tokens_of(3, 9).cuda()
+    model, tokens = build(granularity, kv).cuda(), tokens_of(3, 9).cuda()
     gates = gates_for(model).cuda()
     with torch.inference_mode():
         wanted = [model(tokens, lengths=LENGTHS, route=route, gates=gates)[0] for route in ("mask", "gather")]
